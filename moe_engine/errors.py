@@ -1,0 +1,33 @@
+"""Every error a user can cause.
+
+- MoeEngineError
+  - ModelFormatError        the model file is damaged or says something impossible
+    - UnsupportedModelError the file is fine, but this version cannot run it
+  - CapacityError           the model, or the request, does not fit the memory or context it was given
+  - ConfigError             an option has a value that makes no sense
+  - NativeLibraryError      the compiled part is missing or does not fit this machine
+"""
+
+
+class MoeEngineError(Exception):
+    """Base of all errors that this package raises on purpose; the message says what to do."""
+
+
+class ModelFormatError(MoeEngineError):
+    """The model file is truncated, damaged or inconsistent."""
+
+
+class UnsupportedModelError(ModelFormatError):
+    """The file is well-formed, but its architecture, tensor type or tokenizer is not supported."""
+
+
+class CapacityError(MoeEngineError):
+    """Something does not fit into the memory budget or the context it was given."""
+
+
+class ConfigError(MoeEngineError, ValueError):
+    """An option or argument has an impossible value."""
+
+
+class NativeLibraryError(MoeEngineError):
+    """The compiled CPU kernels are missing or cannot run on this machine."""
