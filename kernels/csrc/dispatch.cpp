@@ -1,0 +1,161 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+namespace moe {
+
+Codebooks g_codebooks;
+
+namespace {
+
+const char* const kNames[] = {"scalar", "avx2", "avx512"};
+
+Tier best_tier() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vnni") &&
+                          __builtin_cpu_supports("bmi2");
+        return wide ? Tier::avx512 : Tier::avx2;
+    }
+#endif
+    return Tier::scalar;
+}
+
+const TierKernels& table(Tier tier) {
+#if defined(__x86_64__)
+    if (tier == Tier::avx512) return kAvx512Kernels;
+    if (tier == Tier::avx2) return kAvx2Kernels;
+#endif
+    (void)tier;
+    return kScalarKernels;
+}
+
+Tier parse_tier(const std::string& name, const std::string& what) {
+    for (int i = 0; i < 3; ++i)
+        if (name == kNames[i]) return static_cast<Tier>(i);
+    throw std::invalid_argument(what + " must be scalar, avx2 or avx512, not '" + name + "'");
+}
+
+Tier initial_tier() {
+    const char* wanted = std::getenv("MOE_ENGINE_CPU_TIER");
+    if (wanted == nullptr) return best_tier();
+    const Tier tier = parse_tier(wanted, "MOE_ENGINE_CPU_TIER");
+    return tier < best_tier() ? tier : best_tier();
+}
+
+std::atomic<int> g_tier{-1};  // unset until first use
+
+Tier tier_in_use() {
+    int tier = g_tier.load(std::memory_order_relaxed);
+    if (tier < 0) {
+        tier = static_cast<int>(initial_tier());
+        g_tier.store(tier, std::memory_order_relaxed);
+    }
+    return static_cast<Tier>(tier);
+}
+
+}  // namespace
+
+std::vector<std::string> available_tiers() {
+    return std::vector<std::string>(kNames, kNames + static_cast<int>(best_tier()) + 1);
+}
+
+std::string current_tier() { return kNames[static_cast<int>(tier_in_use())]; }
+
+void set_tier(const std::string& name) {
+    const Tier tier = parse_tier(name, "the tier");
+    if (tier > best_tier()) throw std::invalid_argument("this processor cannot run the tier " + name);
+    g_tier.store(static_cast<int>(tier), std::memory_order_relaxed);
+}
+
+const TierKernels& kernels() { return table(tier_in_use()); }
+
+void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
+    for (int bits = 0; bits < 256; ++bits) {
+        uint64_t bytes = 0;
+        for (int k = 0; k < 8; ++k)
+            if (bits >> k & 1) bytes |= uint64_t{0xff} << (8 * k);
+        g_codebooks.sign_bytes[bits] = bytes;
+    }
+    for (int code = 0; code < 128; ++code)
+        g_codebooks.even_signs[code] = static_cast<uint8_t>(code | (__builtin_popcount(code) & 1) << 7);
+
+    void* target = nullptr;
+    size_t size = 0;
+    switch (type_id) {
+        case IQ2_XXS: target = g_codebooks.iq2_xxs, size = sizeof(g_codebooks.iq2_xxs); break;
+        case IQ2_XS: target = g_codebooks.iq2_xs, size = sizeof(g_codebooks.iq2_xs); break;
+        case IQ2_S: target = g_codebooks.iq2_s, size = sizeof(g_codebooks.iq2_s); break;
+        case IQ3_XXS: target = g_codebooks.iq3_xxs, size = sizeof(g_codebooks.iq3_xxs); break;
+        case IQ3_S: target = g_codebooks.iq3_s, size = sizeof(g_codebooks.iq3_s); break;
+        case IQ1_S: target = g_codebooks.iq1, size = sizeof(g_codebooks.iq1); break;
+        default: throw std::invalid_argument("type " + std::to_string(type_id) + " has no codebook");
+    }
+    if (static_cast<int64_t>(size) != n_bytes) throw std::invalid_argument("the codebook has the wrong size");
+    std::memcpy(target, grid, size);
+    if (type_id == IQ1_S) {
+        uint8_t* bytes = static_cast<uint8_t*>(target);
+        for (size_t i = 0; i < size; ++i) bytes[i] = static_cast<uint8_t>(8 * grid[i] + 9);
+    }
+}
+
+void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record) {
+    const int64_t n_pad = (n_in + kChunk - 1) / kChunk * kChunk;
+    float* d = reinterpret_cast<float*>(record + n_pad);
+    float* s = d + n_pad / 32;
+    kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first, s + 2 * first);
+}
+
+void clear_padding(int64_t n_in, uint8_t* record) {
+    const int64_t n_pad = (n_in + kChunk - 1) / kChunk * kChunk;
+    float* d = reinterpret_cast<float*>(record + n_pad);
+    float* s = d + n_pad / 32;
+    std::fill(record + n_in, record + n_pad, uint8_t{0});
+    std::fill(d + n_in / 32, d + n_pad / 32, 0.0f);
+    std::fill(s + n_in / 16, s + n_pad / 16, 0.0f);
+}
+
+void quantize_activations(const float* x, int64_t n_in, uint8_t* record) {
+    quantize_range(x, 0, n_in / 32, n_in, record);
+    clear_padding(n_in, record);
+}
+
+void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t n_rows, const Activations& acts,
+                  const int32_t* tokens, int64_t n, bool float_activations, uint8_t* scratch, float* products) {
+    const TierKernels& tier = kernels();
+    const TypeKernels& kernel = tier.types[type_id];
+    const int64_t n_in = acts.n_in;
+    if (uses_integers(type_id, float_activations)) {
+        for (int64_t start = 0; start < n; start += kTokenGroup) {
+            const int64_t count = std::min(n - start, kTokenGroup);
+            const uint8_t* group[kTokenGroup];
+            for (int64_t t = 0; t < count; ++t)
+                group[t] = acts.quantized + (tokens ? tokens[start + t] : start + t) * activation_bytes(n_in);
+            for (int64_t r = 0; r < n_rows; ++r)
+                kernel.dot(rows + r * row_stride, n_in, group, count, products + r * n + start);
+        }
+        return;
+    }
+    for (int64_t r = 0; r < n_rows; ++r) {
+        const float* weight = reinterpret_cast<const float*>(rows + r * row_stride);
+        if (type_id != F32) {
+            kernel.dequantize(rows + r * row_stride, n_in, reinterpret_cast<float*>(scratch));
+            weight = reinterpret_cast<const float*>(scratch);
+        }
+        for (int64_t start = 0; start < n; start += kTokenGroup) {
+            const int64_t count = std::min(n - start, kTokenGroup);
+            const float* group[kTokenGroup];
+            for (int64_t t = 0; t < count; ++t)
+                group[t] = acts.x + (tokens ? tokens[start + t] : start + t) * n_in;
+            tier.dot_f32(weight, n_in, group, count, products + r * n + start);
+        }
+    }
+}
+
+}  // namespace moe

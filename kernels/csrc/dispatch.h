@@ -1,0 +1,39 @@
+// The tier in use and the row products built on it.
+
+#pragma once
+
+#include "moe_cpu.h"
+#include "quant_blocks.h"
+
+namespace moe {
+
+const TierKernels& kernels();  // of the current tier
+
+// Rows of activations for one matrix product: float32 and, where an integer product needs them, quantized.
+struct Activations {
+    const float* x;            // [n, n_in]
+    const uint8_t* quantized;  // [n, activation_bytes(n_in)] or null
+    int64_t n_in;
+};
+
+// Whether a product of this type reads quantized activations.
+inline bool uses_integers(int type_id, bool float_activations) {
+    return !float_activations && !kTypeInfo[type_id].is_float;
+}
+
+// Writes one record of activation_bytes(n_in): all of it, or blocks of 32 [first, first + n_blocks) of it.
+void quantize_activations(const float* x, int64_t n_in, uint8_t* record);
+void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record);
+void clear_padding(int64_t n_in, uint8_t* record);
+
+// How many activation rows are multiplied with a weight row at a time: they fit the cache beside it.
+constexpr int64_t kTokenGroup = 32;
+
+// Scratch bytes of row_products for rows of n_in elements: one decoded row.
+inline int64_t row_scratch_bytes(int64_t n_in) { return (n_in * 4 + 63) / 64 * 64; }
+
+// products[r * n + t] = weight row r . activation row tokens[t] (row t where tokens is null), r in [0, n_rows).
+void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t n_rows, const Activations& acts,
+                  const int32_t* tokens, int64_t n, bool float_activations, uint8_t* scratch, float* products);
+
+}  // namespace moe

@@ -1,0 +1,202 @@
+// AVX-512 (F, BW, DQ, VL, VNNI) and BMI2. dpbusd multiplies unsigned codes by signed activations and adds four neighbours,
+// so 64 codes give 16 sums; those become floats and are multiplied by weight scale * activation scale. The offset
+// of the codes and the minima are one more dot product, with the activations' precomputed block sums.
+
+#include "quant_blocks.h"
+
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__) || \
+    !defined(__AVX512VNNI__) || !defined(__BMI2__)
+#error "compile this file with the AVX-512 flags of CMakeLists.txt"
+#endif
+
+#include <immintrin.h>
+
+#include "expand.inc"
+
+namespace moe {
+namespace {
+
+inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
+inline __m512i twice32(const uint8_t* p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
+// Eight values to sixteen, each twice.
+inline __m512 doubled(__m256 v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                 _mm512_castps256_ps512(v));
+}
+
+// Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(c) are the
+// elements 64 c to 64 c + 63. This general form decodes with Block<T>; the specializations below are the fast ones.
+template <int T>
+struct Chunk {
+    __m512 scale, min;
+    alignas(64) uint8_t code[kChunk];
+
+    explicit Chunk(const uint8_t* b) {
+        float scales[16], mins[16] = {};
+        expand_chunk<T>(b, code, scales, mins);
+        scale = _mm512_loadu_ps(scales);
+        min = _mm512_loadu_ps(mins);
+    }
+    __m512i codes(int c) const { return load64(code + 64 * c); }
+};
+
+#include "chunks_avx512.inc"
+
+template <int T, int N>
+inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, float* out) {
+    const int64_t n_pad = padded(n_in);
+    __m512 acc[N][2], low[N];
+    for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm512_setzero_ps();
+    for_each_chunk<T>(row, n_in, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
+        const Chunk<T> chunk(bytes);
+        // What one unit of activation sum takes away: the codes' offset and the minimum.
+        __m512 min = Block<T>::has_min ? chunk.min : _mm512_setzero_ps();
+        if (Block<T>::offset) min = _mm512_fmadd_ps(chunk.scale, _mm512_set1_ps(Block<T>::offset), min);
+        __m512 scales[N];
+        for (int t = 0; t < N; ++t) {
+            const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32;
+            const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16;
+            low[t] = _mm512_fmadd_ps(min, _mm512_loadu_ps(s), low[t]);
+            scales[t] = _mm512_mul_ps(chunk.scale, doubled(_mm256_loadu_ps(d)));
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+            const __m512i codes = chunk.codes(c);
+            // A scale of 16 codes serves 4 of the 16 sums.
+            const __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(4 * c),
+                                                   _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
+            for (int t = 0; t < N; ++t) {
+                const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, load64(acts[t] + first + 64 * c));
+                acc[t][c % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_permutexvar_ps(lanes, scales[t]),
+                                                acc[t][c % 2]);
+            }
+        }
+    });
+    for (int t = 0; t < N; ++t)
+        out[t] = _mm512_reduce_add_ps(_mm512_sub_ps(_mm512_add_ps(acc[t][0], acc[t][1]), low[t]));
+}
+
+template <int T>
+void dot(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts, float* out) {
+    int64_t t = 0;
+    for (; t + 4 <= n_acts; t += 4) dot_rows<T, 4>(row, n_in, acts + t, out + t);
+    if (n_acts - t >= 2) {
+        dot_rows<T, 2>(row, n_in, acts + t, out + t);
+        t += 2;
+    }
+    if (t < n_acts) dot_rows<T, 1>(row, n_in, acts + t, out + t);
+}
+
+template <int T>
+void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
+    decode_row<T>(row, n_in, out, [](const uint8_t* bytes, float* values) {
+        const Chunk<T> chunk(bytes);
+        float scale[16], min[16];
+        _mm512_storeu_ps(scale, chunk.scale);
+        if (Block<T>::has_min) _mm512_storeu_ps(min, chunk.min);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+            const __m512i codes = chunk.codes(c);
+            const __m128i parts[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
+                                      _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+            for (int k = 0; k < 4; ++k) {
+                const int j = 4 * c + k;
+                const __m512i q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(parts[k]), _mm512_set1_epi32(Block<T>::offset));
+                __m512 value = _mm512_mul_ps(_mm512_set1_ps(scale[j]), _mm512_cvtepi32_ps(q));
+                if (Block<T>::has_min) value = _mm512_sub_ps(value, _mm512_set1_ps(min[j]));
+                _mm512_storeu_ps(values + 16 * j, value);
+            }
+        }
+    });
+}
+
+template <int N>
+inline void dot_f32_rows(const float* weight, int64_t n_in, const float* const* acts, float* out) {
+    __m512 acc[N][4];
+    for (int t = 0; t < N; ++t)
+        for (int k = 0; k < 4; ++k) acc[t][k] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 64 <= n_in; i += 64)
+        for (int k = 0; k < 4; ++k) {
+            const __m512 w = _mm512_loadu_ps(weight + i + 16 * k);
+            for (int t = 0; t < N; ++t) acc[t][k] = _mm512_fmadd_ps(w, _mm512_loadu_ps(acts[t] + i + 16 * k), acc[t][k]);
+        }
+    for (; i < n_in; i += 16) {
+        const __mmask16 mask = n_in - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n_in - i)) - 1);
+        const __m512 w = _mm512_maskz_loadu_ps(mask, weight + i);
+        for (int t = 0; t < N; ++t) acc[t][0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, acts[t] + i), acc[t][0]);
+    }
+    for (int t = 0; t < N; ++t)
+        out[t] = _mm512_reduce_add_ps(
+            _mm512_add_ps(_mm512_add_ps(acc[t][0], acc[t][1]), _mm512_add_ps(acc[t][2], acc[t][3])));
+}
+
+void dot_f32(const float* weight, int64_t n_in, const float* const* acts, int64_t n_acts, float* out) {
+    int64_t t = 0;
+    for (; t + 4 <= n_acts; t += 4) dot_f32_rows<4>(weight, n_in, acts + t, out + t);
+    for (; t < n_acts; ++t) dot_f32_rows<1>(weight, n_in, acts + t, out + t);
+}
+
+void quantize_blocks(const float* x, int64_t n_blocks, int8_t* q, float* d, float* s) {
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const __m512 v0 = _mm512_loadu_ps(x + 32 * b), v1 = _mm512_loadu_ps(x + 32 * b + 16);
+        const bool nan = _mm512_cmp_ps_mask(v0, v1, _CMP_UNORD_Q) != 0;
+        const float max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(v0), _mm512_abs_ps(v1)));
+        const float scale = nan ? __builtin_nanf("") : max < kTiny ? 0.0f : max / 127.0f;
+        const __m512 inverse = _mm512_set1_ps(max < kTiny ? 0.0f : 127.0f / max);
+        const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(v0, inverse));
+        const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(v1, inverse));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 32 * b), _mm512_cvtsepi32_epi8(low));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + 32 * b + 16), _mm512_cvtsepi32_epi8(high));
+        d[b] = scale;
+        s[2 * b] = scale * static_cast<float>(_mm512_reduce_add_epi32(low));
+        s[2 * b + 1] = scale * static_cast<float>(_mm512_reduce_add_epi32(high));
+    }
+}
+
+// exp by 2^k * polynomial on [-ln2/2, ln2/2]; relative error about 2e-7, inputs clamped to the float range.
+inline __m512 exp512(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
+    const __m512 k = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(k, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(k, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 5040);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, k);
+}
+
+void silu_mul(const float* gate, const float* up, int64_t n, float* h) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n - i)) - 1);
+        const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i), u = _mm512_maskz_loadu_ps(mask, up + i);
+        const __m512 one = _mm512_set1_ps(1.0f);
+        const __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), g));
+        _mm512_mask_storeu_ps(h + i, mask, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u));
+    }
+}
+
+constexpr TierKernels make() {
+    TierKernels k = type_kernels();
+    k.dot_f32 = dot_f32;
+    k.quantize_blocks = quantize_blocks;
+    k.silu_mul = silu_mul;
+    return k;
+}
+
+constexpr TierKernels kTable = make();
+
+}  // namespace
+
+const TierKernels kAvx512Kernels = kTable;
+
+}  // namespace moe

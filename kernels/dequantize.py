@@ -1,0 +1,138 @@
+"""Quantized weights to floats on the GPU, and the simplest correct products with them.
+
+Where there is no GPU the work goes to `reference.dequantize`, or to Triton's interpreter if TRITON_INTERPRET=1 was
+set before the kernel was first used. Triton is imported only then.
+"""
+
+import os
+from functools import cache
+
+import torch
+
+from moe_engine.kernels import codebooks, reference
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import QuantType
+
+SCRATCH_ELEMENTS = 16 << 20
+"""A good size for the scratch of `linear`: 64 MiB, or 8192 rows of 2048 elements."""
+
+# Elements a program writes: 16 a thread with 4 warps. Not tuned.
+_TILE = 2048
+# The interpreter's time goes by operation, not by element.
+_INTERPRETER_TILE = 1 << 15
+
+
+@cache
+def _is_interpreted() -> bool:
+    """Whether the kernel was decorated for Triton's interpreter, which also takes CPU tensors."""
+    if "TRITON_INTERPRET" not in os.environ:
+        return False
+    from triton import JITFunction
+
+    from moe_engine.kernels.dequantize_kernel import dequantize_kernel
+
+    return not isinstance(dequantize_kernel, JITFunction)
+
+
+@cache
+def _table(type_id: int, device: torch.device) -> torch.Tensor:
+    """The type's codebook on `device`: int8, flat. Types without one get a stand-in that is never read."""
+    if not codebooks.has_codebook(type_id):
+        return torch.zeros(1, dtype=torch.int8, device=device)
+    return torch.tensor(codebooks.codebook(type_id).ravel(), device=device)
+
+
+def _as_batch(data: torch.Tensor) -> torch.Tensor:
+    """A view `[n_batch, n_row, row_bytes]` whose matrices are contiguous: one matrix where possible."""
+    if data.is_contiguous():
+        return data.view(1, -1, data.shape[-1])
+    batch = data.flatten(0, -3) if data.dim() > 2 else data[None]
+    assert batch.stride()[1:] == (data.shape[-1], 1), "the rows of a matrix must be contiguous"
+    assert batch.data_ptr() == data.data_ptr(), "the matrices of a stack must be evenly spaced"
+    return batch
+
+
+def dequantize(
+    weight: QuantTensor, out: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The values of `weight` as floats `[..., n_out, n_in]` on the device of its data.
+
+    The data may start at any byte of a larger buffer; the rows of a matrix follow each other without gaps.
+    `out`, a contiguous tensor of that shape, is written to if given, and its dtype wins. dtype: f32 (the exact
+    values of the GGUF reference), f16 or bf16 (those, rounded).
+    """
+    data = weight.data
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=data.device)
+    assert out.shape == weight.shape, (out.shape, weight.shape)
+    assert out.is_contiguous()
+    assert out.device == data.device, (out.device, data.device)
+    assert out.dtype in (torch.float32, torch.float16, torch.bfloat16), out.dtype
+    if data.numel() == 0:
+        return out
+    batch = _as_batch(data)
+    if not data.is_cuda and not _is_interpreted():
+        return out.copy_(reference.dequantize(weight))
+
+    _launch(batch, weight.type, out)
+    return out
+
+
+def _launch(batch: torch.Tensor, type: QuantType, out: torch.Tensor) -> None:
+    from moe_engine.kernels.dequantize_kernel import dequantize_kernel
+    from moe_engine.kernels.unpack import RUN_WIDTHS
+
+    n_blocks = batch.shape[1] * batch.shape[2] // type.block_bytes
+    tile_blocks = (_INTERPRETER_TILE if _is_interpreted() else _TILE) // type.block_size
+    with torch.cuda.device_of(batch):
+        dequantize_kernel[-(-n_blocks // tile_blocks), batch.shape[0]](
+            batch,
+            _table(type.id, batch.device),
+            out,
+            n_blocks,
+            batch.stride(0),
+            TYPE=type.name,
+            BLOCK_BYTES=type.block_bytes,
+            N_RUN=type.block_size // RUN_WIDTHS[type.name],
+            RUN_WIDTH=RUN_WIDTHS[type.name],
+            TILE_BLOCKS=tile_blocks,
+            enable_fp_fusion=False,  # a fused multiply-add would round once where the reference rounds twice
+        )
+
+
+def embedding(weight: QuantTensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows `ids` (int32 or int64 `[n]`, on the weight's device) of a matrix: f32 `[n, n_in]`."""
+    assert weight.data.dim() == 2, weight.data.shape
+    return dequantize(QuantTensor(weight.data.index_select(0, ids), weight.type, weight.n_in))
+
+
+def linear(x: torch.Tensor, weight: QuantTensor, scratch: torch.Tensor) -> torch.Tensor:
+    """x W^T in f32, one slice of W's rows at a time.
+
+    x: f32 `[n_token, n_in]` with weight `[n_out, n_in]`, or f32 `[n_batch, n_token, n_in]` with weight
+    `[n_batch, n_out, n_in]`. scratch: flat f32, any contents, room for one row or more; the slices are as large
+    as fit. Returns f32 `[(n_batch,) n_token, n_out]`. A matrix of a batch gives the same result as on its own.
+    """
+    assert x.dtype == torch.float32, x.dtype
+    assert x.shape[-1] == weight.n_in, (x.shape, weight.shape)
+    if x.dim() == 3:
+        assert x.shape[0] == weight.data.shape[0], (x.shape, weight.shape)
+        y = x.new_empty(*x.shape[:-1], weight.n_out)
+        for index in range(x.shape[0]):  # a batched product might be summed differently for each batch size
+            _linear_into(y[index], x[index], weight[index], scratch)
+        return y
+    y = x.new_empty(x.shape[0], weight.n_out)
+    _linear_into(y, x, weight, scratch)
+    return y
+
+
+def _linear_into(y: torch.Tensor, x: torch.Tensor, weight: QuantTensor, scratch: torch.Tensor) -> None:
+    assert scratch.dtype == torch.float32, scratch.dtype
+    assert scratch.dim() == 1, scratch.shape
+    assert scratch.is_contiguous()
+    n_rows = scratch.numel() // weight.n_in
+    assert n_rows > 0, f"the scratch of {scratch.numel()} elements cannot hold a row of {weight.n_in}"
+    for start in range(0, weight.n_out, n_rows):
+        rows = weight.rows(start, min(start + n_rows, weight.n_out))
+        values = dequantize(rows, out=scratch[: rows.n_out * rows.n_in].view(rows.shape))  # [rows, n_in]
+        torch.matmul(x, values.t(), out=y[:, start : start + rows.n_out])

@@ -1,0 +1,129 @@
+"""Divides the VRAM budget before anything is loaded: what must fit, and what is left for expert slots."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_engine.config import EngineConfig, format_size, parse_size
+from moe_engine.errors import CapacityError, ConfigError
+from moe_engine.gguf_file import GGUFFile
+from moe_engine.kernels.attention import SCORE_BYTES
+from moe_engine.kv_cache import element_bytes
+from moe_engine.metadata import Metadata
+from moe_engine.model import Transformer, n_layer
+
+CUDA_CONTEXT_BYTES = 640 << 20
+DEFAULT_SHARE = 0.9  # of the free VRAM, when no budget is given
+SIMULATED_BYTES = 1 << 30  # the default budget of the simulated device
+LOGIT_BYTES = 64 << 20  # one chunk of logits
+SCRATCH_ELEMENTS = 16 << 20  # one chunk of dequantized weights: 64 MiB keep a 7168-wide matrix to few chunks
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """Bytes by purpose; `slots` is what is left of `budget` for experts."""
+
+    budget: int
+    context: int
+    dense: int
+    kv_cache: int
+    workspace: int
+    caches_experts: bool
+    scratch_elements: int  # f32 values of dequantized weights held at once, part of the workspace
+
+    @property
+    def slots(self) -> int:
+        return self.budget - self.context - self.dense - self.kv_cache - self.workspace
+
+    def __str__(self) -> str:
+        terms = {
+            "CUDA context": self.context,
+            "dense weights": self.dense,
+            "KV cache": self.kv_cache,
+            "workspace": self.workspace,
+        }
+        return ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in terms.items())
+
+
+def plan_vram(
+    file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int, device: torch.device
+) -> VramPlan:
+    """Raises `CapacityError`, with the terms, when the model does not fit; `ConfigError` for a bad budget."""
+    least_slots = _least_slot_bytes(file, meta)
+    matrices = [torch.Size(info.shape[-2:]).numel() for info in file.tensors.values() if len(info.shape) > 1]
+    scratch_elements = min(SCRATCH_ELEMENTS, max(matrices, default=1))
+    plan = VramPlan(
+        budget=_budget(config, device),
+        context=CUDA_CONTEXT_BYTES if device.type == "cuda" else 0,
+        dense=_dense_bytes(file, meta),
+        kv_cache=family.kv_values(meta) * n_layer(meta) * ctx * element_bytes(config.kv_dtype),
+        workspace=4 * scratch_elements + _workspace_bytes(file, meta, family, config, ctx),
+        caches_experts=config.experts != "cpu",
+        scratch_elements=scratch_elements,
+    )
+    if config.experts == "auto" and plan.slots < least_slots:
+        plan = replace(plan, caches_experts=False)
+    needed = plan.budget - plan.slots + (least_slots if plan.caches_experts else 0)
+    if needed > plan.budget:
+        slots = f", slots for one token's experts {format_size(least_slots)}" if plan.caches_experts else ""
+        raise CapacityError(
+            f"{file.path} needs at least {format_size(needed)} of VRAM ({plan}{slots}), but the budget is "
+            f"{format_size(plan.budget)}: raise vram_budget, lower ctx or ubatch, or use device 'cpu'"
+        )
+    return plan
+
+
+def _budget(config: EngineConfig, device: torch.device) -> int:
+    if device.type != "cuda":
+        return SIMULATED_BYTES if config.vram_budget is None else parse_size(config.vram_budget)
+    free, total = torch.cuda.mem_get_info(device)
+    if config.vram_budget is None:
+        return int(free * DEFAULT_SHARE) + CUDA_CONTEXT_BYTES
+    budget = parse_size(config.vram_budget)
+    if budget > total:
+        raise ConfigError(f"vram_budget is {format_size(budget)}, but the device has {format_size(total)}")
+    return budget
+
+
+def _is_expert(name: str) -> bool:
+    return "_exps." in name
+
+
+def _dense_bytes(file: GGUFFile, meta: Metadata) -> int:
+    """What is not a routed expert stays in VRAM as the file holds it; small tensors are expanded to f32."""
+    skipped = tuple(f"blk.{i}." for i in range(n_layer(meta), meta.integer("block_count")))
+    total = 0
+    for info in file.tensors.values():
+        if _is_expert(info.name) or info.name.startswith(skipped or ("\0",)):
+            continue
+        total += info.nbytes
+        if ".attn_kv_b." in info.name:  # old MLA files: the keys' part is expanded to f32
+            total += 4 * torch.Size(info.shape).numel()
+    return total
+
+
+def _least_slot_bytes(file: GGUFFile, meta: Metadata) -> int:
+    """One token's experts in every slot class (see expert_cache.py)."""
+    top_k, n_expert = meta.integer("expert_used_count"), meta.integer("expert_count")
+    layers: dict[str, list[tuple[str, int, int]]] = {}
+    for info in file.tensors.values():
+        if _is_expert(info.name):
+            block, part = info.name.rsplit(".", 2)[0], info.name.rsplit(".", 2)[1]
+            layers.setdefault(block, []).append((part, info.type_id, info.nbytes // n_expert))
+    classes = {tuple(sorted(parts)) for parts in layers.values()}
+    return sum(nbytes * min(top_k, n_expert) for parts in classes for _, _, nbytes in parts)
+
+
+def _workspace_bytes(file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int) -> int:
+    """An upper estimate of what one micro-batch holds at once, in f32."""
+    hidden, n_token = meta.integer("embedding_length"), min(config.ubatch, ctx)
+    top_k = meta.integer("expert_used_count")
+    widest = max(
+        (info.shape[-2] for info in file.tensors.values() if len(info.shape) > 1 and info.name.startswith("blk.")),
+        default=0,
+    )
+    per_token = (12 + 3 * top_k) * hidden + 6 * widest
+    scores = min(SCORE_BYTES, 4 * meta.integer("attention.head_count") * n_token * ctx)
+    logits = min(LOGIT_BYTES, 4 * file.tensors["token_embd.weight"].shape[0] * n_token)
+    chunks = 3 * scores + 2 * logits
+    return 4 * per_token * n_token + family.attention_bytes(meta, n_token, ctx) + chunks

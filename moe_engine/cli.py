@@ -1,0 +1,240 @@
+"""The command line: `moe-engine generate | inspect | perplexity | tokenize`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moe_engine.config import format_size
+from moe_engine.errors import ConfigError, MoeEngineError
+
+if TYPE_CHECKING:
+    from moe_engine.engine import Engine
+    from moe_engine.inspection import Inspection
+
+app = typer.Typer(
+    help="Runs mixture-of-experts models that are larger than the GPU's memory, straight from GGUF files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Results go to stdout; progress, summaries and errors to stderr.
+_notes = Console(stderr=True, highlight=False)
+
+Model = Annotated[
+    Path | None, typer.Option("--model", "-m", help="GGUF file. Default: the small bundled model.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or simulated (the CUDA path on the CPU).")]
+VramBudget = Annotated[str | None, typer.Option(help="All VRAM to use, such as 6GiB. Default: 90 % of what is free.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
+    model: Model = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file; - for stdin.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Choose among the k most probable tokens; 0: all.")] = 40,
+    top_p: Annotated[float, typer.Option(help="Choose among the tokens that make up this probability.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's probability.")] = 0.0,
+    repeat_penalty: Annotated[
+        float | None, typer.Option(help="Penalty on recent tokens. Default: 1.1, or none at temperature 0.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the output repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
+    device: Device = "auto",
+    vram_budget: VramBudget = None,
+    threads: Threads = None,
+    ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a prompt."""
+    text = _prompt_text(prompt, prompt_file)
+    with _engine(model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx) as engine:
+        generation = engine.stream(
+            [{"role": "user", "content": text}] if chat else text,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repeat_penalty=repeat_penalty,
+            seed=seed,
+            stop=tuple(stop or ()),
+        )
+        if not as_json:
+            for piece in generation:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+        result = generation.result()
+    if as_json:
+        _print_json(
+            prompt_tokens=result.prompt_tokens,
+            tokens=result.tokens,
+            text=result.text,
+            finish_reason=result.finish_reason,
+            stats=result.stats.as_dict(),
+        )
+    _notes.print(result.stats.summary(), style="dim", soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="GGUF file (any part of a split one).")], as_json: AsJson = False
+) -> None:
+    """Show what is in a GGUF file: architecture, dimensions, bytes by role and by type."""
+    from moe_engine.inspection import inspect_file
+
+    found = inspect_file(file)
+    if as_json:
+        _print_json(**found.as_dict())
+    else:
+        _print_inspection(found)
+
+
+@app.command()
+def perplexity(
+    file: Annotated[Path, typer.Option("--file", "-f", help="Text to score.")],
+    model: Model = None,
+    ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    device: Device = "auto",
+    vram_budget: VramBudget = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a model predicts a text (windows of CTX tokens, the second half of each is scored)."""
+    from moe_engine.perplexity import perplexity as measure
+
+    text = _read_text(file)
+    with (
+        _engine(model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx) as engine,
+        _progress("scoring", "ppl {task.fields[ppl]:.3f}", ppl=float("nan")) as (bar, task),
+    ):
+        result = measure(
+            engine,
+            text,
+            ctx,
+            progress=lambda done, total, ppl: bar.update(task, completed=done, total=total, ppl=ppl),
+        )
+    if as_json:
+        _print_json(**result.as_dict())
+    else:
+        print(f"perplexity {result.ppl:.4f} +/- {result.error:.4f} ({result.tokens} tokens, {result.chunks} windows)")
+
+
+@app.command()
+def tokenize(
+    text: Annotated[str, typer.Argument(help="Text to cut into tokens.")],
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the tokens of a text."""
+    from moe_engine.engine import bundled_model
+    from moe_engine.gguf_file import GGUFFile
+    from moe_engine.tokenizer import Tokenizer
+
+    source = model or bundled_model()
+    tokenizer = Tokenizer.from_metadata(GGUFFile(source).metadata, str(source))
+    tokens = tokenizer.encode(text)
+    if as_json:
+        _print_json(tokens=tokens, texts=[tokenizer.token_text(token) for token in tokens])
+        return
+    for token in tokens:
+        print(f"{token:>8}  {tokenizer.token_text(token)!r}")
+
+
+def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise ConfigError("give either a PROMPT or --prompt-file")
+    if prompt is not None:
+        return prompt
+    assert prompt_file is not None
+    return sys.stdin.read() if str(prompt_file) == "-" else _read_text(prompt_file)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {e.start})") from e
+
+
+@contextmanager
+def _engine(model: Path | None, **options: Any) -> "Iterator[Engine]":
+    """Loads the model under a progress bar."""
+    from moe_engine.engine import Engine
+
+    with _progress("loading", "layers") as (bar, task):
+        engine = Engine.load(
+            model, progress=lambda done, total: bar.update(task, completed=done, total=total), **options
+        )
+    with engine:
+        yield engine
+
+
+@contextmanager
+def _progress(what: str, unit: str, **fields: Any) -> "Iterator[tuple[Progress, Any]]":
+    """A bar on stderr that vanishes when done; nothing where stderr is not a terminal."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    with Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal) as bar:
+        yield bar, bar.add_task(what, total=None, **fields)
+
+
+def _print_json(**values: Any) -> None:
+    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def _print_inspection(found: "Inspection") -> None:
+    out = Console(highlight=False, soft_wrap=True)
+    supported = "" if found.supported else "  (not supported by this version: it cannot be run)"
+    out.print(f"{found.path}: {found.name or 'unnamed'}, {format_size(found.file_bytes)}", markup=False)
+    out.print(f"architecture {found.architecture}{supported}", markup=False)
+    sizes = Table("role", "size", box=None, pad_edge=False)
+    for role in ("dense", "shared", "routed"):
+        sizes.add_row(role, format_size(getattr(found, f"{role}_bytes")))
+    sizes.add_row("one expert", " or ".join(map(format_size, found.expert_bytes)) or "-")
+    sizes.add_row("routed, per token", format_size(found.active_bytes))
+    types = Table("type", "tensors", "size", box=None, pad_edge=False)
+    for use in found.types:
+        types.add_row(use.type, str(use.tensors), format_size(use.nbytes))
+    keys = Table("key", "value", box=None, pad_edge=False)
+    for key, value in found.dimensions.items():
+        keys.add_row(key, str(value))
+    for table in (sizes, types, keys):
+        out.print()
+        out.print(table)
+    if found.unknown_types:
+        out.print(f"\n{len(found.unknown_types)} tensors have types unknown to this version", markup=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: our errors become one line on stderr, Ctrl-C ends quietly. Always exits."""
+    try:
+        app(arguments)
+    except MoeEngineError as error:
+        _notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _notes.print("interrupted", style="yellow")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

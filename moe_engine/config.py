@@ -1,0 +1,158 @@
+"""What a user can set, with the defaults and every check of the values."""
+
+import os
+import re
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self, get_args
+
+from moe_engine.errors import ConfigError
+
+ExpertHome = Literal["auto", "cpu", "cache"]
+Activations = Literal["int8", "float"]
+KVType = Literal["f16", "bf16", "f32"]
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `"6GiB"`, `"500 MB"`, `"1.5g"` or an integer. Raises `ConfigError`."""
+    if isinstance(text, bool) or not isinstance(text, int | str):
+        raise ConfigError(f"size {text!r}: expected a number of bytes or text such as '6GiB'")
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", str(text).strip().lower())
+    if match is None:
+        raise ConfigError(f"size {text!r}: expected a number with a unit, such as '6GiB', '500MB' or '1.5G'")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def format_size(nbytes: float) -> str:
+    """Bytes as a short text with a binary unit: `"5.50 GiB"`."""
+    for unit in ("B", "KiB", "MiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.2f} GiB"
+
+
+def _check(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}, expected {expected}")
+
+
+def _is_integer(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+
+class _Options:
+    """Builds the dataclass from keyword arguments; unknown names are an error that lists the known ones."""
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option '{name}', expected one of: {', '.join(known)}")
+        return cls(**options)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig(_Options):
+    """How a model is loaded. All sizes are in bytes or text such as `"6GiB"`.
+
+    device       "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N", or "simulated": the code of the CUDA
+                 path on tensors in RAM, for tests and development without a GPU.
+    vram_budget  all VRAM the engine may use: weights, KV cache, workspace, expert slots and the CUDA context.
+                 Default: 90 % of what is free.
+    experts      where routed experts are computed: "cpu", "cache" (fetched into VRAM slots and computed
+                 there), or "auto": "cache" if the budget has room for at least top_k experts.
+    cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
+    threads      CPU threads of the kernels; default: all this process may use.
+    ctx          tokens of context the KV cache holds; default: 4096, or less if the model was trained for less.
+    activations  "int8": CPU kernels round activations to 8 bits in blocks of 32, as other engines do;
+                 "float": they do not (slower, for exact comparisons).
+    kv_dtype     type of the KV cache.
+    ubatch       prompt tokens that go through the layers at once.
+    """
+
+    device: str = "auto"
+    vram_budget: int | str | None = None
+    experts: ExpertHome = "auto"
+    cache_slots: int | None = None
+    threads: int | None = None
+    ctx: int | None = None
+    activations: Activations = "int8"
+    kv_dtype: KVType = "f16"
+    ubatch: int = 512
+
+    def __post_init__(self) -> None:
+        _check(
+            isinstance(self.device, str) and bool(re.fullmatch(r"auto|cpu|simulated|cuda(:\d+)?", self.device)),
+            "device",
+            self.device,
+            "auto, cpu, cuda, cuda:N or simulated",
+        )
+        for name, kind in (("experts", ExpertHome), ("activations", Activations), ("kv_dtype", KVType)):
+            value = getattr(self, name)
+            _check(value in get_args(kind), name, value, f"one of: {', '.join(get_args(kind))}")
+        for name in ("cache_slots", "threads", "ctx"):
+            value = getattr(self, name)
+            _check(value is None or _is_integer(value, 1), name, value, "an integer >= 1")
+        _check(_is_integer(self.ubatch, 1), "ubatch", self.ubatch, "an integer >= 1")
+        _check(self.threads is None or self.threads <= 1024, "threads", self.threads, "at most 1024")
+        if self.vram_budget is not None:
+            parse_size(self.vram_budget)
+
+    @property
+    def n_threads(self) -> int:
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams(_Options):
+    """How the next token is chosen.
+
+    In this order: repeat penalty over the last 64 tokens, top-k, top-p, min-p, temperature, draw.
+
+    max_tokens      how many tokens to generate at most.
+    temperature     0: the most probable token, always (greedy).
+    top_k           keep only the k most probable tokens; 0: all.
+    top_p           keep the smallest set of tokens with this much probability; 1: all.
+    min_p           drop tokens less probable than this share of the best one's probability; 0: none.
+    repeat_penalty  divide the logits of recent tokens by this; default: 1.1 when sampling, 1 (off) when greedy.
+    seed            for repeatable draws; default: a new one each time.
+    stop            texts that end the generation; they are not part of the output.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.0
+    repeat_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(_is_integer(self.max_tokens, 0), "max_tokens", self.max_tokens, "an integer >= 0")
+        _check(_is_number(self.temperature, 0, 1e4), "temperature", self.temperature, "a number >= 0")
+        _check(_is_integer(self.top_k, 0), "top_k", self.top_k, "an integer >= 0")
+        _check(_is_number(self.top_p, 1e-9, 1), "top_p", self.top_p, "a number over 0, at most 1")
+        _check(_is_number(self.min_p, 0, 1), "min_p", self.min_p, "a number from 0 to 1")
+        penalty = self.repeat_penalty
+        _check(penalty is None or _is_number(penalty, 1e-3, 1e3), "repeat_penalty", penalty, "a number over 0")
+        seed_ok = self.seed is None or (_is_integer(self.seed, 0) and self.seed < 1 << 63)
+        _check(seed_ok, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        ok = isinstance(stop, list | tuple) and all(isinstance(s, str) and s for s in stop)
+        _check(ok, "stop", self.stop, "a text or a list of texts, none of them empty")
+        object.__setattr__(self, "stop", tuple(stop))
+
+    @property
+    def penalty(self) -> float:
+        if self.repeat_penalty is not None:
+            return self.repeat_penalty
+        return 1.1 if self.temperature > 0 else 1.0

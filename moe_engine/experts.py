@@ -1,0 +1,44 @@
+"""Where routed experts are computed. The model calls `experts(layer, x, ids, weights)` and knows no more.
+
+`CpuExperts` multiplies from the file's blobs in RAM; `CachedExperts` (expert_cache.py) fetches them into VRAM.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
+from moe_engine.kernels.quant_tensor import QuantTensor
+
+
+class Experts(Protocol):
+    hits: int  # expert uses served from VRAM
+    misses: int
+
+    def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
+        """Announces a layer's experts: gate, up `[n_expert, n_ff, hidden]`, down `[n_expert, hidden, n_ff]`."""
+        ...
+
+    def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs.
+
+        x: f32 `[n_token, hidden]`. expert_ids: int64, weights: f32, both `[n_token, top_k]`. Returns f32
+        `[n_token, hidden]` on x's device.
+        """
+        ...
+
+
+class CpuExperts:
+    """All experts on the CPU, wherever the rest of the model is."""
+
+    def __init__(self, cpu: CpuKernels) -> None:
+        self.cpu = cpu
+        self.hits = self.misses = 0
+        self._layers: dict[int, ExpertHandle] = {}
+
+    def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
+        self._layers[layer] = self.cpu.register_experts(gate, up, down)
+
+    def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        self.misses += expert_ids.numel()
+        return self.cpu.expert_ffn(self._layers[layer], x.cpu(), expert_ids.cpu(), weights.cpu()).to(x.device)

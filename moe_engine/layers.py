@@ -1,0 +1,179 @@
+"""The building blocks that model families share: norms, attention, feed-forward, mixture of experts.
+
+`meta`, `weights` and a block's `prefix` ("blk.3.") go in, a callable with the GGUF's tensor names as attributes
+comes out. Shapes: T tokens, H = hidden.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_engine.experts import Experts
+from moe_engine.kernels.attention import attention
+from moe_engine.kernels.router import RouterConfig, route
+from moe_engine.kv_cache import LayerCache, TokenShapes
+from moe_engine.metadata import Metadata
+from moe_engine.rope import Rope
+from moe_engine.weights import Weights
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019)."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+class Attention(Protocol):
+    """What a family's attention must offer."""
+
+    kv_shapes: TokenShapes
+
+    def __call__(self, x: Tensor, position: int, cache: LayerCache, rope: Rope) -> Tensor:
+        """`x` f32 `[T, H]`, the normed hidden states of the tokens from `position` on, to `[T, H]`."""
+        ...
+
+
+class FeedForward(Protocol):
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` f32 `[T, H]`, normed, to `[T, H]`."""
+        ...
+
+
+class GroupedQueryAttention:
+    """Attention whose query heads share key heads (Ainslie et al. 2023), rotated half-split.
+
+    `bias` and `qk_norm` say which tensors the family has besides the four matrices.
+    """
+
+    def __init__(
+        self, meta: Metadata, weights: Weights, prefix: str, hidden: int, *, bias: bool, qk_norm: bool
+    ) -> None:
+        self.n_head, self.n_kv_head, self.head_dim = gqa_dimensions(meta)
+        q_out, kv_out = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        self.kv_shapes: TokenShapes = ((self.n_kv_head, self.head_dim),) * 2
+        self.eps = meta.number("attention.layer_norm_rms_epsilon")
+        sizes = (q_out, kv_out, kv_out)
+        if weights.has(prefix + "attn_qkv.weight"):
+            parts = weights.split_rows(prefix + "attn_qkv.weight", sizes, hidden)
+            self.attn_q, self.attn_k, self.attn_v = map(weights.backend.linear, parts)
+        else:
+            self.attn_q, self.attn_k, self.attn_v = (
+                weights.linear(f"{prefix}attn_{name}.weight", size, hidden)
+                for name, size in zip("qkv", sizes, strict=True)
+            )
+        self.biases: tuple[Tensor, ...] | None = None
+        if bias and weights.has(prefix + "attn_qkv.bias"):
+            self.biases = weights.floats(prefix + "attn_qkv.bias", sum(sizes)).split(sizes)
+        elif bias:
+            self.biases = tuple(
+                weights.floats(f"{prefix}attn_{name}.bias", size) for name, size in zip("qkv", sizes, strict=True)
+            )
+        self.attn_output = weights.linear(prefix + "attn_output.weight", hidden, q_out)
+        self.norms: tuple[Tensor, Tensor] | None = None
+        if qk_norm:
+            self.norms = (
+                weights.floats(prefix + "attn_q_norm.weight", self.head_dim),
+                weights.floats(prefix + "attn_k_norm.weight", self.head_dim),
+            )
+
+    def __call__(self, x: Tensor, position: int, cache: LayerCache, rope: Rope) -> Tensor:
+        q, k, v = self.attn_q(x), self.attn_k(x), self.attn_v(x)
+        if self.biases is not None:
+            q, k, v = (part + bias for part, bias in zip((q, k, v), self.biases, strict=True))
+        q = q.unflatten(1, (self.n_head, self.head_dim))
+        k, v = (part.unflatten(1, (self.n_kv_head, self.head_dim)) for part in (k, v))
+        if self.norms is not None:
+            q, k = rms_norm(q, self.norms[0], self.eps), rms_norm(k, self.norms[1], self.eps)
+        q, k = rope.half_split(q, position), rope.half_split(k, position)
+        keys, values = cache.append(position, k, v)
+        mixed = attention(q, keys, values, self.head_dim**-0.5, position)  # [T, n_head, head_dim]
+        return self.attn_output(mixed.flatten(1))
+
+
+def gqa_dimensions(meta: Metadata) -> tuple[int, int, int]:
+    """`(n_head, n_kv_head, head_dim)` of a family with grouped-query attention."""
+    n_head = meta.integer("attention.head_count", high=1 << 16)
+    n_kv_head = meta.integer("attention.head_count_kv", n_head, high=n_head)
+    if n_head % n_kv_head:
+        raise meta.fail("attention.head_count_kv", f"a divisor of the {n_head} heads")
+    hidden = meta.integer("embedding_length", high=1 << 20)
+    head_dim = meta.integer("attention.key_length", max(1, hidden // n_head), high=1 << 16)
+    if meta.integer("attention.value_length", head_dim, high=1 << 16) != head_dim:
+        raise meta.fail("attention.value_length", f"{head_dim}, as the keys")
+    return n_head, n_kv_head, head_dim
+
+
+class SwiGLU:
+    """A dense feed-forward: `down(silu(gate x) * up x)` (Shazeer 2020). `suffix` "_shexp": the shared expert's."""
+
+    def __init__(self, weights: Weights, prefix: str, hidden: int, suffix: str = "") -> None:
+        n_ff = weights.shape(f"{prefix}ffn_down{suffix}.weight")[-1]
+        self.ffn_gate = weights.linear(f"{prefix}ffn_gate{suffix}.weight", n_ff, hidden)
+        self.ffn_up = weights.linear(f"{prefix}ffn_up{suffix}.weight", n_ff, hidden)
+        self.ffn_down = weights.linear(f"{prefix}ffn_down{suffix}.weight", hidden, n_ff)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.ffn_down(torch.nn.functional.silu(self.ffn_gate(x)) * self.ffn_up(x))
+
+
+class GatedSwiGLU(SwiGLU):
+    """A shared expert whose output is scaled by the sigmoid of one scalar per token (Qwen2-MoE)."""
+
+    def __init__(self, weights: Weights, prefix: str, hidden: int) -> None:
+        super().__init__(weights, prefix, hidden, "_shexp")
+        self.ffn_gate_inp_shexp = weights.floats(prefix + "ffn_gate_inp_shexp.weight", hidden)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * torch.sigmoid(x @ self.ffn_gate_inp_shexp)[:, None]
+
+
+class MixtureOfExperts:
+    """Router, routed experts (wherever they live) and the shared expert, if there is one."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        prefix: str,
+        hidden: int,
+        router: RouterConfig,
+        experts: Experts,
+        layer: int,
+        shared: FeedForward | None,
+    ) -> None:
+        self.router, self.experts, self.layer, self.shared = router, experts, layer, shared
+        self.ffn_gate_inp = weights.floats(prefix + "ffn_gate_inp.weight", router.n_expert, hidden)
+        self.exp_probs_b = None
+        for name in ("exp_probs_b.bias", "exp_probs_b"):  # older files have the bare name
+            if weights.has(prefix + name):
+                self.exp_probs_b = weights.floats(prefix + name, router.n_expert)
+        gate, up, down = weights.experts(prefix, router.n_expert, hidden)
+        experts.register(layer, gate, up, down)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        expert_ids, expert_weights = route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)
+        out = self.experts(self.layer, x, expert_ids, expert_weights)
+        return out if self.shared is None else out + self.shared(x)
+
+
+def router_config(meta: Metadata, *, default_gating: str, normalize: bool | None) -> RouterConfig:
+    """The router's settings; `normalize` None means the file's key decides (default: no)."""
+    names = {1: "softmax", 2: "sigmoid", 3: "softmax_selected", 4: "sqrt_softplus"}
+    number = {name: i for i, name in names.items()}[default_gating]
+    gating = names[meta.integer("expert_gating_func", number, low=0, high=4) or number]
+    n_expert = meta.integer("expert_count", high=1 << 16)
+    n_group = meta.integer("expert_group_count", 1, low=0, high=n_expert) or 1
+    if n_expert % n_group:
+        raise meta.fail("expert_group_count", f"a divisor of the {n_expert} experts")
+    n_group_used = meta.integer("expert_group_used_count", n_group, low=0, high=n_group) or n_group
+    selectable = n_expert // n_group * n_group_used
+    return RouterConfig(
+        n_expert,
+        top_k=meta.integer("expert_used_count", high=selectable),
+        gating=gating,  # type: ignore[arg-type]
+        normalize=meta.flag("expert_weights_norm", False) if normalize is None else normalize,
+        scale=meta.number("expert_weights_scale", 1.0, low=-1e6, high=1e6) or 1.0,
+        n_group=n_group,
+        n_group_used=n_group_used,
+        # DeepSeek-V2 (softmax) ranks groups by their best expert, V3 (sigmoid) by the sum of the best two.
+        group_rule="max" if gating == "softmax" else "top2_sum",
+    )

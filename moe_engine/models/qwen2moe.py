@@ -1,0 +1,22 @@
+"""Qwen2-MoE (Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B): biased attention, a gated shared expert, raw router weights."""
+
+from moe_engine.kernels.router import RouterConfig
+from moe_engine.layers import (
+    Attention,
+    FeedForward,
+    GatedSwiGLU,
+    GroupedQueryAttention,
+    router_config,
+)
+from moe_engine.model import GroupedQueryTransformer
+
+
+class Model(GroupedQueryTransformer):
+    def router_config(self) -> RouterConfig:
+        return router_config(self.meta, default_gating="softmax", normalize=False)
+
+    def attention(self, prefix: str, layer: int) -> Attention:
+        return GroupedQueryAttention(self.meta, self.weights, prefix, self.hidden, bias=True, qk_norm=False)
+
+    def shared_expert(self, prefix: str) -> FeedForward:
+        return GatedSwiGLU(self.weights, prefix, self.hidden)

@@ -1,0 +1,151 @@
+"""The command line, as a user runs it."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moe_engine import Engine
+from moe_engine.cli import main
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line in this process, to the exit."""
+
+    def run(*arguments: str, stdin: str = "") -> Done:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as exit:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return Done(int(exit.value.code or 0), out, err)
+
+    return run
+
+
+def test_generate_writes_text_to_stdout_and_the_summary_to_stderr(run: Run) -> None:
+    done = run("generate", "Once upon a time", "--max-tokens", "8", "--seed", "1", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    with Engine.load(device="cpu") as engine:
+        assert done.stdout == engine.generate("Once upon a time", max_tokens=8, seed=1).text + "\n"
+    assert "tok/s" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_generate_json_is_one_object(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("The captain", encoding="utf-8")
+    options = ("--max-tokens", "4", "--temperature", "0", "--device", "cpu", "--json")
+    done = run("generate", "--prompt-file", str(file), *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"prompt_tokens", "tokens", "text", "stats"} <= set(found)
+    assert len(found["tokens"]) == 4
+    assert found["stats"]["prompt_tokens"] == len(found["prompt_tokens"])
+    again = run("generate", "--prompt-file", "-", *options, stdin="The captain")
+    assert json.loads(again.stdout)["tokens"] == found["tokens"]
+
+
+def test_inspect(run: Run, tmp_path: Path) -> None:
+    from moe_engine.engine import bundled_model
+
+    done = run("inspect", str(bundled_model()), "--json")
+    found = json.loads(done.stdout)
+    assert found["architecture"] == "deepseek2"
+    assert found["supported"] is True
+    assert found["dimensions"]["expert_count"] == 32
+    total = found["dense_bytes"] + found["shared_bytes"] + found["routed_bytes"]
+    assert total == sum(use["nbytes"] for use in found["types"])
+    assert {use["type"]: use["tensors"] for use in found["types"]} == {"Q4_K": 38, "F32": 23, "Q6_K": 5, "Q5_0": 4}
+    # gate, up and down of 256 x 256: all Q4_K, or down in Q6_K
+    assert found["expert_bytes"] == [3 * 256 * 144, 256 * (2 * 144 + 210)]
+    assert "deepseek2" in run("inspect", str(bundled_model())).stdout
+
+
+def test_inspect_of_an_unsupported_architecture(run: Run, tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
+    writer.add_block_count(1)
+    writer.add_tensor("x", np.zeros((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    done = run("inspect", str(tmp_path / "m.gguf"))
+    assert done.returncode == 0
+    assert "not supported" in done.stdout
+    done = run("generate", "x", "-m", str(tmp_path / "m.gguf"))
+    assert done.returncode == 1
+    assert "'mamba' is not supported, expected one of: deepseek2, qwen2moe, qwen3moe" in done.stderr
+
+
+def test_perplexity(run: Run, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parent / "data" / "heldout-4k.txt").read_text(encoding="utf-8")[:3000])
+    done = run("perplexity", "-f", str(text), "--ctx", "128", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 1 < found["ppl"] < 100
+    assert found["tokens"] == found["chunks"] * 63
+
+
+def test_tokenize(run: Run) -> None:
+    done = run("tokenize", "Hello, world!", "--json")
+    assert json.loads(done.stdout)["tokens"] == [39, 449, 78, 11, 1302, 0]
+    assert len(run("tokenize", "Hello, world!").stdout.splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "x", "-m", "no-such-file.gguf"),
+        ("generate", "x", "--temperature", "-1"),
+        ("generate", "x", "--vram-budget", "lots"),
+        ("generate",),
+        ("generate", "x", "--prompt-file", "y"),
+        ("generate", "--prompt-file", "no-such-file.txt"),
+        ("perplexity", "-f", "no-such-file.txt"),
+        ("inspect", "no-such-file.gguf"),
+        ("inspect", __file__),
+        ("tokenize", "x", "-m", __file__),
+    ],
+)
+def test_mistakes_are_one_line_without_traceback(run: Run, arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_help_lists_the_commands(run: Run) -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    for name in ("generate", "inspect", "perplexity", "tokenize"):
+        assert name in done.stdout
+        assert run(name, "--help").returncode == 0
+
+
+def test_python_m_is_the_same_program() -> None:
+    command = [sys.executable, "-m", "moe_engine", "generate", "x", "-m", "no-such-file.gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no-such-file.gguf: no such file\n"

@@ -1,0 +1,310 @@
+"""The compiled CPU kernels against the `gguf` package's decoder and float64 arithmetic."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import gguf.quants
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from gguf.constants import GGMLQuantizationType
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_blocks import random_blocks
+
+from moe_engine.errors import ConfigError
+from moe_engine.kernels import _cpu
+from moe_engine.kernels.cpu import CpuKernels, ExpertHandle, available_tiers
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
+
+ALL_TYPES = [pytest.param(t, id=t.name) for t in QUANT_TYPES.values()]
+FLOAT_NAMES = ("F32", "F16", "BF16")
+POOLS = {
+    (threads, floats): CpuKernels(threads, float_activations=floats) for threads in (1, 3) for floats in (False, True)
+}
+
+
+@pytest.fixture(params=available_tiers())
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _cpu.tier()
+    _cpu.set_tier(request.param)
+    yield request.param
+    _cpu.set_tier(before)
+
+
+def decoded(rows: npt.NDArray[np.uint8], type: QuantType) -> npt.NDArray[np.float32]:
+    out: npt.NDArray[np.float32] = gguf.quants.dequantize(rows, GGMLQuantizationType(type.id))
+    return out
+
+
+def random_weight(type: QuantType, shape: tuple[int, ...], rng: np.random.Generator) -> QuantTensor:
+    n_rows = int(np.prod(shape[:-1]))
+    rows = random_blocks(type, n_rows, shape[-1], rng)
+    return QuantTensor(torch.from_numpy(rows).reshape(*shape[:-1], -1), type, shape[-1])
+
+
+def exact(weight: QuantTensor) -> torch.Tensor:
+    """The weights in float64, by the reference decoder."""
+    rows = weight.data.reshape(-1, weight.data.shape[-1]).contiguous().numpy()
+    return torch.from_numpy(decoded(rows, weight.type)).to(torch.float64).reshape(weight.shape)
+
+
+def random_x(shape: tuple[int, ...], rng: np.random.Generator) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.to(torch.float64) - truth).norm() / truth.norm())
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("type", ALL_TYPES)
+@pytest.mark.parametrize("n_rows", [1, 7, 37])
+def test_dequantize_is_bit_identical(type: QuantType, n_rows: int, tier: str) -> None:
+    n_in = 37 if type.block_size == 1 else 3 * type.block_size
+    weight = random_weight(type, (n_rows, n_in), np.random.default_rng(n_rows))
+    expected = torch.from_numpy(decoded(weight.data.numpy(), type))
+    for threads in (1, 3):
+        assert same_bits(POOLS[threads, False].dequantize(weight), expected)
+
+
+@pytest.mark.parametrize("name", ["MXFP4", "NVFP4"])
+def test_every_scale_byte(name: str, tier: str) -> None:
+    type = BY_NAME[name]
+    n_blocks = 253 if name == "MXFP4" else 256  # the largest powers of two overflow
+    blocks = np.random.default_rng(0).integers(0, 256, (n_blocks, type.block_bytes), dtype=np.uint8)
+    blocks[:, : 1 if name == "MXFP4" else 4] = np.arange(n_blocks, dtype=np.uint8)[:, None]
+    weight = QuantTensor(torch.from_numpy(blocks), type, type.block_size)
+    assert same_bits(POOLS[1, False].dequantize(weight), torch.from_numpy(decoded(blocks, type)))
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_K", "F16"])
+def test_every_half_precision_scale(name: str, tier: str) -> None:
+    type = BY_NAME[name]
+    finite = np.arange(65536, dtype=np.uint32)
+    finite = finite[(finite >> 10) & 31 != 31].astype(np.uint16)
+    blocks = np.random.default_rng(0).integers(0, 256, (len(finite), type.block_bytes), dtype=np.uint8)
+    blocks[:, :2] = finite.view(np.uint8).reshape(-1, 2)
+    if name == "Q4_K":
+        blocks[:, 2:4] = blocks[::-1, :2]
+    weight = QuantTensor(torch.from_numpy(blocks), type, type.block_size)
+    assert same_bits(POOLS[3, False].dequantize(weight), torch.from_numpy(decoded(blocks, type)))
+
+
+def row_lengths(type: QuantType) -> tuple[int, ...]:
+    """Whole chunks of 256, and for smaller blocks rows that end inside a chunk."""
+    return {1: (5, 64, 301), 32: (32, 224, 544), 64: (64, 320, 512)}.get(type.block_size, (256, 768))
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["int8", "float"])
+@pytest.mark.parametrize("type", ALL_TYPES)
+def test_linear(type: QuantType, floats: bool, tier: str) -> None:
+    rng = np.random.default_rng(type.id)
+    limit = 1e-5 if floats or type.name in FLOAT_NAMES else 1e-2
+    for n_in in row_lengths(type):
+        weight = random_weight(type, (29, n_in), rng)
+        for n_tokens in (1, 2, 7):
+            x = random_x((n_tokens, n_in), rng)
+            y = POOLS[3, floats].linear(x, weight)
+            assert y.shape == (n_tokens, 29)
+            assert relative_error(y, x.to(torch.float64) @ exact(weight).T) < limit
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["int8", "float"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ3_S", "BF16"])
+def test_linear_with_a_stack(name: str, floats: bool) -> None:
+    rng = np.random.default_rng(1)
+    weight = random_weight(BY_NAME[name], (3, 10, 512), rng)
+    weight = QuantTensor(weight.data[:, 2:9], weight.type, 512)  # matrices with gaps between them
+    x = random_x((3, 5, 512), rng)
+    truth = torch.einsum("bti,boi->bto", x.to(torch.float64), exact(weight))
+    assert relative_error(POOLS[3, floats].linear(x, weight), truth) < 1e-2
+    assert same_bits(POOLS[3, floats].linear(x, weight)[1], POOLS[1, floats].linear(x[1], weight[1]))
+
+
+def test_linear_with_strided_rows_and_leading_dimensions() -> None:
+    rng = np.random.default_rng(2)
+    weight = random_weight(BY_NAME["Q6_K"], (20, 512), rng)
+    every_other = QuantTensor(weight.data[::2], weight.type, 512)
+    x = random_x((512, 2, 3), rng).permute(1, 2, 0)
+    y = POOLS[3, False].linear(x, weight)
+    assert y.shape == (2, 3, 20)
+    assert same_bits(POOLS[3, False].linear(x, every_other), y[..., ::2].contiguous())
+    assert POOLS[1, False].linear(x[:0], weight).shape == (0, 3, 20)
+
+
+def test_zero_activations_give_zero() -> None:
+    weight = random_weight(BY_NAME["Q4_K"], (8, 512), np.random.default_rng(3))
+    for scale in (0.0, 1e-44):
+        assert float(POOLS[1, False].linear(torch.full((1, 512), scale), weight).abs().max()) < 1e-30
+
+
+def test_a_nan_is_not_lost(tier: str) -> None:
+    weight = random_weight(BY_NAME["Q4_K"], (8, 512), np.random.default_rng(3))
+    x = torch.ones(2, 512)
+    x[1, 300] = torch.nan
+    y = POOLS[1, False].linear(x, weight)
+    assert y[0].isfinite().all()
+    assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["int8", "float"])
+@pytest.mark.parametrize("type", ALL_TYPES)
+def test_a_token_is_alone_in_its_arithmetic(type: QuantType, floats: bool, tier: str) -> None:
+    rng = np.random.default_rng(4)
+    n_in = 512 if type.block_size > 1 else 261
+    weight, x = random_weight(type, (70, n_in), rng), random_x((35, n_in), rng)
+    together = POOLS[3, floats].linear(x, weight)
+    for some in (slice(0, 1), slice(3, 5), slice(8, 15), slice(34, 35)):
+        assert same_bits(POOLS[1, floats].linear(x[some], weight), together[some].contiguous())
+
+
+def test_gather() -> None:
+    weight = random_weight(BY_NAME["Q5_K"], (50, 256), np.random.default_rng(5))
+    ids = torch.tensor([49, 0, 7, 7])
+    expected = torch.from_numpy(decoded(weight.data.numpy(), weight.type))[ids]
+    assert same_bits(POOLS[3, False].gather(weight, ids), expected)
+    assert POOLS[1, False].gather(weight, ids[:0]).shape == (0, 256)
+    with pytest.raises(IndexError):
+        POOLS[1, False].gather(weight, torch.tensor([50]))
+
+
+# Types of gate, up and down: the common mixes, fallbacks, floats beside integers.
+MIXES = [
+    ("Q4_K", "Q4_K", "Q6_K"),
+    ("Q8_0", "Q5_0", "Q4_0"),
+    ("MXFP4", "MXFP4", "MXFP4"),
+    ("IQ2_XXS", "IQ3_XXS", "IQ4_NL"),
+    ("BF16", "Q4_K", "F16"),
+    ("F32", "F32", "Q8_0"),
+    ("NVFP4", "TQ2_0", "Q5_1"),
+]
+N_EXPERT, HIDDEN, N_FF = 6, 256, 160
+
+
+def random_experts(kernels: CpuKernels, mix: tuple[str, str, str], rng: np.random.Generator) -> ExpertHandle:
+    n_ff = 256 if any(BY_NAME[name].block_size == 256 for name in mix[2:]) else N_FF
+    gate, up = (random_weight(BY_NAME[name], (N_EXPERT, n_ff, HIDDEN), rng) for name in mix[:2])
+    return kernels.register_experts(gate, up, random_weight(BY_NAME[mix[2]], (N_EXPERT, HIDDEN, n_ff), rng))
+
+
+def exact_ffn(handle: ExpertHandle, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    gate, up, down = exact(handle.gate), exact(handle.up), exact(handle.down)
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for token, row in enumerate(x.to(torch.float64)):
+        for expert, weight in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
+            if expert >= 0:
+                h = torch.nn.functional.silu(gate[expert] @ row) * (up[expert] @ row)
+                out[token] += weight * (down[expert] @ h)
+    return out
+
+
+def random_routing(
+    n_tokens: int, k: int, rng: np.random.Generator, skip: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = random_x((n_tokens, HIDDEN), rng) * 0.1
+    ids = rng.permuted(np.tile(np.arange(N_EXPERT), (n_tokens, 1)), axis=1)[:, :k]
+    ids = np.where(rng.random(ids.shape) < skip, -1, ids)
+    return x, torch.from_numpy(ids), torch.from_numpy(rng.random((n_tokens, k), dtype=np.float32))
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["int8", "float"])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_expert_ffn(mix: tuple[str, str, str], floats: bool, tier: str) -> None:
+    rng = np.random.default_rng(6)
+    kernels = POOLS[3, floats]
+    handle = random_experts(kernels, mix, rng)
+    for n_tokens, k in ((1, 2), (2, 6), (5, 1), (33, 3)):
+        x, ids, weights = random_routing(n_tokens, k, rng, skip=0.1)
+        out = kernels.expert_ffn(handle, x, ids, weights)
+        assert relative_error(out, exact_ffn(handle, x, ids, weights)) < (1e-5 if floats else 2e-2)
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["int8", "float"])
+def test_many_tokens_on_one_expert(floats: bool, tier: str) -> None:
+    rng = np.random.default_rng(7)
+    handle = random_experts(POOLS[3, floats], MIXES[0], rng)
+    x, _, weights = random_routing(150, 2, rng)
+    ids = torch.full((150, 2), 4)  # the same expert twice a token
+    out = POOLS[3, floats].expert_ffn(handle, x, ids, weights)
+    assert relative_error(out, exact_ffn(handle, x, ids, weights)) < (1e-5 if floats else 2e-2)
+
+
+@pytest.mark.parametrize("floats", [False, True], ids=["int8", "float"])
+@pytest.mark.parametrize("mix", MIXES, ids="-".join)
+def test_expert_ffn_of_a_token_is_its_own(mix: tuple[str, str, str], floats: bool, tier: str) -> None:
+    rng = np.random.default_rng(8)
+    handle = random_experts(POOLS[1, floats], mix, rng)
+    x, ids, weights = random_routing(40, 3, rng)
+    together = POOLS[3, floats].expert_ffn(handle, x, ids, weights)
+    assert same_bits(POOLS[1, floats].expert_ffn(handle, x, ids, weights), together)
+    for some in (slice(0, 1), slice(5, 7), slice(11, 31)):
+        alone = POOLS[1, floats].expert_ffn(handle, x[some], ids[some], weights[some])
+        assert same_bits(alone, together[some].contiguous())
+
+
+def test_fused_gate_up_view() -> None:
+    rng = np.random.default_rng(9)
+    fused = random_weight(BY_NAME["Q4_K"], (N_EXPERT, 2 * 256, HIDDEN), rng)
+    down = random_weight(BY_NAME["Q6_K"], (N_EXPERT, HIDDEN, 256), rng)
+    kernels = POOLS[3, False]
+    views = [fused.rows(0, 256), fused.rows(256, 512)]
+    copies = [QuantTensor(view.data.contiguous(), view.type, view.n_in) for view in views]
+    x, ids, weights = random_routing(4, 2, rng)
+    apart = kernels.expert_ffn(kernels.register_experts(views[0], views[1], down), x, ids, weights)
+    assert same_bits(apart, kernels.expert_ffn(kernels.register_experts(copies[0], copies[1], down), x, ids, weights))
+
+
+def test_no_pairs_give_zeros() -> None:
+    handle = random_experts(POOLS[3, False], MIXES[0], np.random.default_rng(10))
+    x = torch.ones(3, HIDDEN)
+    for ids in (torch.full((3, 2), -1), torch.empty((3, 0), dtype=torch.int64)):
+        out = POOLS[3, False].expert_ffn(handle, x, ids, torch.ones(ids.shape))
+        assert torch.equal(out, torch.zeros(3, HIDDEN))
+
+
+def test_wrong_arguments() -> None:
+    kernels = POOLS[1, False]
+    handle = random_experts(kernels, MIXES[0], np.random.default_rng(11))
+    x, weights = torch.ones(1, HIDDEN), torch.ones(1, 1)
+    for expert in (N_EXPERT, -2):
+        with pytest.raises(AssertionError, match=f"expert id {expert}"):
+            kernels.expert_ffn(handle, x, torch.tensor([[expert]]), weights)
+    with pytest.raises(AssertionError):
+        kernels.linear(torch.ones(1, 128), handle.gate[0])
+    with pytest.raises(ConfigError, match="threads"):
+        CpuKernels(0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(sorted(BY_NAME)),
+    n_rows=st.integers(1, 40),
+    n_blocks=st.integers(1, 12),
+    n_tokens=st.integers(1, 9),
+    threads=st.sampled_from([1, 3]),
+)
+def test_any_shape(name: str, n_rows: int, n_blocks: int, n_tokens: int, threads: int) -> None:
+    type = BY_NAME[name]
+    rng = np.random.default_rng(n_rows)
+    weight = random_weight(type, (n_rows, n_blocks * type.block_size), rng)
+    x = random_x((n_tokens, weight.n_in), rng)
+    truth = x.to(torch.float64) @ exact(weight).T
+    size = (x.to(torch.float64).abs() @ exact(weight).abs().T).norm()  # sums of a few terms may cancel
+    for floats, limit in ((False, 1e-2), (True, 1e-6)):
+        error = (POOLS[threads, floats].linear(x, weight).to(torch.float64) - truth).norm()
+        assert float(error / size) < limit
+
+
+def test_environment_lowers_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "from moe_engine.kernels.cpu import CpuKernels; print(CpuKernels(1).tier)"
+    for value, expected in (("scalar", "scalar"), ("fast", "ConfigError")):
+        monkeypatch.setenv("MOE_ENGINE_CPU_TIER", value)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert (done.stdout.strip() or done.stderr).find(expected) >= 0
