@@ -13,9 +13,6 @@ from moe_engine.kernels import codebooks, reference
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import QuantType
 
-SCRATCH_ELEMENTS = 16 << 20
-"""A good size for the scratch of `linear`: 64 MiB, or 8192 rows of 2048 elements."""
-
 # Elements a program writes: 16 a thread with 4 warps. Not tuned.
 _TILE = 2048
 # The interpreter's time goes by operation, not by element.

@@ -137,7 +137,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, **sampling: Any) -> "Generation":
         """As `generate`, but returns an iterator over pieces of text; its `result()` has the totals."""
-        return Generation(self, self.encode(prompt), SamplingParams.of(**sampling))
+        return Generation(self, self.encode(prompt), SamplingParams.of(**sampling), isinstance(prompt, str))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, with the special tokens that the model wants around it."""
@@ -216,11 +216,12 @@ class Engine:
 class Generation:
     """A running generation: iterate for pieces of text (never half a character), then ask for `result()`."""
 
-    def __init__(self, engine: Engine, prompt_tokens: list[int], params: SamplingParams) -> None:
+    def __init__(self, engine: Engine, prompt_tokens: list[int], params: SamplingParams, continues_text: bool) -> None:
+        """Use `Engine.stream`. continues_text: a space before the first word belongs to the text."""
         self.prompt_tokens, self.tokens = prompt_tokens, list[int]()
         self.stats = Stats(prompt_tokens=len(prompt_tokens))
         self.finish_reason: Literal["stop", "length"] = "length"
-        self._engine, self._params = engine, params
+        self._engine, self._params, self._continues_text = engine, params, continues_text
         self._text: list[str] = []
         self._pieces = self._run()
 
@@ -240,7 +241,7 @@ class Generation:
 
     def _run(self) -> Iterator[str]:
         """Tokens to text, cut at the first stop string."""
-        text = self._engine.tokenizer.stream()
+        text = self._engine.tokenizer.stream(continuation=self._continues_text)
         held = ""  # text that may be the beginning of a stop string
         for token in self._generate():
             held += text.push(token)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_engine.config import format_size
 from moe_engine.errors import CapacityError
-from moe_engine.kernels import dequantize as device_kernels
+from moe_engine.kernels.dequantize import linear
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.policies.lru import LRU
 
@@ -107,14 +107,11 @@ class CachedExperts:
             gate, up, down = self._resident(key, parts, slot_class)
             token, choice = (expert_ids == key[1]).nonzero(as_tuple=True)
             rows = x[token]
-            activated = torch.nn.functional.silu(self._linear(rows, gate)) * self._linear(rows, up)
-            outputs[token, choice] = self._linear(activated, down)
+            activated = torch.nn.functional.silu(linear(rows, gate, self.scratch)) * linear(rows, up, self.scratch)
+            outputs[token, choice] = linear(activated, down, self.scratch)
         # One sum in router order, whatever the order of computation was.
         total: Tensor = (outputs * weights[..., None]).sum(dim=1)
         return total
-
-    def _linear(self, x: Tensor, weight: QuantTensor) -> Tensor:
-        return device_kernels.linear(x, weight, self.scratch)
 
     def _resident(self, key: Key, parts: _Parts, slot_class: SlotClass) -> _Parts:
         """The expert's matrices as views of its slot, copied there first if need be."""

@@ -15,14 +15,14 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_models import FileOptions, make
+from tiny_models import WRITABLE, FileOptions, in_turn, make
 
 from moe_engine import Engine
 from moe_engine.errors import MoeEngineError, UnsupportedModelError
 
-FAMILIES = ("deepseek2/v3", "qwen2moe/plain")
+FAMILIES = ("deepseek2/v3", "qwen2moe/plain")  # the second one quantized
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": 32,
@@ -156,8 +156,8 @@ def time_limit() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def run(path: Path) -> None:
-    with time_limit(), Engine.load(path, device="cpu", threads=1) as engine:
+def run(path: Path, device: str = "cpu") -> None:
+    with time_limit(), Engine.load(path, device=device, threads=1) as engine:
         engine.forward([1, 2, 3])
 
 
@@ -177,7 +177,8 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], bytes]:
 
     @cache
     def read(name: str) -> bytes:
-        return make(name, tmp_path_factory.mktemp("valid"), **SMALL).path.read_bytes()
+        types = "F32" if name == FAMILIES[0] else in_turn(*WRITABLE, "F32")
+        return make(name, tmp_path_factory.mktemp("valid"), types, **SMALL).path.read_bytes()
 
     return read
 
@@ -385,7 +386,7 @@ def _tensor_offset(image: Image, damage: Damage) -> bytes:
 
 def _tensor_data(image: Image, damage: Damage) -> bytes:
     """All of a tensor's numbers become NaN, infinite or huge: routers must not choose impossible experts."""
-    tensor = damage.pick(image.tensors)
+    tensor = damage.pick([tensor for tensor in image.tensors if tensor.type == 0])
     number = damage.choose([math.nan, math.inf, -math.inf, 3e38, 0.0, -3e38])
     n = math.prod(tensor.shape)
     image.data = image.data[: tensor.offset] + struct.pack("<f", number) * n + image.data[tensor.offset + 4 * n :]
@@ -425,24 +426,53 @@ KINDS: dict[str, Callable[[Image, Damage], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@settings(
-    max_examples=25,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the folder is reused on purpose
-)
-@given(name=st.sampled_from(FAMILIES), where=st.integers(0, 2**31), value=st.integers(0, 2**31) | st.integers(0, 64))
-@example(name=FAMILIES[0], where=0, value=0)
-def test_damage_is_an_error_or_harmless(
-    valid: Callable[[str], bytes], path: Path, kind: str, name: str, where: int, value: int
-) -> None:
-    path.write_bytes(KINDS[kind](Image.parse(valid(name)), Damage(where, value)))
+def cases(n: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Runs a test on `n` damages, always the same ones."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        where, value = st.integers(0, 2**31), st.integers(0, 2**31) | st.integers(0, 64)
+        given_damage = given(name=st.sampled_from(FAMILIES), damage=st.builds(Damage, where, value))(test)
+        return settings(
+            max_examples=n,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=[HealthCheck.function_scoped_fixture],  # the folder is reused on purpose
+        )(given_damage)
+
+    return decorate
+
+
+def check(path: Path, raw: bytes, device: str) -> None:
+    path.write_bytes(raw)
     try:
-        run(path)
+        run(path, device)
     except MoeEngineError as error:
-        assert str(error)  # noqa: PT017 - there is no error to expect when the damage is harmless
+        assert str(error)  # noqa: PT017 - when the damage is harmless there is no error to expect
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@cases(25)
+def test_damage_is_an_error_or_harmless(
+    valid: Callable[[str], bytes], path: Path, kind: str, name: str, damage: Damage
+) -> None:
+    check(path, KINDS[kind](Image.parse(valid(name)), damage), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["count", "key_value", "drop_tensor", "tensor_type", "tensor_size", "tensor_data"])
+@cases(10)
+def test_damage_on_an_accelerator(
+    valid: Callable[[str], bytes], path: Path, kind: str, name: str, damage: Damage
+) -> None:
+    """Memory is planned there before anything is loaded."""
+    check(path, KINDS[kind](Image.parse(valid(name)), damage), "simulated")
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "output_norm.weight", "blk.1.ffn_down_exps.weight"])
+def test_missing_tensor_is_named_on_an_accelerator(image: Image, path: Path, name: str) -> None:
+    image.tensors.remove(image.tensor(name))
+    path.write_bytes(image.pack())
+    assert name in str(_caught(path, "simulated"))
 
 
 # --- messages ------------------------------------------------------------------------------------------------------
@@ -762,7 +792,7 @@ def test_tensor_in_two_parts(parts: list[Path]) -> None:
     assert first.tensors[0].name.decode() in str(_caught(parts[0]))
 
 
-def _caught(path: Path) -> MoeEngineError:
+def _caught(path: Path, device: str = "cpu") -> MoeEngineError:
     with pytest.raises(MoeEngineError) as caught:
-        run(path)
+        run(path, device)
     return caught.value

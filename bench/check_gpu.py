@@ -1,0 +1,172 @@
+"""Checks and times the whole engine on a CUDA machine: one script, one call.
+
+    python bench/check_gpu.py --work /tmp/models --out results.json [--tiny]
+
+Writes full-size random models, loads each within a VRAM budget, runs a prompt and decodes, while another process
+reads the device's memory from nvidia-smi. `--tiny` is a dry run on the simulated device with a few layers.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from synth_gguf import write_model
+
+from moe_engine import Engine
+from moe_engine.config import format_size
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.perplexity import perplexity
+
+ROOT = Path(__file__).parent.parent
+BUDGET = 6 << 30
+
+
+@dataclass
+class MemoryWatch:
+    """Samples the memory that the device has in use, as nvidia-smi counts it, until the block ends."""
+
+    enabled: bool
+    peak: int = 0
+    base: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def used(self) -> int:
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.1):
+            self.peak = max(self.peak, self.used())
+
+    def __enter__(self) -> Self:
+        if self.enabled:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.enabled:
+            self._stop.set()
+            self._thread.join()
+
+
+def check_bundled(device: str) -> dict[str, Any]:
+    """Generates and scores with the bundled model on the device and on the CPU."""
+    text = (ROOT / "tests" / "data" / "heldout-4k.txt").read_text(encoding="utf-8")
+    text = text if device == "cuda" else text[:2500]
+    found: dict[str, Any] = {}
+    runs: dict[str, dict[str, Any]] = {
+        "cpu": {"device": "cpu", "activations": "float"},
+        "cpu_int8": {"device": "cpu"},
+        "device_cache": {"device": device, "experts": "cache", "vram_budget": "2GiB"},
+        "device_cpu_experts": {"device": device, "experts": "cpu", "vram_budget": "2GiB"},
+    }
+    for name, options in runs.items():
+        with Engine.load(None, **options) as engine:
+            result = engine.generate("Once upon a time", temperature=0, max_tokens=48)
+            scored = perplexity(engine, text)
+        found[name] = {"tokens": result.tokens, "text": result.text, "ppl": scored.ppl, **rates(result.stats.as_dict())}
+        print(f"bundled, {name}: ppl {scored.ppl:.4f}; {result.stats.summary()}", flush=True)
+    exact = found["cpu"]["ppl"]
+    for name, bound in {"device_cache": 1e-3, "device_cpu_experts": 7e-3, "cpu_int8": 7e-3}.items():
+        assert abs(found[name]["ppl"] / exact - 1) < bound, (name, found[name]["ppl"], exact)
+    return found
+
+
+def rates(stats: dict[str, Any]) -> dict[str, Any]:
+    return {key: stats[key] for key in ("prompt_rate", "decode_rate", "hit_rate", "peak_vram_bytes")}
+
+
+def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_decode: int) -> dict[str, Any]:
+    """Loads a full-size file within the budget and runs it; the peak must stay below the budget."""
+    vram_budget = BUDGET if device == "cuda" else 2 << 30
+    watch = MemoryWatch(enabled=device == "cuda")
+    if watch.enabled:
+        torch.cuda.empty_cache()
+        # What the device holds without this process's tensors: the CUDA context, and other processes if any.
+        watch.base = watch.used() - torch.cuda.memory_reserved()
+    with watch:
+        started = time.perf_counter()
+        with Engine.load(path, device=device, experts=experts, vram_budget=vram_budget) as engine:
+            loaded = time.perf_counter() - started
+            prompt = [(i * 7919) % 400 for i in range(n_prompt)]
+            result = engine.generate(prompt, temperature=0, max_tokens=n_decode)
+            slots = engine.experts.n_slot if isinstance(engine.experts, CachedExperts) else 0
+            plan = str(engine.vram_plan)
+        reserved = torch.cuda.max_memory_reserved() if watch.enabled else 0
+    found = {
+        "file": path.name,
+        "experts": experts,
+        "budget": vram_budget,
+        "load_seconds": loaded,
+        "slots": slots,
+        "plan": plan,
+        "peak_reserved": reserved,
+        "context": watch.base,
+        "peak_nvidia_smi": watch.peak,
+        "prompt_tokens": n_prompt,
+        **rates(result.stats.as_dict()),
+    }
+    print(
+        f"{path.name}, experts {experts}: loaded in {loaded:.1f} s, {slots} slots; {result.stats.summary()}; "
+        f"peak by nvidia-smi {format_size(watch.peak)} of {format_size(vram_budget)}, of it context "
+        f"{format_size(watch.base)}\n  plan: {plan}",
+        flush=True,
+    )
+    assert len(result.tokens) > 0
+    assert watch.peak <= vram_budget, (watch.peak, vram_budget)
+    return found
+
+
+def open_seconds(path: Path) -> float:
+    """Time to read a file's header and build its tokenizer."""
+    from moe_engine import GGUFFile, Tokenizer
+
+    started = time.perf_counter()
+    Tokenizer.from_metadata(GGUFFile(path).metadata, str(path))
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    device = "simulated" if options.tiny else "cuda"
+    results: dict[str, Any] = {
+        "command": "python bench/check_gpu.py",
+        "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "bundled": check_bundled(device),
+        "full_size": [],
+    }
+    for name in ("qwen3-30b-a3b", "deepseek-v2-lite"):
+        path = options.work / f"{name}.gguf"
+        if not path.exists():
+            started = time.perf_counter()
+            write_model(name, path, layers=2 if options.tiny else None, skew=0.35)
+            print(f"wrote {path.name} in {time.perf_counter() - started:.0f} s", flush=True)
+        seconds = open_seconds(path)
+        print(f"{path.name}: header and tokenizer opened in {seconds:.2f} s", flush=True)
+        for experts in ("cache", "cpu"):
+            found = check_full_size(path, device, experts, *((4, 2) if options.tiny else (512, 64)))
+            results["full_size"].append({**found, "open_seconds": seconds})
+        path.unlink()
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print("all checks passed")
+
+
+if __name__ == "__main__":
+    main()
