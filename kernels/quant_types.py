@@ -74,7 +74,9 @@ _FORK |= {154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS", 157: "IQ2_KL", 158: "IQ1_
 
 
 def why_unsupported(type_id: int) -> str:
-    """What to tell a user whose file holds `type_id`, which is in neither table above."""
+    """What to tell a user whose file holds `type_id`, which no matrix product takes."""
+    if type_id in PLAIN_TYPES:
+        return f"type {PLAIN_TYPES[type_id]} (id {type_id}) cannot be multiplied: expected a float or quantized type"
     if type_id in _RETIRED:
         return f"type {_RETIRED[type_id]} (id {type_id}) was retired from the format: convert the model again"
     if type_id in _ACTIVATIONS:

@@ -12,7 +12,7 @@ from moe_engine.kv_cache import element_bytes
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
 
-CUDA_CONTEXT_BYTES = 640 << 20
+CUDA_CONTEXT_BYTES = 704 << 20  # seen: 689 MiB on an H200, CUDA 13 (bench/results/check_gpu.json)
 DEFAULT_SHARE = 0.9  # of the free VRAM, when no budget is given
 SIMULATED_BYTES = 1 << 30  # the default budget of the simulated device
 LOGIT_BYTES = 64 << 20  # one chunk of logits
@@ -123,7 +123,9 @@ def _workspace_bytes(file: GGUFFile, meta: Metadata, family: type[Transformer], 
         default=0,
     )
     per_token = (12 + 3 * top_k) * hidden + 6 * widest
+    embedding = file.tensors.get("token_embd.weight")
+    n_vocab = embedding.shape[0] if embedding is not None else 0  # loading reports the missing tensor
     scores = min(SCORE_BYTES, 4 * meta.integer("attention.head_count") * n_token * ctx)
-    logits = min(LOGIT_BYTES, 4 * file.tensors["token_embd.weight"].shape[0] * n_token)
+    logits = min(LOGIT_BYTES, 4 * n_vocab * n_token)
     chunks = 3 * scores + 2 * logits
     return 4 * per_token * n_token + family.attention_bytes(meta, n_token, ctx) + chunks

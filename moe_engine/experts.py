@@ -12,7 +12,7 @@ from moe_engine.kernels.quant_tensor import QuantTensor
 
 
 class Experts(Protocol):
-    hits: int  # expert uses served from VRAM
+    hits: int  # experts found in VRAM, each counted once per call
     misses: int
 
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
@@ -40,5 +40,6 @@ class CpuExperts:
         self._layers[layer] = self.cpu.register_experts(gate, up, down)
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        self.misses += expert_ids.numel()
-        return self.cpu.expert_ffn(self._layers[layer], x.cpu(), expert_ids.cpu(), weights.cpu()).to(x.device)
+        expert_ids = expert_ids.cpu()
+        self.misses += len(set(expert_ids.flatten().tolist()))
+        return self.cpu.expert_ffn(self._layers[layer], x.cpu(), expert_ids, weights.cpu()).to(x.device)

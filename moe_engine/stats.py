@@ -15,7 +15,7 @@ class Stats:
     prompt_seconds: float = 0.0
     decode_tokens: int = 0  # tokens computed one at a time; the first token comes with the prompt
     decode_seconds: float = 0.0
-    expert_hits: int = 0  # expert uses served from VRAM
+    expert_hits: int = 0  # experts found in VRAM, each counted once per layer and forward pass
     expert_misses: int = 0
     peak_vram_bytes: int = 0  # what PyTorch held at most; the CUDA context comes on top
     peak_ram_bytes: int = 0  # the process's largest resident size, mapped file pages included

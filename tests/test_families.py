@@ -200,7 +200,7 @@ def test_int8_activations_without_routing(tiny: Maker) -> None:
 
 # --- the accelerator's code, on the CPU ---------------------------------------------------------------------------
 
-SIMULATED: dict[str, Any] = {"device": "simulated", "experts": "cache", "vram_budget": "1GiB"}
+SIMULATED: dict[str, Any] = {"device": "simulated", "experts": "cache", "vram_budget": "64MiB"}
 
 
 @pytest.mark.parametrize(

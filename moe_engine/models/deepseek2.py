@@ -78,7 +78,8 @@ class Model(Transformer):
         return 4 * latent * (6 * n_token * d.n_head + 4 * ctx) + 3 * expanded
 
     def shared_expert(self, prefix: str) -> FeedForward | None:
-        if not self.weights.has(prefix + "ffn_down_shexp.weight"):
+        declared = self.meta.integer("expert_shared_count", 0, low=0) > 0
+        if not declared and not self.weights.has(prefix + "ffn_down_shexp.weight"):
             return None
         return SwiGLU(self.weights, prefix, self.hidden, "_shexp")
 
