@@ -269,7 +269,8 @@ class Generation:
         logits = engine._logits(last_hidden)[0]
         self.stats.prompt_seconds = clock.lap()
         while len(self.tokens) < params.max_tokens:
-            token = sampler(logits, [*ids, *self.tokens])
+            # Models may have more rows than tokens: the rest is padding that must not be drawn.
+            token = sampler(logits[: engine.tokenizer.n_vocab], [*ids, *self.tokens])
             if token in engine.tokenizer.stop_ids:
                 self.finish_reason = "stop"
                 break
