@@ -1,8 +1,10 @@
 """The compiled CPU kernels against the `gguf` package's decoder and float64 arithmetic."""
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import gguf.quants
 import numpy as np
@@ -14,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_blocks import random_blocks
 
-from moe_engine.errors import ConfigError
-from moe_engine.kernels import _cpu
+from moe_engine.errors import ConfigError, NativeLibraryError
+from moe_engine.kernels import _cpu, cpu
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle, available_tiers
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
@@ -308,3 +310,35 @@ def test_environment_lowers_the_tier(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MOE_ENGINE_CPU_TIER", value)
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
         assert (done.stdout.strip() or done.stderr).find(expected) >= 0
+
+
+def test_a_missing_library_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import moe_engine.kernels
+
+    monkeypatch.delattr(moe_engine.kernels, "_cpu")
+    monkeypatch.setitem(sys.modules, "moe_engine.kernels._cpu", None)
+    spec = importlib.util.spec_from_file_location("cpu_without_library", cpu.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(NativeLibraryError, match="pip install"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_calls_from_several_threads() -> None:
+    rng = np.random.default_rng(12)
+    kernels = POOLS[3, False]
+    handle = random_experts(kernels, MIXES[0], rng)
+    jobs = [random_routing(n, 2, rng) for n in (1, 2, 9, 1, 3, 1, 17, 1)]
+    expected = [kernels.expert_ffn(handle, *job) for job in jobs]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            results = threads.map(lambda job: kernels.expert_ffn(handle, *job), jobs)
+            assert all(map(same_bits, results, expected))
+
+
+def test_pools_come_and_go() -> None:
+    weight = random_weight(BY_NAME["Q8_0"], (64, 256), np.random.default_rng(13))
+    x = torch.ones(1, 256)
+    expected = POOLS[1, False].linear(x, weight)
+    for threads in (1, 2, 5) * 20:
+        assert same_bits(CpuKernels(threads).linear(x, weight), expected)

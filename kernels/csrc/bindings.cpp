@@ -1,4 +1,5 @@
-// The Python face of the kernels: addresses as integers, checked by kernels/cpu.py. Computing calls release the GIL.
+// The Python face of the kernels: addresses as integers, checked by kernels/cpu.py. Computing calls release
+// the GIL.
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
@@ -25,47 +26,69 @@ NB_MODULE(_cpu, m) {
     m.def("available_tiers", &moe::available_tiers);
     m.def("tier", &moe::current_tier);
     m.def("set_tier", &moe::set_tier, "name"_a);
-    m.def("set_codebook", [](int type_id, uintptr_t grid, int64_t n_bytes) {
-        moe::set_codebook(type_id, at<const int8_t>(grid), n_bytes);
-    }, "type_id"_a, "address"_a, "n_bytes"_a);
+    m.def(
+        "set_codebook",
+        [](int type_id, uintptr_t grid, int64_t n_bytes) {
+            moe::set_codebook(type_id, at<const int8_t>(grid), n_bytes);
+        },
+        "type_id"_a, "address"_a, "n_bytes"_a);
 
     nb::class_<ThreadPool>(m, "ThreadPool")
-        .def("__init__", [](ThreadPool* self, int n_threads) {
-            if (n_threads < 1) throw nb::value_error("a pool needs at least one thread");
-            new (self) ThreadPool(n_threads);
-        }, "n_threads"_a)
+        .def(
+            "__init__",
+            [](ThreadPool* self, int n_threads) {
+                if (n_threads < 1) throw nb::value_error("a pool needs at least one thread");
+                new (self) ThreadPool(n_threads);
+            },
+            "n_threads"_a)
         .def_prop_ro("n_threads", &ThreadPool::n_threads);
 
     nb::class_<moe::ExpertLayer>(m, "ExpertLayer")
-        .def("__init__", [](moe::ExpertLayer* self, uintptr_t gate, int gate_type, int64_t gate_stride, uintptr_t up,
-                            int up_type, int64_t up_stride, uintptr_t down, int down_type, int64_t down_stride,
-                            int64_t n_expert, int64_t hidden, int64_t n_ff) {
-            new (self) moe::ExpertLayer{{at<const uint8_t>(gate), gate_type, gate_stride},
-                                        {at<const uint8_t>(up), up_type, up_stride},
-                                        {at<const uint8_t>(down), down_type, down_stride},
-                                        n_expert, hidden, n_ff};
-        }, "gate_ptr"_a, "gate_type"_a, "gate_expert_stride"_a, "up_ptr"_a, "up_type"_a, "up_expert_stride"_a,
-             "down_ptr"_a, "down_type"_a, "down_expert_stride"_a, "n_expert"_a, "hidden"_a, "n_ff"_a);
+        .def(
+            "__init__",
+            [](moe::ExpertLayer* self, uintptr_t gate, int gate_type, int64_t gate_stride, uintptr_t up,
+               int up_type, int64_t up_stride, uintptr_t down, int down_type, int64_t down_stride,
+               int64_t n_expert, int64_t hidden, int64_t n_ff) {
+                new (self) moe::ExpertLayer{{at<const uint8_t>(gate), gate_type, gate_stride},
+                                            {at<const uint8_t>(up), up_type, up_stride},
+                                            {at<const uint8_t>(down), down_type, down_stride},
+                                            n_expert,
+                                            hidden,
+                                            n_ff};
+            },
+            "gate_ptr"_a, "gate_type"_a, "gate_expert_stride"_a, "up_ptr"_a, "up_type"_a,
+            "up_expert_stride"_a, "down_ptr"_a, "down_type"_a, "down_expert_stride"_a, "n_expert"_a,
+            "hidden"_a, "n_ff"_a);
 
-    m.def("dequantize", [](ThreadPool& pool, int type_id, uintptr_t src, int64_t n_rows, int64_t n_in,
-                           int64_t row_stride, uintptr_t dst) {
-        moe::dequantize(pool, type_id, at<const uint8_t>(src), n_rows, n_in, row_stride, at<float>(dst));
-    }, "pool"_a, "type_id"_a, "src"_a, "n_rows"_a, "n_in"_a, "row_stride_bytes"_a, "dst"_a, no_gil);
+    m.def(
+        "dequantize",
+        [](ThreadPool& pool, int type_id, uintptr_t src, int64_t n_rows, int64_t n_in, int64_t row_stride,
+           uintptr_t dst) {
+            moe::dequantize(pool, type_id, at<const uint8_t>(src), n_rows, n_in, row_stride, at<float>(dst));
+        },
+        "pool"_a, "type_id"_a, "src"_a, "n_rows"_a, "n_in"_a, "row_stride_bytes"_a, "dst"_a, no_gil);
 
-    m.def("matmul", [](ThreadPool& pool, int type_id, uintptr_t weight, int64_t batch_stride, int64_t row_stride,
-                       int64_t n_batch, int64_t n_out, int64_t n_in, uintptr_t x, int64_t n_tokens, uintptr_t y,
-                       bool float_activations) {
-        moe::matmul(pool, {type_id, at<const uint8_t>(weight), batch_stride, row_stride, n_batch, n_out, n_in,
-                           at<const float>(x), n_tokens, at<float>(y), float_activations});
-    }, "pool"_a, "type_id"_a, "weight"_a, "batch_stride_bytes"_a, "row_stride_bytes"_a, "n_batch"_a, "n_out"_a,
-          "n_in"_a, "x"_a, "n_tokens"_a, "y"_a, "float_activations"_a, no_gil);
+    m.def(
+        "matmul",
+        [](ThreadPool& pool, int type_id, uintptr_t weight, int64_t batch_stride, int64_t row_stride,
+           int64_t n_batch, int64_t n_out, int64_t n_in, uintptr_t x, int64_t n_tokens, uintptr_t y,
+           bool float_activations) {
+            moe::matmul(pool, {type_id, at<const uint8_t>(weight), batch_stride, row_stride, n_batch, n_out,
+                               n_in, at<const float>(x), n_tokens, at<float>(y), float_activations});
+        },
+        "pool"_a, "type_id"_a, "weight"_a, "batch_stride_bytes"_a, "row_stride_bytes"_a, "n_batch"_a,
+        "n_out"_a, "n_in"_a, "x"_a, "n_tokens"_a, "y"_a, "float_activations"_a, no_gil);
 
-    m.def("expert_ffn", [](ThreadPool& pool, const moe::ExpertLayer& layer, uintptr_t x, int64_t n_tokens,
-                           uintptr_t token_ids, uintptr_t expert_ids, uintptr_t weights, int64_t n_pairs,
-                           uintptr_t out, bool float_activations) {
-        moe::expert_ffn(pool, layer, {at<const float>(x), n_tokens, at<const int32_t>(token_ids),
-                                      at<const int32_t>(expert_ids), at<const float>(weights), n_pairs,
-                                      at<float>(out), float_activations});
-    }, "pool"_a, "layer"_a, "x"_a, "n_tokens"_a, "token_ids"_a, "expert_ids"_a, "weights"_a, "n_pairs"_a, "out"_a,
-          "float_activations"_a, no_gil);
+    m.def(
+        "expert_ffn",
+        [](ThreadPool& pool, const moe::ExpertLayer& layer, uintptr_t x, int64_t n_tokens,
+           uintptr_t token_ids, uintptr_t expert_ids, uintptr_t weights, int64_t n_pairs, uintptr_t out,
+           bool float_activations) {
+            moe::expert_ffn(
+                pool, layer,
+                {at<const float>(x), n_tokens, at<const int32_t>(token_ids), at<const int32_t>(expert_ids),
+                 at<const float>(weights), n_pairs, at<float>(out), float_activations});
+        },
+        "pool"_a, "layer"_a, "x"_a, "n_tokens"_a, "token_ids"_a, "expert_ids"_a, "weights"_a, "n_pairs"_a,
+        "out"_a, "float_activations"_a, no_gil);
 }

@@ -19,8 +19,7 @@ Tier best_tier() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
         const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512vnni") &&
-                          __builtin_cpu_supports("bmi2");
+                          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
         return wide ? Tier::avx512 : Tier::avx2;
     }
 #endif
@@ -89,13 +88,26 @@ void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
     void* target = nullptr;
     size_t size = 0;
     switch (type_id) {
-        case IQ2_XXS: target = g_codebooks.iq2_xxs, size = sizeof(g_codebooks.iq2_xxs); break;
-        case IQ2_XS: target = g_codebooks.iq2_xs, size = sizeof(g_codebooks.iq2_xs); break;
-        case IQ2_S: target = g_codebooks.iq2_s, size = sizeof(g_codebooks.iq2_s); break;
-        case IQ3_XXS: target = g_codebooks.iq3_xxs, size = sizeof(g_codebooks.iq3_xxs); break;
-        case IQ3_S: target = g_codebooks.iq3_s, size = sizeof(g_codebooks.iq3_s); break;
-        case IQ1_S: target = g_codebooks.iq1, size = sizeof(g_codebooks.iq1); break;
-        default: throw std::invalid_argument("type " + std::to_string(type_id) + " has no codebook");
+        case IQ2_XXS:
+            target = g_codebooks.iq2_xxs, size = sizeof(g_codebooks.iq2_xxs);
+            break;
+        case IQ2_XS:
+            target = g_codebooks.iq2_xs, size = sizeof(g_codebooks.iq2_xs);
+            break;
+        case IQ2_S:
+            target = g_codebooks.iq2_s, size = sizeof(g_codebooks.iq2_s);
+            break;
+        case IQ3_XXS:
+            target = g_codebooks.iq3_xxs, size = sizeof(g_codebooks.iq3_xxs);
+            break;
+        case IQ3_S:
+            target = g_codebooks.iq3_s, size = sizeof(g_codebooks.iq3_s);
+            break;
+        case IQ1_S:
+            target = g_codebooks.iq1, size = sizeof(g_codebooks.iq1);
+            break;
+        default:
+            throw std::invalid_argument("type " + std::to_string(type_id) + " has no codebook");
     }
     if (static_cast<int64_t>(size) != n_bytes) throw std::invalid_argument("the codebook has the wrong size");
     std::memcpy(target, grid, size);
@@ -109,7 +121,8 @@ void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_i
     const int64_t n_pad = (n_in + kChunk - 1) / kChunk * kChunk;
     float* d = reinterpret_cast<float*>(record + n_pad);
     float* s = d + n_pad / 32;
-    kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first, s + 2 * first);
+    kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first,
+                              s + 2 * first);
 }
 
 void clear_padding(int64_t n_in, uint8_t* record) {
@@ -126,8 +139,9 @@ void quantize_activations(const float* x, int64_t n_in, uint8_t* record) {
     clear_padding(n_in, record);
 }
 
-void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t n_rows, const Activations& acts,
-                  const int32_t* tokens, int64_t n, bool float_activations, uint8_t* scratch, float* products) {
+void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t n_rows,
+                  const Activations& acts, const int32_t* tokens, int64_t n, bool float_activations,
+                  uint8_t* scratch, float* products) {
     const TierKernels& tier = kernels();
     const TypeKernels& kernel = tier.types[type_id];
     const int64_t n_in = acts.n_in;

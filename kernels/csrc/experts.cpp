@@ -1,8 +1,10 @@
 // The feed-forward network of a layer's experts: pairs sorted by expert, then two parallel loops.
 //
-// 1. For every expert and range of its n_ff rows: gate and up products of the expert's tokens, h = silu(gate) * up,
+// 1. For every expert and range of its n_ff rows: gate and up products of the expert's tokens, h = silu(gate)
+// * up,
 //    quantized at once (a range is whole blocks of 32) where the down projection takes integers.
-// 2. For every range of output rows: down products of one expert after the other, added in ascending expert order.
+// 2. For every range of output rows: down products of one expert after the other, added in ascending expert
+// order.
 
 #include <algorithm>
 #include <utility>
@@ -17,17 +19,18 @@ constexpr int64_t kPairsAtOnce = 64;  // bounds the products buffers of a unit
 
 // The pairs grouped by expert, in their given order within an expert.
 struct Routing {
-    int64_t n_pairs;         // without skipped ones
-    int64_t n_active;        // experts with at least one pair
-    int32_t* active;         // [n_active] ascending
-    int32_t* start;          // [n_active + 1] first sorted pair of each
-    int32_t* token;          // [n_pairs] in sorted order
-    float* weight;           // [n_pairs]
+    int64_t n_pairs;   // without skipped ones
+    int64_t n_active;  // experts with at least one pair
+    int32_t* active;   // [n_active] ascending
+    int32_t* start;    // [n_active + 1] first sorted pair of each
+    int32_t* token;    // [n_pairs] in sorted order
+    float* weight;     // [n_pairs]
 };
 
 Routing sort_by_expert(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job) {
     const int64_t words = 3 * layer.n_expert + 2 + 2 * job.n_pairs;
-    int32_t* count = reinterpret_cast<int32_t*>(pool.shared(ThreadPool::kIndex, words * 4));  // then the next place
+    int32_t* count =
+        reinterpret_cast<int32_t*>(pool.shared(ThreadPool::kIndex, words * 4));  // then the next place
     Routing routing{};
     routing.active = count + layer.n_expert;
     routing.start = routing.active + layer.n_expert;
@@ -90,27 +93,34 @@ void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job
     const int64_t record = activation_bytes(n_ff);
     float* h = nullptr;
     uint8_t* h_records = nullptr;
-    if (quantize_h) h_records = pool.shared(ThreadPool::kHiddenQuantized, routing.n_pairs * record);
-    else h = reinterpret_cast<float*>(pool.shared(ThreadPool::kHidden, routing.n_pairs * n_ff * 4));
+    if (quantize_h)
+        h_records = pool.shared(ThreadPool::kHiddenQuantized, routing.n_pairs * record);
+    else
+        h = reinterpret_cast<float*>(pool.shared(ThreadPool::kHidden, routing.n_pairs * n_ff * 4));
 
     const int n_threads = pool.n_threads();
-    const int64_t tile = std::clamp<int64_t>(round_up(routing.n_active * n_ff / (6 * n_threads), 32), 32, 128);
+    const int64_t tile =
+        std::clamp<int64_t>(round_up(routing.n_active * n_ff / (6 * n_threads), 32), 32, 128);
     const int64_t tiles = (n_ff + tile - 1) / tile;
     const int64_t up_scratch = row_scratch_bytes(hidden);
-    const int64_t gate_row = row_bytes(layer.gate.type_id, hidden), up_row = row_bytes(layer.up.type_id, hidden);
+    const int64_t gate_row = row_bytes(layer.gate.type_id, hidden),
+                  up_row = row_bytes(layer.up.type_id, hidden);
     pool.run(routing.n_active * tiles, [&](int64_t unit, int thread) {
-        const int64_t index = unit / tiles, first = unit % tiles * tile, n_rows = std::min(tile, n_ff - first);
+        const int64_t index = unit / tiles, first = unit % tiles * tile,
+                      n_rows = std::min(tile, n_ff - first);
         const int64_t expert = routing.active[index];
         uint8_t* scratch = pool.local(thread, up_scratch + (2 * kPairsAtOnce + 3) * tile * 4);
         float* gate = reinterpret_cast<float*>(scratch + up_scratch);
         float* up = gate + kPairsAtOnce * tile;
-        float *gate_column = up + kPairsAtOnce * tile, *up_column = gate_column + tile, *h_tile = up_column + tile;
+        float *gate_column = up + kPairsAtOnce * tile, *up_column = gate_column + tile,
+              *h_tile = up_column + tile;
         for (int64_t pair = routing.start[index]; pair < routing.start[index + 1]; pair += kPairsAtOnce) {
             const int64_t n = std::min<int64_t>(kPairsAtOnce, routing.start[index + 1] - pair);
-            row_products(layer.gate.type_id, layer.gate.data + expert * layer.gate.expert_stride + first * gate_row,
-                         gate_row, n_rows, x, routing.token + pair, n, job.float_activations, scratch, gate);
-            row_products(layer.up.type_id, layer.up.data + expert * layer.up.expert_stride + first * up_row, up_row,
-                         n_rows, x, routing.token + pair, n, job.float_activations, scratch, up);
+            row_products(layer.gate.type_id,
+                         layer.gate.data + expert * layer.gate.expert_stride + first * gate_row, gate_row,
+                         n_rows, x, routing.token + pair, n, job.float_activations, scratch, gate);
+            row_products(layer.up.type_id, layer.up.data + expert * layer.up.expert_stride + first * up_row,
+                         up_row, n_rows, x, routing.token + pair, n, job.float_activations, scratch, up);
             for (int64_t t = 0; t < n; ++t) {
                 for (int64_t r = 0; r < n_rows; ++r) {
                     gate_column[r] = gate[r * n + t];
@@ -135,16 +145,18 @@ void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job
         float* products = reinterpret_cast<float*>(scratch + down_scratch);
         for (int64_t t = 0; t < job.n_tokens; ++t) std::fill_n(job.out + t * hidden + first, n_rows, 0.0f);
         for (int64_t index = 0; index < routing.n_active; ++index) {
-            const uint8_t* rows = layer.down.data + routing.active[index] * layer.down.expert_stride + first * down_row;
+            const uint8_t* rows =
+                layer.down.data + routing.active[index] * layer.down.expert_stride + first * down_row;
             for (int64_t pair = routing.start[index]; pair < routing.start[index + 1]; pair += kPairsAtOnce) {
                 const int64_t n = std::min<int64_t>(kPairsAtOnce, routing.start[index + 1] - pair);
                 const Activations h_rows = {h ? h + pair * n_ff : nullptr,
                                             h_records ? h_records + pair * record : nullptr, n_ff};
-                row_products(layer.down.type_id, rows, down_row, n_rows, h_rows, nullptr, n, job.float_activations,
-                             scratch, products);
+                row_products(layer.down.type_id, rows, down_row, n_rows, h_rows, nullptr, n,
+                             job.float_activations, scratch, products);
                 for (int64_t t = 0; t < n; ++t) {
                     float* out = job.out + routing.token[pair + t] * hidden + first;
-                    for (int64_t r = 0; r < n_rows; ++r) out[r] += routing.weight[pair + t] * products[r * n + t];
+                    for (int64_t r = 0; r < n_rows; ++r)
+                        out[r] += routing.weight[pair + t] * products[r * n + t];
                 }
             }
         }

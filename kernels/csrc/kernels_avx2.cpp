@@ -1,6 +1,7 @@
-// AVX2 + FMA + F16C. maddubs multiplies unsigned codes by signed activations and adds pairs into int16 (codes stay
-// below 128, so nothing saturates; wider codes go in as magnitudes, their signs moved to the activations); 32 codes
-// give 8 sums, which become floats and are multiplied by weight scale * activation scale.
+// AVX2 + FMA + F16C. maddubs multiplies unsigned codes by signed activations and adds pairs into int16 (codes
+// stay below 128, so nothing saturates; wider codes go in as magnitudes, their signs moved to the
+// activations); 32 codes give 8 sums, which become floats and are multiplied by weight scale * activation
+// scale.
 
 #include "quant_blocks.h"
 
@@ -10,7 +11,7 @@
 
 #include <immintrin.h>
 
-#include "expand.inc"
+#include "rows.inc"
 
 namespace moe {
 namespace {
@@ -19,8 +20,12 @@ inline __m256i load32(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_
 inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 inline __m256i twice16(const uint8_t* p) { return _mm256_broadcastsi128_si256(load16(p)); }
 
-inline __m256 low_doubled(__m256 v) { return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)); }
-inline __m256 high_doubled(__m256 v) { return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7)); }
+inline __m256 low_doubled(__m256 v) {
+    return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+}
+inline __m256 high_doubled(__m256 v) {
+    return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7));
+}
 
 inline float total(__m256 v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -37,14 +42,15 @@ inline __m256 signed_products(__m256i w, __m256i q) {
 
 // Lanes 0-3 the first scale, lanes 4-7 the second: what 32 codes of two sub-blocks need.
 inline __m256 scale_pair(const float* scales) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_broadcast_ss(scales)), _mm_broadcast_ss(scales + 1), 1);
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_broadcast_ss(scales)),
+                                _mm_broadcast_ss(scales + 1), 1);
 }
 
 // Types whose 32 codes share a scale need only one broadcast.
 template <int T>
 constexpr bool has_scales_of_32() {
-    return kTypeInfo[T].block_size == 32 || T == Q4_K || T == Q5_K || T == IQ4_XS || T == IQ2_XXS || T == IQ3_XXS ||
-           T == IQ3_S || T == IQ1_S || T == TQ1_0 || T == TQ2_0;
+    return kTypeInfo[T].block_size == 32 || T == Q4_K || T == Q5_K || T == IQ4_XS || T == IQ2_XXS ||
+           T == IQ3_XXS || T == IQ3_S || T == IQ1_S || T == TQ1_0 || T == TQ2_0;
 }
 
 // Whether codes(k) of a type are signed (offset taken off) because the unsigned ones would not fit maddubs.
@@ -53,8 +59,9 @@ constexpr bool is_signed() {
     return Block<T>::offset > 64;
 }
 
-// Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(k) are the
-// elements 32 k to 32 k + 31. This general form decodes with Block<T>; the specializations below are the fast ones.
+// Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(k)
+// are the elements 32 k to 32 k + 31. This general form decodes with Block<T>; the specializations below are
+// the fast ones.
 template <int T>
 struct Chunk {
     __m256 scale[2], min[2];
@@ -70,11 +77,13 @@ struct Chunk {
     }
     __m256i codes(int k) const {
         const __m256i raw = load32(code + 32 * k);
-        return is_signed<T>() ? _mm256_sub_epi8(raw, _mm256_set1_epi8(static_cast<char>(Block<T>::offset))) : raw;
+        return is_signed<T>() ? _mm256_sub_epi8(raw, _mm256_set1_epi8(static_cast<char>(Block<T>::offset)))
+                              : raw;
     }
 };
 
 #include "chunks_avx2.inc"
+#include "chunks_iq_avx2.inc"
 
 template <int T, int N>
 inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, float* out) {
@@ -87,10 +96,12 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* act
         for (int half = 0; half < 2; ++half) {
             // What one unit of activation sum takes away: the codes' offset and the minimum.
             __m256 min = Block<T>::has_min ? chunk.min[half] : _mm256_setzero_ps();
-            if (Block<T>::offset) min = _mm256_fmadd_ps(chunk.scale[half], _mm256_set1_ps(Block<T>::offset), min);
+            if (Block<T>::offset)
+                min = _mm256_fmadd_ps(chunk.scale[half], _mm256_set1_ps(Block<T>::offset), min);
             for (int t = 0; t < N; ++t) {
                 const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32 + 4 * half;
-                const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16 + 8 * half;
+                const float* s =
+                    reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16 + 8 * half;
                 if (!is_signed<T>()) low[t] = _mm256_fmadd_ps(min, _mm256_loadu_ps(s), low[t]);
                 const __m256 d8 = low_doubled(_mm256_castps128_ps256(_mm_loadu_ps(d)));
                 _mm256_storeu_ps(scales[t] + 8 * half, _mm256_mul_ps(chunk.scale[half], d8));
@@ -103,8 +114,8 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* act
                 const __m256i q = load32(acts[t] + first + 32 * k);
                 const __m256 sums = is_signed<T>() ? signed_products(codes, q) : products(codes, q);
                 // A scale of 16 codes serves 4 of the 8 sums.
-                const __m256 scale =
-                    has_scales_of_32<T>() ? _mm256_broadcast_ss(&scales[t][2 * k]) : scale_pair(&scales[t][2 * k]);
+                const __m256 scale = has_scales_of_32<T>() ? _mm256_broadcast_ss(&scales[t][2 * k])
+                                                           : scale_pair(&scales[t][2 * k]);
                 acc[t][k % 2] = _mm256_fmadd_ps(sums, scale, acc[t][k % 2]);
             }
         }
@@ -155,10 +166,12 @@ inline void dot_f32_rows(const float* weight, int64_t n_in, const float* const* 
     for (; i + 32 <= n_in; i += 32)
         for (int k = 0; k < 4; ++k) {
             const __m256 w = _mm256_loadu_ps(weight + i + 8 * k);
-            for (int t = 0; t < N; ++t) acc[t][k] = _mm256_fmadd_ps(w, _mm256_loadu_ps(acts[t] + i + 8 * k), acc[t][k]);
+            for (int t = 0; t < N; ++t)
+                acc[t][k] = _mm256_fmadd_ps(w, _mm256_loadu_ps(acts[t] + i + 8 * k), acc[t][k]);
         }
     for (int t = 0; t < N; ++t) {
-        float sum = total(_mm256_add_ps(_mm256_add_ps(acc[t][0], acc[t][1]), _mm256_add_ps(acc[t][2], acc[t][3])));
+        float sum =
+            total(_mm256_add_ps(_mm256_add_ps(acc[t][0], acc[t][1]), _mm256_add_ps(acc[t][2], acc[t][3])));
         for (int64_t j = i; j < n_in; ++j) sum += weight[j] * acts[t][j];
         out[t] = sum;
     }
@@ -192,7 +205,8 @@ void quantize_blocks(const float* x, int64_t n_blocks, int8_t* q, float* d, floa
         const __m256 inverse = _mm256_set1_ps(max < kTiny ? 0.0f : 127.0f / max);
         __m256i whole[4];
         for (int k = 0; k < 4; ++k) whole[k] = _mm256_cvtps_epi32(_mm256_mul_ps(v[k], inverse));
-        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]), _mm256_packs_epi32(whole[2], whole[3]));
+        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(whole[0], whole[1]),
+                                                  _mm256_packs_epi32(whole[2], whole[3]));
         // The packs work within 128-bit halves; put the groups of four back in order.
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + 32 * b),
                             _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
@@ -211,7 +225,8 @@ inline __m256 exp256(__m256 x) {
     __m256 p = _mm256_set1_ps(1.0f / 5040);
     const float terms[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
     for (float term : terms) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(term));
-    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23);
+    const __m256i power =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
 }
 

@@ -1,6 +1,7 @@
-// AVX-512 (F, BW, DQ, VL, VNNI) and BMI2. dpbusd multiplies unsigned codes by signed activations and adds four neighbours,
-// so 64 codes give 16 sums; those become floats and are multiplied by weight scale * activation scale. The offset
-// of the codes and the minima are one more dot product, with the activations' precomputed block sums.
+// AVX-512 (F, BW, DQ, VL, VNNI) and BMI2. dpbusd multiplies unsigned codes by signed activations and adds
+// four neighbours, so 64 codes give 16 sums; those become floats and are multiplied by weight scale *
+// activation scale. The offset of the codes and the minima are one more dot product, with the activations'
+// precomputed block sums.
 
 #include "quant_blocks.h"
 
@@ -11,7 +12,7 @@
 
 #include <immintrin.h>
 
-#include "expand.inc"
+#include "rows.inc"
 
 namespace moe {
 namespace {
@@ -28,8 +29,9 @@ inline __m512 doubled(__m256 v) {
                                  _mm512_castps256_ps512(v));
 }
 
-// Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(c) are the
-// elements 64 c to 64 c + 63. This general form decodes with Block<T>; the specializations below are the fast ones.
+// Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(c)
+// are the elements 64 c to 64 c + 63. This general form decodes with Block<T>; the specializations below are
+// the fast ones.
 template <int T>
 struct Chunk {
     __m512 scale, min;
@@ -45,6 +47,7 @@ struct Chunk {
 };
 
 #include "chunks_avx512.inc"
+#include "chunks_iq_avx512.inc"
 
 template <int T, int N>
 inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, float* out) {
@@ -67,12 +70,13 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* act
         for (int c = 0; c < 4; ++c) {
             const __m512i codes = chunk.codes(c);
             // A scale of 16 codes serves 4 of the 16 sums.
-            const __m512i lanes = _mm512_add_epi32(_mm512_set1_epi32(4 * c),
-                                                   _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
+            const __m512i lanes = _mm512_add_epi32(
+                _mm512_set1_epi32(4 * c), _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
             for (int t = 0; t < N; ++t) {
-                const __m512i sums = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, load64(acts[t] + first + 64 * c));
-                acc[t][c % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_permutexvar_ps(lanes, scales[t]),
-                                                acc[t][c % 2]);
+                const __m512i sums =
+                    _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, load64(acts[t] + first + 64 * c));
+                acc[t][c % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums),
+                                                _mm512_permutexvar_ps(lanes, scales[t]), acc[t][c % 2]);
             }
         }
     });
@@ -102,10 +106,12 @@ void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
         for (int c = 0; c < 4; ++c) {
             const __m512i codes = chunk.codes(c);
             const __m128i parts[4] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
-                                      _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
+                                      _mm512_extracti32x4_epi32(codes, 2),
+                                      _mm512_extracti32x4_epi32(codes, 3)};
             for (int k = 0; k < 4; ++k) {
                 const int j = 4 * c + k;
-                const __m512i q = _mm512_sub_epi32(_mm512_cvtepu8_epi32(parts[k]), _mm512_set1_epi32(Block<T>::offset));
+                const __m512i q =
+                    _mm512_sub_epi32(_mm512_cvtepu8_epi32(parts[k]), _mm512_set1_epi32(Block<T>::offset));
                 __m512 value = _mm512_mul_ps(_mm512_set1_ps(scale[j]), _mm512_cvtepi32_ps(q));
                 if (Block<T>::has_min) value = _mm512_sub_ps(value, _mm512_set1_ps(min[j]));
                 _mm512_storeu_ps(values + 16 * j, value);
@@ -123,12 +129,14 @@ inline void dot_f32_rows(const float* weight, int64_t n_in, const float* const* 
     for (; i + 64 <= n_in; i += 64)
         for (int k = 0; k < 4; ++k) {
             const __m512 w = _mm512_loadu_ps(weight + i + 16 * k);
-            for (int t = 0; t < N; ++t) acc[t][k] = _mm512_fmadd_ps(w, _mm512_loadu_ps(acts[t] + i + 16 * k), acc[t][k]);
+            for (int t = 0; t < N; ++t)
+                acc[t][k] = _mm512_fmadd_ps(w, _mm512_loadu_ps(acts[t] + i + 16 * k), acc[t][k]);
         }
     for (; i < n_in; i += 16) {
         const __mmask16 mask = n_in - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n_in - i)) - 1);
         const __m512 w = _mm512_maskz_loadu_ps(mask, weight + i);
-        for (int t = 0; t < N; ++t) acc[t][0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, acts[t] + i), acc[t][0]);
+        for (int t = 0; t < N; ++t)
+            acc[t][0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, acts[t] + i), acc[t][0]);
     }
     for (int t = 0; t < N; ++t)
         out[t] = _mm512_reduce_add_ps(

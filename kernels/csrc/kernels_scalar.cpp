@@ -4,7 +4,7 @@
 
 #include "quant_blocks.h"
 
-#include "expand.inc"
+#include "rows.inc"
 
 namespace moe {
 namespace {

@@ -17,8 +17,8 @@ int64_t rows_per_unit(int64_t n_rows, int n_threads) {
 
 }  // namespace
 
-void dequantize(ThreadPool& pool, int type_id, const uint8_t* rows, int64_t n_rows, int64_t n_in, int64_t row_stride,
-                float* out) {
+void dequantize(ThreadPool& pool, int type_id, const uint8_t* rows, int64_t n_rows, int64_t n_in,
+                int64_t row_stride, float* out) {
     std::lock_guard<std::mutex> lock(pool.mutex());
     const int64_t tile = rows_per_unit(n_rows, pool.n_threads());
     pool.run((n_rows + tile - 1) / tile, [&](int64_t unit, int) {
@@ -53,11 +53,12 @@ void matmul(ThreadPool& pool, const Matmul& job) {
         float* products = reinterpret_cast<float*>(scratch + scratch_bytes);
         const uint8_t* rows = job.weight + batch * job.batch_stride + first * job.row_stride;
         for (int64_t start = 0; start < job.n_tokens; start += kTokensAtOnce) {
-            const int64_t n = std::min(kTokensAtOnce, job.n_tokens - start), token = batch * job.n_tokens + start;
-            const Activations acts = {job.x + token * job.n_in, quantized ? quantized + token * record : nullptr,
-                                      job.n_in};
-            row_products(job.type_id, rows, job.row_stride, n_rows_here, acts, nullptr, n, job.float_activations,
-                         scratch, products);
+            const int64_t n = std::min(kTokensAtOnce, job.n_tokens - start),
+                          token = batch * job.n_tokens + start;
+            const Activations acts = {job.x + token * job.n_in,
+                                      quantized ? quantized + token * record : nullptr, job.n_in};
+            row_products(job.type_id, rows, job.row_stride, n_rows_here, acts, nullptr, n,
+                         job.float_activations, scratch, products);
             for (int64_t t = 0; t < n; ++t)
                 for (int64_t r = 0; r < n_rows_here; ++r)
                     job.y[(token + t) * job.n_out + first + r] = products[r * n + t];

@@ -5,8 +5,9 @@
 // Shapes      Row-major. A weight matrix is n_out rows; a row is n_in / block_size consecutive blocks
 //             (quant_blocks.h); rows lie row_stride bytes apart. x, y and out are float32 and contiguous.
 // Arguments   Python checks them (kernels/cpu.py); here they are trusted.
-// Threads     A call runs on all threads of its pool; calls on one pool from several threads wait for each other.
-// Results     A token's result is the same bits whatever else is in the call and however many threads run,
+// Threads     A call runs on all threads of its pool; calls on one pool from several threads wait for each
+// other. Results     A token's result is the same bits whatever else is in the call and however many threads
+// run,
 //             as long as the tier is the same: a row's dot product is one fixed sequence of operations, and
 //             the sum over experts runs in ascending expert order.
 //
@@ -36,8 +37,8 @@ void set_tier(const std::string& name);      // std::invalid_argument unless ava
 void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes);
 
 // out [n_rows, n_in] = the decoded rows, bit for bit what the reference decoder of the format gives.
-void dequantize(ThreadPool& pool, int type_id, const uint8_t* rows, int64_t n_rows, int64_t n_in, int64_t row_stride,
-                float* out);
+void dequantize(ThreadPool& pool, int type_id, const uint8_t* rows, int64_t n_rows, int64_t n_in,
+                int64_t row_stride, float* out);
 
 struct Matmul {
     int type_id;

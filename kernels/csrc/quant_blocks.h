@@ -1,5 +1,5 @@
-// What the kernels know about the tensor types, and the working formats they share. Plain data only: this header
-// is compiled with different instruction sets, so it must not hold functions that the linker could merge.
+// What the kernels know about the tensor types, and the working formats they share. This header is
+// compiled with different instruction sets, so it holds plain data and nothing that the linker could merge.
 
 #pragma once
 
@@ -9,46 +9,104 @@ namespace moe {
 
 // Ids of the file format.
 enum TypeId : int {
-    F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8,
-    Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
-    IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23, IQ1_M = 29,
-    BF16 = 30, TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, NVFP4 = 40,
+    F32 = 0,
+    F16 = 1,
+    Q4_0 = 2,
+    Q4_1 = 3,
+    Q5_0 = 6,
+    Q5_1 = 7,
+    Q8_0 = 8,
+    Q2_K = 10,
+    Q3_K = 11,
+    Q4_K = 12,
+    Q5_K = 13,
+    Q6_K = 14,
+    IQ2_XXS = 16,
+    IQ2_XS = 17,
+    IQ3_XXS = 18,
+    IQ1_S = 19,
+    IQ4_NL = 20,
+    IQ3_S = 21,
+    IQ2_S = 22,
+    IQ4_XS = 23,
+    IQ1_M = 29,
+    BF16 = 30,
+    TQ1_0 = 34,
+    TQ2_0 = 35,
+    MXFP4 = 39,
+    NVFP4 = 40,
     kTypes = 41,
 };
 
 struct TypeInfo {
-    int block_size;   // elements; 0 marks an unused id
+    int block_size;  // elements; 0 marks an unused id
     int block_bytes;
     bool is_float;
 };
 constexpr TypeInfo kTypeInfo[kTypes] = {
-    /* 0 F32 */ {1, 4, true}, /* 1 F16 */ {1, 2, true}, /* 2 Q4_0 */ {32, 18, false}, /* 3 Q4_1 */ {32, 20, false},
-    {}, {}, /* 6 Q5_0 */ {32, 22, false}, /* 7 Q5_1 */ {32, 24, false}, /* 8 Q8_0 */ {32, 34, false},
-    {}, /* 10 Q2_K */ {256, 84, false}, /* 11 Q3_K */ {256, 110, false}, /* 12 Q4_K */ {256, 144, false},
-    /* 13 Q5_K */ {256, 176, false}, /* 14 Q6_K */ {256, 210, false},
-    {}, /* 16 IQ2_XXS */ {256, 66, false}, /* 17 IQ2_XS */ {256, 74, false}, /* 18 IQ3_XXS */ {256, 98, false},
-    /* 19 IQ1_S */ {256, 50, false}, /* 20 IQ4_NL */ {32, 18, false}, /* 21 IQ3_S */ {256, 110, false},
-    /* 22 IQ2_S */ {256, 82, false}, /* 23 IQ4_XS */ {256, 136, false},
-    {}, {}, {}, {}, {}, /* 29 IQ1_M */ {256, 56, false}, /* 30 BF16 */ {1, 2, true},
-    {}, {}, {}, /* 34 TQ1_0 */ {256, 54, false}, /* 35 TQ2_0 */ {256, 66, false},
-    {}, {}, {}, /* 39 MXFP4 */ {32, 17, false}, /* 40 NVFP4 */ {64, 36, false},
+    /* 0 F32 */ {1, 4, true},
+    /* 1 F16 */ {1, 2, true},
+    /* 2 Q4_0 */ {32, 18, false},
+    /* 3 Q4_1 */ {32, 20, false},
+    {},
+    {},
+    /* 6 Q5_0 */ {32, 22, false},
+    /* 7 Q5_1 */ {32, 24, false},
+    /* 8 Q8_0 */ {32, 34, false},
+    {},
+    /* 10 Q2_K */ {256, 84, false},
+    /* 11 Q3_K */ {256, 110, false},
+    /* 12 Q4_K */ {256, 144, false},
+    /* 13 Q5_K */ {256, 176, false},
+    /* 14 Q6_K */ {256, 210, false},
+    {},
+    /* 16 IQ2_XXS */ {256, 66, false},
+    /* 17 IQ2_XS */ {256, 74, false},
+    /* 18 IQ3_XXS */ {256, 98, false},
+    /* 19 IQ1_S */ {256, 50, false},
+    /* 20 IQ4_NL */ {32, 18, false},
+    /* 21 IQ3_S */ {256, 110, false},
+    /* 22 IQ2_S */ {256, 82, false},
+    /* 23 IQ4_XS */ {256, 136, false},
+    {},
+    {},
+    {},
+    {},
+    {},
+    /* 29 IQ1_M */ {256, 56, false},
+    /* 30 BF16 */ {1, 2, true},
+    {},
+    {},
+    {},
+    /* 34 TQ1_0 */ {256, 54, false},
+    /* 35 TQ2_0 */ {256, 66, false},
+    {},
+    {},
+    {},
+    /* 39 MXFP4 */ {32, 17, false},
+    /* 40 NVFP4 */ {64, 36, false},
 };
 
-// Every kernel works in chunks of 256 elements (the largest block); rows of 32-element blocks may end inside one.
+// Every kernel works in chunks of 256 elements (the largest block); rows of 32-element blocks may end inside
+// one.
 constexpr int kChunk = 256;
 
 // A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Three planes in one record:
 //   int8  q[n_pad]
 //   float d[n_pad / 32]   scale of 32 elements
 //   float s[n_pad / 16]   d * sum of 16 q: turns a weight's offset or minimum into one small dot product
-// A block whose largest magnitude is below kTiny counts as zero (127 / max would overflow); one that holds a NaN
-// gets the scale NaN.
+static constexpr int64_t activation_bytes(int64_t n_in) {
+    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64);
+}
+
+// A block whose largest magnitude is below kTiny counts as zero (127 / max would overflow); one that holds a
+// NaN gets the scale NaN.
 constexpr float kTiny = 1e-36f;
-constexpr int64_t activation_bytes(int64_t n_in) { return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64); }
 
 // The kernels of one type in one tier. `n_acts` activation rows share one pass over the weight row.
 using DequantizeFn = void (*)(const uint8_t* row, int64_t n_in, float* out);
-using DotFn = void (*)(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts, float* out);
+using DotFn = void (*)(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts,
+                       float* out);
 struct TypeKernels {
     DequantizeFn dequantize;
     DotFn dot;  // null for float types
@@ -65,13 +123,13 @@ extern const TierKernels kScalarKernels;
 extern const TierKernels kAvx2Kernels;
 extern const TierKernels kAvx512Kernels;
 
-// Codebooks, filled by set_codebook(). Constants of the format are in expand.inc.
+// Codebooks, filled by set_codebook(). Constants of the formats are in blocks.inc.
 struct Codebooks {
     uint64_t iq2_xxs[256], iq2_xs[512], iq2_s[1024];  // eight magnitudes
     uint32_t iq3_xxs[256], iq3_s[512];                // four magnitudes
     uint64_t iq1[2048];                               // eight bytes 8 * g + 9, g in -1, 0, 1
     uint64_t sign_bytes[256];                         // 0xff where the bit is set
-    uint8_t even_signs[128];                          // 7-bit sign code to 8 sign bits: the parity bit goes on top
+    uint8_t even_signs[128];  // 7-bit sign code to 8 sign bits: the parity bit goes on top
 };
 extern Codebooks g_codebooks;
 

@@ -38,7 +38,8 @@ uint8_t* Buffer::reserve(int64_t n_bytes) {
 ThreadPool::ThreadPool(int n_threads) : local_(static_cast<size_t>(n_threads)), joined_(kClosed) {
     workers_.reserve(static_cast<size_t>(n_threads) - 1);
     try {
-        for (int thread = 1; thread < n_threads; ++thread) workers_.emplace_back([this, thread] { worker(thread); });
+        for (int thread = 1; thread < n_threads; ++thread)
+            workers_.emplace_back([this, thread] { worker(thread); });
     } catch (...) {
         {
             std::lock_guard<std::mutex> lock(sleep_mutex_);
@@ -70,15 +71,19 @@ void ThreadPool::run_erased(int64_t n_units, Function fn, void* ctx) {
         epoch_.fetch_add(1);
         if (sleepers_.load() > 0) {
             // Taking the mutex closes the gap between a worker's last look at the epoch and its sleep.
-            { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+            {
+                std::lock_guard<std::mutex> lock(sleep_mutex_);
+            }
             wake_.notify_all();
         }
     }
     work(0);
     joined_.fetch_or(kClosed, std::memory_order_acq_rel);
     for (int spins = 0; joined_.load(std::memory_order_acquire) != kClosed; ++spins) {
-        if (spins < 20000) pause();
-        else std::this_thread::yield();
+        if (spins < 20000)
+            pause();
+        else
+            std::this_thread::yield();
     }
     if (error_) {
         std::exception_ptr error = error_;

@@ -1,8 +1,8 @@
 // A fixed team of threads for short parallel loops, with reusable scratch memory.
 //
-// The calling thread works as thread 0, so a pool of n holds n - 1 threads of its own. Between loops they spin
-// for a few tens of microseconds (the next loop of a layer follows at once), then sleep. A thread that wakes too
-// late for a loop just misses it: the caller never waits for a sleeper.
+// The calling thread works as thread 0, so a pool of n holds n - 1 threads of its own. Between loops they
+// spin for a few tens of microseconds (the next loop of a layer follows at once), then sleep. A thread that
+// wakes too late for a loop just misses it: the caller never waits for a sleeper.
 
 #pragma once
 
@@ -18,20 +18,20 @@ namespace moe {
 
 // Grow-only memory, 64-byte aligned; contents are lost when it grows.
 class Buffer {
-   public:
+ public:
     Buffer() = default;
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
     ~Buffer();
     uint8_t* reserve(int64_t n_bytes);
 
-   private:
+ private:
     uint8_t* data_ = nullptr;
     int64_t size_ = 0;
 };
 
 class ThreadPool {
-   public:
+ public:
     explicit ThreadPool(int n_threads);
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
@@ -46,15 +46,16 @@ class ThreadPool {
     // The first exception thrown by a body is thrown again here, after the other units have run.
     template <typename Body>
     void run(int64_t n_units, Body&& body) {
-        run_erased(n_units, [](void* ctx, int64_t unit, int thread) { (*static_cast<Body*>(ctx))(unit, thread); },
-                   const_cast<void*>(static_cast<const void*>(&body)));
+        run_erased(
+            n_units, [](void* ctx, int64_t unit, int thread) { (*static_cast<Body*>(ctx))(unit, thread); },
+            const_cast<void*>(static_cast<const void*>(&body)));
     }
 
     enum Slot { kActivations, kHidden, kHiddenQuantized, kIndex, kSlots };
     uint8_t* shared(Slot slot, int64_t n_bytes) { return shared_[slot].reserve(n_bytes); }
     uint8_t* local(int thread, int64_t n_bytes) { return local_[thread].reserve(n_bytes); }
 
-   private:
+ private:
     using Function = void (*)(void* ctx, int64_t unit, int thread);
     void run_erased(int64_t n_units, Function fn, void* ctx);
     void work(int thread);
