@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from moe_engine.kernels import unpack
+from moe_engine.kernels.unpack_pairs import first_element, unpack_pairs
 
 
 @triton.jit
@@ -66,15 +67,52 @@ def unpack_blocks(p, s, w, table, TYPE: tl.constexpr):
         return unpack.iq4_xs(p, s, w, table)
 
 
+INTERPRETED = tl.constexpr(not isinstance(unpack_blocks, triton.JITFunction))
+
+
 @triton.jit
-def _round_to(y, dtype: tl.constexpr):
-    """Rounds f32 to nearest even. By hand for bf16, which the interpreter would truncate."""
-    if dtype == tl.bfloat16:
+def round_to(y, dtype: tl.constexpr):
+    """Rounds f32 to nearest even. By hand for bf16 in the interpreter, which would truncate."""
+    if dtype == tl.bfloat16 and INTERPRETED:
         bits = y.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(y == y, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return y.to(dtype)
+
+
+@triton.jit
+def dequantize_tile(
+    data,
+    table,
+    out,
+    n_blocks,
+    first,
+    TYPE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    N_RUN: tl.constexpr,
+    RUN_WIDTH: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+):
+    """Writes blocks `first` to `first + TILE_BLOCKS` of the `n_blocks` at `data` to their places in `out`.
+
+    DISTANCE: 0, or that of a type of unpack_pairs.py, whose runs are then the tile's.
+    """
+    blocks = first.to(tl.int64) + tl.arange(0, TILE_BLOCKS)[:, None, None]
+    s = tl.arange(0, N_RUN)[None, :, None]
+    w = tl.arange(0, RUN_WIDTH)[None, None, :]
+    # Past the end the last block is read again, so that no load needs a mask
+    p = data + tl.minimum(blocks, n_blocks - 1) * BLOCK_BYTES
+    if DISTANCE > 0:
+        low, high = unpack_pairs(p, s, w, TYPE)
+        at = out + blocks * (2 * N_RUN * RUN_WIDTH) + (first_element(s, TYPE) + w)
+        tl.store(at, round_to(low, out.dtype.element_ty), mask=blocks < n_blocks)
+        tl.store(at + DISTANCE, round_to(high, out.dtype.element_ty), mask=blocks < n_blocks)
+    else:
+        y = unpack_blocks(p, s, w, table, TYPE)
+        at = out + blocks * (N_RUN * RUN_WIDTH) + (s * RUN_WIDTH + w)
+        tl.store(at, round_to(y, out.dtype.element_ty), mask=blocks < n_blocks)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "batch_stride"])
@@ -88,15 +126,12 @@ def dequantize_kernel(
     BLOCK_BYTES: tl.constexpr,
     N_RUN: tl.constexpr,
     RUN_WIDTH: tl.constexpr,
+    DISTANCE: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
 ):
     """Program (i, b) writes blocks `TILE_BLOCKS * i` and following of matrix b; `n_blocks` are in a matrix."""
     batch = tl.program_id(1).to(tl.int64)
-    blocks = tl.program_id(0).to(tl.int64) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[:, None, None]
-    s = tl.arange(0, N_RUN)[None, :, None]
-    w = tl.arange(0, RUN_WIDTH)[None, None, :]
-    # Past the end the last block is read again, so that no load needs a mask
-    p = data + batch * batch_stride + tl.minimum(blocks, n_blocks - 1) * BLOCK_BYTES
-    y = unpack_blocks(p, s, w, table, TYPE)
-    elements = (batch * n_blocks + blocks) * (N_RUN * RUN_WIDTH) + s * RUN_WIDTH + w
-    tl.store(out + elements, _round_to(y, out.dtype.element_ty), mask=blocks < n_blocks)
+    data += batch * batch_stride
+    out += batch * n_blocks * (N_RUN * RUN_WIDTH * (2 if DISTANCE > 0 else 1))
+    first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
+    dequantize_tile(data, table, out, n_blocks, first, TYPE, BLOCK_BYTES, N_RUN, RUN_WIDTH, DISTANCE, TILE_BLOCKS)
