@@ -16,6 +16,9 @@ so that with floating-point contraction off the results agree to the last bit. L
 import triton
 import triton.language as tl
 
+from moe_engine.kernels import codebooks
+from moe_engine.kernels.quant_types import BY_NAME
+
 # The width of a run. Elements of a run share a scale (or, for the grids, an index) and lie in consecutive bytes.
 RUN_WIDTHS = {"F32": 1, "F16": 1, "BF16": 1}
 RUN_WIDTHS |= dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "NVFP4", "IQ4_XS"), 16)
@@ -23,6 +26,9 @@ RUN_WIDTHS |= dict.fromkeys(("Q2_K", "Q3_K", "Q6_K", "TQ1_0"), 16)
 RUN_WIDTHS |= dict.fromkeys(("Q8_0", "Q4_K", "Q5_K", "TQ2_0"), 32)
 RUN_WIDTHS |= dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"), 8)
 RUN_WIDTHS |= dict.fromkeys(("IQ3_XXS", "IQ3_S"), 4)
+
+_IQ4 = tl.constexpr(codebooks.codebook(BY_NAME["IQ4_NL"].id).ravel().view("<i8").tolist())
+_TWO_127 = tl.constexpr(2.0**127)
 
 
 @triton.jit
@@ -117,16 +123,34 @@ def q8_0(p, s, w):
 
 
 @triton.jit
+def iq4_value(q):
+    """Entry q of the table of IQ4_NL and IQ4_XS: eight bytes a word, which is cheaper than a load."""
+    word = tl.where(q < 8, _IQ4[0], _IQ4[1]) >> (8 * (q & 7))
+    return word.to(tl.int8).to(tl.float32)
+
+
+@triton.jit
+def fp4_value(q):
+    """Entry q of the table of MXFP4 and NVFP4, twice the E2M1 number, from its bits."""
+    value = (((q & 7) << 22) | ((q & 8) << 28)).to(tl.float32, bitcast=True) * _TWO_127
+    return value + 0.0  # the table has no -0
+
+
+@triton.jit
 def iq4_nl(p, s, w, table):
-    return _f16(p) * tl.load(table + _nibble(p + 2 + w, s)).to(tl.float32)
+    return _f16(p) * iq4_value(_nibble(p + 2 + w, s))
+
+
+@triton.jit
+def mxfp4_scale(p):
+    e = _u8(p)
+    # 2^(e-128) from its bits: the two smallest are f32 subnormals
+    return tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def mxfp4(p, s, w, table):
-    e = _u8(p)
-    # 2^(e-128) from its bits: the two smallest are f32 subnormals
-    bits = tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23)
-    return bits.to(tl.float32, bitcast=True) * tl.load(table + _nibble(p + 1 + w, s)).to(tl.float32)
+    return mxfp4_scale(p) * fp4_value(_nibble(p + 1 + w, s))
 
 
 @triton.jit
@@ -139,7 +163,7 @@ def nvfp4(p, s, w, table):
     d = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.0009765625, normal)
     d = tl.where(x == 0x7F, 0.0, d)
     q = _nibble(p + 4 + 8 * s + w % 8, w // 8)
-    return d * tl.load(table + q).to(tl.float32)
+    return d * fp4_value(q)
 
 
 # K types: 256 elements a block
@@ -297,4 +321,4 @@ def iq4_xs(p, s, w, table):
     j = s // 2  # two runs, low and high nibbles, share a scale
     scale = _nibble(p + 4 + j // 2, j % 2) | (((_u16(p + 2) >> (2 * j)) & 3) << 4)
     d = _f16(p) * (scale - 32).to(tl.float32)
-    return d * tl.load(table + _nibble(p + 8 + 16 * j + w, s % 2)).to(tl.float32)
+    return d * iq4_value(_nibble(p + 8 + 16 * j + w, s % 2))

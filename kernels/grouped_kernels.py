@@ -1,0 +1,350 @@
+"""Triton kernels of the grouped product: rows sorted by expert times quantized matrices; grouped_product.py launches.
+
+A program computes BLOCK_M rows of one group times BLOCK_N rows of its weight, as W x^T: the weight tile is
+dequantized to bf16 on its way to the tensor cores, which accumulate in f32.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+from moe_engine.kernels.dequantize_kernel import INTERPRETED, dequantize_tile, round_to, unpack_blocks
+
+# Types with a decoder of their own. They need 16-bit (Q4_K: 32-bit) alignment of every block. Loads of 16-bit words
+# cannot be pipelined by the compiler, so those decoders' loops load a step ahead.
+
+
+@triton.jit
+def tile_map_kernel(
+    offsets, slots, tile_group, tile_row, n_group,
+    BLOCK_M: tl.constexpr, N_GROUP_POW2: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """For each row tile its group (-1 past the last tile) and its first row. A group with slot -1 has no tiles."""
+    g = tl.arange(0, N_GROUP_POW2)
+    start = tl.load(offsets + g, mask=g < n_group, other=0)
+    stop = tl.load(offsets + g + 1, mask=g < n_group, other=0)
+    slot = tl.load(slots + g, mask=g < n_group, other=-1)
+    n_tile = tl.where(slot >= 0, (stop - start + BLOCK_M - 1) // BLOCK_M, 0)
+    last = tl.cumsum(n_tile, 0)  # one past the group's last tile
+    t = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    before = last[None, :] <= t[:, None]  # [TILES, N_GROUP_POW2]
+    group = tl.sum(before.to(tl.int32), 1)
+    here = group[:, None] == g[None, :]
+    row = tl.sum(tl.where(here, (start - (last - n_tile) * BLOCK_M)[None, :], 0), 1) + t * BLOCK_M
+    exists = group < N_GROUP_POW2
+    tl.store(tile_group + t, tl.where(exists, group, -1))
+    tl.store(tile_row + t, tl.where(exists, row, 0))
+
+
+@triton.jit
+def _load16(p):
+    """The 16-bit word at p (uint8 pointers of even address)."""
+    return tl.load(p.to(tl.pointer_type(tl.uint16))).to(tl.int32)
+
+
+@triton.jit
+def _load32(p):
+    return tl.load(p.to(tl.pointer_type(tl.uint32)))
+
+
+@triton.jit
+def _flat(y, N: tl.constexpr):
+    return round_to(tl.reshape(y, [N, 64]), tl.bfloat16)  # a reshape last would crash the compiler (Triton 3.6)
+
+
+# Four bytes of two nibbles ($4) to bf16 q * d - m, by pairs: a byte under the exponent 0x43 is 128 + q, from which
+# 128 is taken exactly. $0, $1: low nibbles; $2, $3: high ones; $5 and $9: d; $7 and $11: -m.
+_NIBBLES_TO_BF16 = tl.constexpr("""
+{
+    .reg .b32 low, high, a, b, one, zero;
+    mov.b32 one, 0x3F803F80;
+    mov.b32 zero, 0xC300C300;
+    and.b32 low, $4, 0x0F0F0F0F;
+    shr.u32 high, $4, 4;
+    and.b32 high, high, 0x0F0F0F0F;
+    prmt.b32 a, low, 0x43434343, 0x4140;
+    prmt.b32 b, low, 0x43434343, 0x4342;
+    fma.rn.bf16x2 a, a, one, zero;
+    fma.rn.bf16x2 b, b, one, zero;
+    fma.rn.bf16x2 $0, a, $5, $7;
+    fma.rn.bf16x2 $1, b, $6, $8;
+    prmt.b32 a, high, 0x43434343, 0x4140;
+    prmt.b32 b, high, 0x43434343, 0x4342;
+    fma.rn.bf16x2 a, a, one, zero;
+    fma.rn.bf16x2 b, b, one, zero;
+    fma.rn.bf16x2 $2, a, $9, $11;
+    fma.rn.bf16x2 $3, b, $10, $12;
+}
+""")
+
+
+@triton.jit
+def _q4_k_load(p, step, words):
+    """p: row starts [N, 1, 1]. Step 4 b + i is a pair of sub-blocks of block b: 32 bytes of nibbles."""
+    p += (step // 4) * 144
+    q = tl.load(p + (16 + 32 * (step % 4)) + tl.arange(0, 32)[None, None, :])
+    # The 16 bytes of scales in one access and once a block: requests that touch many rows are what costs most
+    fresh = step % 4 == 0
+    at = p.to(tl.pointer_type(tl.uint32)) + tl.arange(0, 4)[None, None, :]
+    words = tl.where(fresh, tl.load(at, mask=(tl.arange(0, 4) >= 4 * (step % 4))[None, None, :], other=0), words)
+    even, odd = tl.split(tl.reshape(words, [p.shape[0], 1, 2, 2]))
+    d2, w1 = tl.split(tl.reshape(even, [p.shape[0], 1, 1, 2]))
+    w0, w2 = tl.split(tl.reshape(odd, [p.shape[0], 1, 1, 2]))
+    return q, words, d2, w0, w1, w2
+
+
+@triton.jit
+def _q4_k_decode(q, d2, w0, w1, w2, step, N: tl.constexpr):
+    """bf16 [N, 64]: low nibbles 0 to 15, high ones 0 to 15, low ones 16 to 31, high ones 16 to 31.
+
+    In that order a thread writes 64 bytes of a row of shared memory, without bank conflicts.
+    """
+    first = step % 4 < 2
+    shift = 16 * (step % 2)
+    scales = tl.where(first, w0 & 0x3F3F3F3F, (w2 & 0x0F0F0F0F) | ((w0 >> 2) & 0x30303030)) >> shift
+    mins = tl.where(first, w1 & 0x3F3F3F3F, ((w2 >> 4) & 0x0F0F0F0F) | ((w1 >> 2) & 0x30303030)) >> shift
+    d = (d2 & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    m = (d2 >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    d_low = d * (scales & 255).to(tl.float32)
+    m_low = m * (mins & 255).to(tl.float32)
+    d_high = d * ((scales >> 8) & 255).to(tl.float32)
+    m_high = m * ((mins >> 8) & 255).to(tl.float32)
+    if INTERPRETED:
+        low = d_low * (q & 15).to(tl.float32) - m_low
+        high = d_high * (q >> 4).to(tl.float32) - m_high
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _NIBBLES_TO_BF16,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
+            [q, d_low.to(tl.bfloat16), (-m_low).to(tl.bfloat16), d_high.to(tl.bfloat16), (-m_high).to(tl.bfloat16)],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    both = tl.reshape(tl.join(low.to(tl.float32), high.to(tl.float32)), [N, 2, 16, 2])
+    return _flat(tl.trans(both, 0, 1, 3, 2), N)
+
+
+@triton.jit
+def _q6_k_load(p, step):
+    """Step 2 b + i is half i of block b: 64 bytes of low bits, 32 of high ones, 8 scales."""
+    g = tl.arange(0, 4)[None, :, None]  # 16 elements that share a scale
+    w = tl.arange(0, 8)[None, None, :]  # pairs
+    p += (step // 2) * 210
+    half = step % 2
+    q = _load16(p + 64 * half + 16 * g + 2 * w)
+    h = _load16(p + 128 + 32 * half + 16 * (g % 2) + 2 * w)
+    s = p + 192 + 8 * half + g
+    return q, h, tl.load(s), tl.load(s + 4), _load16(p + 208)
+
+
+@triton.jit
+def _q6_k_decode(q, h, s_low, s_high, d, N: tl.constexpr):
+    h >>= 2 * (tl.arange(0, 4)[None, :, None] // 2)
+    low = (q & 0x0F0F) | ((h & 0x0303) << 4)
+    high = ((q >> 4) & 0x0F0F) | (h & 0x3030)
+    d = d.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    d_low = d * s_low.to(tl.int8, bitcast=True).to(tl.float32)
+    d_high = d * s_high.to(tl.int8, bitcast=True).to(tl.float32)
+    return _scaled_pairs(low, d_low, 32, N), _scaled_pairs(high, d_high, 32, N)
+
+
+@triton.jit
+def _scaled_pairs(words, d, zero: tl.constexpr, N: tl.constexpr):
+    """d * (byte - zero) for both bytes of each word: bf16 `[N, 64]`."""
+    even = d * ((words & 255) - zero).to(tl.float32)
+    odd = d * ((words >> 8) - zero).to(tl.float32)
+    return _flat(tl.join(even, odd), N)
+
+
+@triton.jit
+def _q8_0_load(p, step):
+    """Two blocks of 32."""
+    w = tl.arange(0, 16)[None, None, :]  # pairs
+    p += step * 68 + 34 * tl.arange(0, 2)[None, :, None]
+    return _load16(p + 2 + 2 * w), _load16(p)
+
+
+@triton.jit
+def _q8_0_decode(words, d, N: tl.constexpr):
+    d = d.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return _scaled_pairs(words ^ 0x8080, d, 128, N)  # the sign bit becomes an offset of 128
+
+
+@triton.jit
+def _dot(w, x, acc, BLOCK_M: tl.constexpr):
+    """acc + x w^T, or its transpose: with few tokens it is w that fills the 64 rows of a matrix instruction."""
+    if INTERPRETED:  # which would multiply the bits of bf16 numbers
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    if BLOCK_M >= 64:
+        return tl.dot(x, tl.trans(w), acc)
+    else:
+        return tl.dot(w, tl.trans(x), acc)
+
+
+@triton.jit
+def _product(x_rows, p, n_in, table, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
+             BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr,
+             FAST: tl.constexpr):  # fmt: skip
+    """x W^T: f32 `[BLOCK_M, BLOCK_N]`. x_rows: row pointers [BLOCK_M, 1]; p: weight row pointers [BLOCK_N, 1, 1]."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N] if BLOCK_M >= 64 else [BLOCK_N, BLOCK_M], tl.float32)
+    if FAST and TYPE == "Q4_K":
+        k = tl.arange(0, 64)
+        k = 16 * (k // 32) + 32 * (k // 16 % 2) + k % 16  # the order of the decoder
+        words = tl.zeros([BLOCK_N, 1, 4], tl.uint32)
+        for step in range(n_in // 64):
+            q, words, a, b, c, e = _q4_k_load(p, step, words)
+            w = _q4_k_decode(q, a, b, c, e, step, BLOCK_N)
+            acc = _dot(w, tl.load(x_rows + step * 64 + k[None, :]), acc, BLOCK_M)
+    elif FAST and TYPE == "Q6_K":
+        q, a, b, c, e = _q6_k_load(p, 0)
+        for step in range(n_in // 128):
+            low, high = _q6_k_decode(q, a, b, c, e, BLOCK_N)
+            q, a, b, c, e = _q6_k_load(p, tl.minimum(step + 1, n_in // 128 - 1))
+            x_step = x_rows + step * 128 + tl.arange(0, 64)[None, :]
+            acc = _dot(low, tl.load(x_step), acc, BLOCK_M)
+            acc = _dot(high, tl.load(x_step + 64), acc, BLOCK_M)
+    elif FAST and TYPE == "Q8_0":
+        q, a = _q8_0_load(p, 0)
+        for step in range(n_in // 64):
+            w = _q8_0_decode(q, a, BLOCK_N)
+            q, a = _q8_0_load(p, tl.minimum(step + 1, n_in // 64 - 1))
+            acc = _dot(w, tl.load(x_rows + step * 64 + tl.arange(0, 64)[None, :]), acc, BLOCK_M)
+    elif BLOCK_SIZE == 1:
+        for k0 in range(0, n_in, 64):
+            k = k0 + tl.arange(0, 64)
+            s = tl.minimum(k, n_in - 1)[None, :, None]  # finite numbers, which meet zeros of x
+            low = _flat(unpack_blocks(p, s, tl.arange(0, 1)[None, None, :], table, TYPE), BLOCK_N)
+            acc = _dot(low, tl.load(x_rows + k[None, :], mask=k[None, :] < n_in, other=0.0), acc, BLOCK_M)
+    else:
+        K: tl.constexpr = 32 if BLOCK_SIZE == 32 else 64
+        w = tl.arange(0, RUN_WIDTH)[None, None, :]
+        for k0 in range(0, n_in, K):
+            s = (k0 % BLOCK_SIZE) // RUN_WIDTH + tl.arange(0, K // RUN_WIDTH)[None, :, None]
+            y = unpack_blocks(p + k0 // BLOCK_SIZE * BLOCK_BYTES, s, w, table, TYPE)
+            low = round_to(tl.reshape(y, [BLOCK_N, K]), tl.bfloat16)
+            acc = _dot(low, tl.load(x_rows + (k0 + tl.arange(0, K))[None, :]), acc, BLOCK_M)
+    if BLOCK_M >= 64:
+        return acc
+    else:
+        return tl.trans(acc)
+
+
+@triton.jit
+def _gate_up_tile(x, row_index, out, gate, row_bytes, up_from_gate, row, stop, column, n_in, n_out, table,
+                  HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
+                  BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr,
+                  FAST: tl.constexpr):  # fmt: skip
+    # Row 2 i of the weight tile is row i of gate, row 2 i + 1 row i of up: one tile, and pairs that meet at the end
+    n = tl.arange(0, BLOCK_N)[:, None, None]
+    p = gate + tl.minimum(column + n // 2, n_out - 1).to(tl.int64) * row_bytes + (n % 2) * up_from_gate
+    rows = row + tl.arange(0, BLOCK_M)
+    source = tl.minimum(rows, stop - 1)
+    if HAS_INDEX:
+        source = tl.load(row_index + source)
+    x_rows = x + source.to(tl.int64)[:, None] * n_in
+    acc = _product(x_rows, p, n_in, table, BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)
+    g, u = tl.split(tl.reshape(acc, [BLOCK_M, BLOCK_N // 2, 2]))
+    e = tl.exp(-tl.abs(g))  # which cannot overflow
+    h = round_to(g * tl.where(g >= 0, 1.0, e) / (1.0 + e) * u, out.dtype.element_ty)
+    columns = column + tl.arange(0, BLOCK_N // 2)
+    at = rows.to(tl.int64)[:, None] * n_out + columns[None, :]
+    tl.store(out + at, h, mask=(rows < stop)[:, None] & (columns < n_out)[None, :])
+
+
+@triton.jit
+def _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_out, table,
+               HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
+               BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr,
+               FAST: tl.constexpr):  # fmt: skip
+    columns = column + tl.arange(0, BLOCK_N)
+    p = down + tl.minimum(columns, n_out - 1).to(tl.int64)[:, None, None] * row_bytes
+    rows = row + tl.arange(0, BLOCK_M)
+    source = tl.minimum(rows, stop - 1)
+    x_rows = x + source.to(tl.int64)[:, None] * n_in
+    acc = _product(x_rows, p, n_in, table, BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)
+    y = acc
+    if HAS_WEIGHT:
+        y *= tl.load(row_weight + source)[:, None]
+    at = rows.to(tl.int64)[:, None] * n_out + columns[None, :]
+    tl.store(out + at, round_to(y, out.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n_out)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_column_tile"])
+def gate_up_kernel(
+    x, row_index, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, gate_at, up_from_gate,
+    row_bytes, n_in, n_out, n_column_tile,
+    HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """silu(gate x) * (up x): program `t * n_column_tile + c` makes BLOCK_M rows by BLOCK_N / 2 columns of `out`."""
+    tile = tl.program_id(0) // n_column_tile
+    group = tl.load(tile_group + tile)
+    if group >= 0:
+        column = (tl.program_id(0) % n_column_tile) * (BLOCK_N // 2)
+        row = tl.load(tile_row + tile)
+        stop = tl.load(offsets + group + 1)
+        gate = pool + tl.load(slots + group).to(tl.int64) * slot_bytes + gate_at
+        if stop - row <= BLOCK_M // 2 and BLOCK_M > 16:
+            _gate_up_tile(x, row_index, out, gate, row_bytes, up_from_gate, row, stop, column, n_in, n_out, table,
+                          HAS_INDEX, BLOCK_M // 2 if BLOCK_M > 16 else 16, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES,
+                          RUN_WIDTH, FAST)  # fmt: skip
+        else:
+            _gate_up_tile(x, row_index, out, gate, row_bytes, up_from_gate, row, stop, column, n_in, n_out, table,
+                          HAS_INDEX, BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_column_tile"])
+def down_kernel(
+    x, row_weight, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, down_at,
+    row_bytes, n_in, n_out, n_column_tile,
+    HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """down x, times the row's weight: program `t * n_column_tile + c` makes BLOCK_M rows by BLOCK_N columns."""
+    tile = tl.program_id(0) // n_column_tile
+    group = tl.load(tile_group + tile)
+    if group >= 0:
+        column = (tl.program_id(0) % n_column_tile) * BLOCK_N
+        row = tl.load(tile_row + tile)
+        stop = tl.load(offsets + group + 1)
+        down = pool + tl.load(slots + group).to(tl.int64) * slot_bytes + down_at
+        if stop - row <= BLOCK_M // 2 and BLOCK_M > 16:
+            _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_out, table, HAS_WEIGHT,
+                       BLOCK_M // 2 if BLOCK_M > 16 else 16, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH,
+                       FAST)  # fmt: skip
+        else:
+            _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_out, table, HAS_WEIGHT,
+                       BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_block"])
+def dequantize_groups_kernel(
+    pool, offsets, slots, table, out, slot_bytes, part_at, n_block, out_stride,
+    TYPE: tl.constexpr, BLOCK_BYTES: tl.constexpr, N_RUN: tl.constexpr, RUN_WIDTH: tl.constexpr,
+    DISTANCE: tl.constexpr, TILE_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Program (i, g): blocks `TILE_BLOCKS * i` and following of the matrix of group g, if that has rows, as bf16."""
+    group = tl.program_id(1)
+    slot = tl.load(slots + group)
+    if (slot >= 0) & (tl.load(offsets + group + 1) > tl.load(offsets + group)):
+        matrix = pool + slot.to(tl.int64) * slot_bytes + part_at
+        dequantize_tile(matrix, table, out + group.to(tl.int64) * out_stride, n_block, tl.program_id(0) * TILE_BLOCKS,
+                        TYPE, BLOCK_BYTES, N_RUN, RUN_WIDTH, DISTANCE, TILE_BLOCKS)  # fmt: skip
+
+
+@triton.jit
+def sum_kernel(y, ids, place, weights, slots, out, n_column, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = sum over k, in order, of weights[t, k] * y[place[t, k]]; experts with slot -1 are left out."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(TOP_K):
+        choice = token * TOP_K + k
+        here = tl.zeros([BLOCK], tl.int32) + tl.load(slots + tl.load(ids + choice)) >= 0
+        row = y + tl.load(place + choice).to(tl.int64) * n_column
+        value = tl.load(row + columns, mask=(columns < n_column) & here, other=0.0).to(tl.float32)
+        total += value * tl.load(weights + choice)
+    tl.store(out + token * n_column + columns, total, mask=columns < n_column)

@@ -1,0 +1,364 @@
+"""The mixture of experts for prompts: tokens sorted by expert, times quantized matrices that lie in slots.
+
+Two ways. `fused` dequantizes weight tiles on their way to the tensor cores. `dequantized` writes the experts that
+have tokens out as bf16 and multiplies with `torch._grouped_mm`. `moe_prompt` takes the one that is faster for the
+type. Nothing here waits for the device. Without a GPU the kernels run in Triton's interpreter, which must
+be switched on (TRITON_INTERPRET=1) before the first use; where it is not, call `moe_prompt_reference`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_engine.kernels import reference
+from moe_engine.kernels.dequantize import _is_interpreted, _table, tile_constants
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import QuantType
+
+Method = Literal["fused", "dequantized"]
+
+
+@dataclass(frozen=True)
+class SlotPart:
+    """A matrix `[n_out, n_in]` that lies `offset` bytes into every slot."""
+
+    type: QuantType
+    n_out: int
+    n_in: int
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.n_out * self.type.row_bytes(self.n_in)
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """An expert's three matrices in a slot: gate and up `[n_ff, n_embd]`, down `[n_embd, n_ff]`."""
+
+    gate: SlotPart
+    up: SlotPart
+    down: SlotPart
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.down.offset + self.down.nbytes
+
+
+def slot_layout(gate: QuantType, up: QuantType, down: QuantType, n_embd: int, n_ff: int) -> SlotLayout:
+    """Gate, up and down one after the other."""
+    gate_part = SlotPart(gate, n_ff, n_embd, 0)
+    up_part = SlotPart(up, n_ff, n_embd, gate_part.nbytes)
+    return SlotLayout(gate_part, up_part, SlotPart(down, n_embd, n_ff, gate_part.nbytes + up_part.nbytes))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows sorted by expert. Group g holds rows `offsets[g]` to `offsets[g + 1]` and multiplies the matrix in
+    `slots[g]`; where that is -1 its rows are not computed."""
+
+    offsets: Tensor  # int32 [n_group + 1]
+    slots: Tensor  # int32 [n_group]
+
+    def __post_init__(self) -> None:
+        assert self.offsets.dtype == self.slots.dtype == torch.int32, (self.offsets.dtype, self.slots.dtype)
+        assert self.offsets.numel() == self.slots.numel() + 1, (self.offsets.shape, self.slots.shape)
+
+    def __len__(self) -> int:
+        return self.slots.numel()
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """(token, choice) pairs in the order of their experts, pairs of one expert in the order of tokens."""
+
+    groups: Groups
+    token: Tensor  # int32 [n_token * top_k]: the token of each row
+    place: Tensor  # int32 [n_token, top_k]: the row of each pair
+
+
+def sort_by_expert(ids: Tensor, slots: Tensor) -> Sorted:
+    """ids: int `[n_token, top_k]`; slots: int32 `[n_expert]`, the slot of each expert or -1."""
+    experts, order = torch.sort(ids.reshape(-1), stable=True)
+    bounds = torch.arange(slots.numel() + 1, device=ids.device, dtype=experts.dtype)
+    offsets = torch.searchsorted(experts, bounds, out_int32=True)
+    place = torch.empty_like(order, dtype=torch.int32)
+    place[order] = torch.arange(order.numel(), device=ids.device, dtype=torch.int32)
+    token = (order // ids.shape[1]).to(torch.int32)
+    return Sorted(Groups(offsets, slots), token, place.view(ids.shape))
+
+
+@dataclass(frozen=True)
+class _Tiling:
+    block_m: int  # rows; groups with at most half of that get half a tile
+    block_n: int  # rows of the weight
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+def _tiling(n_row: int, n_group: int) -> _Tiling:
+    """Tile sizes for the average size of a group.
+
+    Measured on an H200, Q4_K, Qwen3-30B-A3B, gate and up in ms: 4 rows a group 0.160 (16), 0.162 (32), 0.246 (128);
+    16 rows 0.216, 0.171, 0.245 and 0.195 (64); 64 rows 0.314 (64), 0.269 (128); 128 rows 0.503 and 0.385. With
+    block_m 256 or block_n 256, or with three stages, it was slower; the registers are for two programs a core.
+    """
+    rows = n_row / n_group
+    if rows > 48:
+        return _Tiling(128, 128, 8, 4, 128)
+    if rows > 24:  # not measured between 16 and 64
+        return _Tiling(64, 128, 4, 4)
+    return _Tiling(32 if rows > 8 else 16, 64, 4, 4)
+
+
+def _is_fast(part: SlotPart, pool: Tensor) -> bool:
+    """Whether the type has a decoder of its own and blocks are aligned as it needs."""
+    alignment = {"Q4_K": 4, "Q6_K": 2, "Q8_0": 2}.get(part.type.name)
+    if alignment is None or part.n_in % 128:
+        return False
+    return (pool.data_ptr() | pool.stride(0) | part.offset) % alignment == 0
+
+
+def _type_constants(part: SlotPart) -> dict[str, Any]:
+    from moe_engine.kernels.unpack import RUN_WIDTHS
+
+    name = part.type.name
+    return {"TYPE": name, "BLOCK_BYTES": part.type.block_bytes, "RUN_WIDTH": RUN_WIDTHS[name]}
+
+
+def _tile_map(groups: Groups, n_row: int, block_m: int) -> tuple[Tensor, Tensor]:
+    """For each row tile its group or -1, and its first row: int32 `[n_tile]`, an upper bound of what is needed."""
+    from moe_engine.kernels.grouped_kernels import tile_map_kernel
+
+    n_group, chunk = len(groups), 32
+    n_tile = min(n_row // block_m + n_group, n_row)
+    n_tile = -(-n_tile // chunk) * chunk
+    tiles = torch.empty(2, n_tile, dtype=torch.int32, device=groups.offsets.device)
+    pow2 = 1 << (n_group - 1).bit_length()
+    tile_map_kernel[(n_tile // chunk,)](
+        groups.offsets, groups.slots, tiles[0], tiles[1], n_group, BLOCK_M=block_m, N_GROUP_POW2=pow2, TILES=chunk,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return tiles[0], tiles[1]
+
+
+def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
+    constants = _type_constants(part) | {"BLOCK_SIZE": part.type.block_size}
+    constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n}
+    constants["FAST"] = _is_fast(part, pool)
+    constants |= {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, "enable_fp_fusion": True}
+    if tiling.maxnreg is not None and not _is_interpreted():
+        constants["maxnreg"] = tiling.maxnreg
+    return constants
+
+
+def _check_pool(pool: Tensor, part: SlotPart) -> None:
+    assert pool.dtype == torch.uint8, pool.dtype
+    assert pool.dim() == 2, pool.shape
+    assert pool.stride(1) == 1, pool.stride()
+    assert part.offset + part.nbytes <= pool.shape[1], (part, pool.shape)
+
+
+def grouped_gate_up(
+    x: Tensor, row_index: Tensor | None, groups: Groups, pool: Tensor, gate: SlotPart, up: SlotPart,
+    tiling: _Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """silu(gate x) * (up x) for the rows of each group: bf16 `[n_row, n_ff]`.
+
+    x: bf16 `[n, n_in]`; row r is `x[row_index[r]]` (int32 `[n_row]`), or `x[r]`. pool: uint8 `[n_slot, slot_bytes]`.
+    Gate and up must be of one type and shape.
+    """
+    from moe_engine.kernels.grouped_kernels import gate_up_kernel
+
+    _check_pool(pool, gate)
+    _check_pool(pool, up)
+    assert (gate.type, gate.n_out, gate.n_in) == (up.type, up.n_out, up.n_in), (gate, up)
+    assert x.dtype == torch.bfloat16, x.dtype
+    assert x.is_contiguous()
+    assert x.shape[1] == gate.n_in, (x.shape, gate)
+    n_row = x.shape[0] if row_index is None else row_index.numel()
+    h = x.new_empty(n_row, gate.n_out)
+    if n_row == 0:
+        return h
+    tiling = tiling or _tiling(n_row, len(groups))
+    tile_group, tile_row = _tile_map(groups, n_row, tiling.block_m)
+    n_column_tile = -(-gate.n_out // (tiling.block_n // 2))
+    gate_up_kernel[(tile_group.numel() * n_column_tile,)](
+        x,
+        groups.offsets if row_index is None else row_index,
+        h,
+        pool,
+        groups.offsets,
+        groups.slots,
+        tile_group,
+        tile_row,
+        _table(gate.type.id, x.device),
+        pool.stride(0),
+        gate.offset,
+        up.offset - gate.offset,
+        gate.type.row_bytes(gate.n_in),
+        gate.n_in,
+        gate.n_out,
+        n_column_tile,
+        HAS_INDEX=row_index is not None,
+        **_constants(gate, pool, tiling),
+    )
+    return h
+
+
+def grouped_down(
+    h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, row_weight: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16, tiling: _Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """down h for the rows of each group, times `row_weight` (f32 `[n_row]`) if given: `[n_row, n_out]` of `dtype`."""
+    from moe_engine.kernels.grouped_kernels import down_kernel
+
+    _check_pool(pool, down)
+    assert h.dtype == torch.bfloat16, h.dtype
+    assert h.is_contiguous()
+    assert h.shape[1] == down.n_in, (h.shape, down)
+    n_row = h.shape[0]
+    y = h.new_empty(n_row, down.n_out, dtype=dtype)
+    if n_row == 0:
+        return y
+    tiling = tiling or _tiling(n_row, len(groups))
+    tile_group, tile_row = _tile_map(groups, n_row, tiling.block_m)
+    n_column_tile = -(-down.n_out // tiling.block_n)
+    down_kernel[(tile_group.numel() * n_column_tile,)](
+        h,
+        h if row_weight is None else row_weight,
+        y,
+        pool,
+        groups.offsets,
+        groups.slots,
+        tile_group,
+        tile_row,
+        _table(down.type.id, h.device),
+        pool.stride(0),
+        down.offset,
+        down.type.row_bytes(down.n_in),
+        down.n_in,
+        down.n_out,
+        n_column_tile,
+        HAS_WEIGHT=row_weight is not None,
+        **_constants(down, pool, tiling),
+    )
+    return y
+
+
+def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+    """Sums each token's rows of y in the order of its choices: f32 `[n_token, n_embd]`. Slot -1 counts as zero."""
+    from moe_engine.kernels.grouped_kernels import sum_kernel
+
+    n_token, top_k = ids.shape
+    out = torch.empty(n_token, y.shape[1], dtype=torch.float32, device=y.device)
+    block = 1024
+    sum_kernel[n_token, -(-y.shape[1] // block)](
+        y, ids, place, weights, slots, out, y.shape[1], TOP_K=top_k, BLOCK=block, enable_fp_fusion=True
+    )
+    return out
+
+
+def dequantize_groups(groups: Groups, pool: Tensor, part: SlotPart, out: Tensor) -> None:
+    """Writes the part of every group with rows to `out[g]`: bf16 `[n_group, n_out, n_in]`, matrices contiguous."""
+    from moe_engine.kernels.grouped_kernels import dequantize_groups_kernel
+
+    _check_pool(pool, part)
+    constants = tile_constants(part.type)
+    n_block = part.n_out * part.n_in // part.type.block_size
+    dequantize_groups_kernel[-(-n_block // constants["TILE_BLOCKS"]), len(groups)](
+        pool,
+        groups.offsets,
+        groups.slots,
+        _table(part.type.id, pool.device),
+        out,
+        pool.stride(0),
+        part.offset,
+        n_block,
+        out.stride(0),
+        enable_fp_fusion=False,
+        **constants,
+    )
+
+
+def _grouped_mm(x: Tensor, weights: Tensor, groups: Groups) -> Tensor:
+    """x W^T by groups. x: bf16 `[n_row, n_in]`, weights: bf16 `[n_group, n_out, n_in]`."""
+    if x.is_cuda:
+        return torch._grouped_mm(x, weights.transpose(1, 2), offs=groups.offsets[1:])
+    bounds = groups.offsets.tolist()
+    y = [x[bounds[g] : bounds[g + 1]] @ weights[g].T for g in range(len(groups))]
+    return torch.cat(y)
+
+
+def _dequantized_gate_up(x: Tensor, pairs: Sorted, pool: Tensor, gate: SlotPart, up: SlotPart) -> Tensor:
+    weights = x.new_empty(len(pairs.groups), gate.n_out + up.n_out, gate.n_in)
+    dequantize_groups(pairs.groups, pool, gate, weights[:, : gate.n_out])
+    dequantize_groups(pairs.groups, pool, up, weights[:, gate.n_out :])
+    both = _grouped_mm(x[pairs.token], weights, pairs.groups)
+    return torch.nn.functional.silu(both[:, : gate.n_out]) * both[:, gate.n_out :]
+
+
+def _dequantized_down(h: Tensor, pairs: Sorted, pool: Tensor, down: SlotPart) -> Tensor:
+    weights = h.new_empty(len(pairs.groups), down.n_out, down.n_in)
+    dequantize_groups(pairs.groups, pool, down, weights)
+    return _grouped_mm(h, weights, pairs.groups)
+
+
+def choose_method(part: SlotPart, pool: Tensor) -> Method:
+    """The faster way for a part of a slot.
+
+    Measured on an H200 with Qwen3-30B-A3B, 64 and 2048 tokens, all of `moe_prompt` in ms, fused or dequantized:
+    Q4_K 0.29 or 0.92, 0.68 or 1.21; Q6_K 0.97 or 0.98, 2.86 or 1.26; Q8_0 1.36 or 0.95, 2.48 or 1.24.
+    """
+    return "fused" if part.type.name == "Q4_K" and _is_fast(part, pool) else "dequantized"
+
+
+def moe_prompt(
+    x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, pool: Tensor, layout: SlotLayout,
+    method: Method | None = None,
+) -> Tensor:  # fmt: skip
+    """The weighted sum of each token's experts: f32 `[n_token, n_embd]`.
+
+    x: `[n_token, n_embd]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
+    weights: f32 of that shape. slots: int32 `[n_expert]`, the slot of each expert; those with -1 contribute nothing.
+    pool: uint8 `[n_slot, slot_bytes]`. Results do not depend on which slots the experts are in. The method
+    `dequantized` takes device memory for the bf16 weights of all experts: of gate and up, then of down.
+    """
+    x = x.to(torch.bfloat16).contiguous()
+    pairs = sort_by_expert(ids, slots)
+    gate, up, down = layout.gate, layout.up, layout.down
+    alike = (gate.type, gate.n_out) == (up.type, up.n_out)
+    if alike and (method or choose_method(gate, pool)) == "fused":
+        h = grouped_gate_up(x, pairs.token, pairs.groups, pool, gate, up)
+    else:
+        h = _dequantized_gate_up(x, pairs, pool, gate, up)
+    if (method or choose_method(down, pool)) == "fused":
+        y = grouped_down(h, pairs.groups, pool, down)
+    else:
+        y = _dequantized_down(h, pairs, pool, down)
+    return weighted_sum(y, ids.contiguous(), pairs.place, weights.to(torch.float32).contiguous(), slots)
+
+
+def moe_prompt_reference(
+    x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, pool: Tensor, layout: SlotLayout
+) -> Tensor:
+    """`moe_prompt` in f64 on the CPU, one expert after the other."""
+    x, ids, weights, pool = x.cpu().double(), ids.cpu(), weights.cpu().double(), pool.cpu()
+    total = torch.zeros_like(x)
+
+    def matrix(slot: int, part: SlotPart) -> Tensor:
+        data = pool[slot, part.offset : part.offset + part.nbytes].view(part.n_out, -1)
+        return reference.dequantize(QuantTensor(data, part.type, part.n_in)).double()
+
+    for expert, slot in enumerate(slots.tolist()):
+        token, choice = (ids == expert).nonzero(as_tuple=True)
+        if slot < 0 or not len(token):
+            continue
+        rows = x[token]
+        h = torch.nn.functional.silu(rows @ matrix(slot, layout.gate).T) * (rows @ matrix(slot, layout.up).T)
+        y = h @ matrix(slot, layout.down).T
+        total.index_add_(0, token, y * weights[token, choice, None])
+    return total

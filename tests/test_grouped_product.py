@@ -1,0 +1,208 @@
+"""The grouped product against float64 products of the gguf package's values: on a GPU, else in the interpreter."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from random_blocks import random_blocks
+from torch import Tensor
+
+from moe_engine.kernels import grouped_product as gp
+from moe_engine.kernels import reference
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+METHODS: tuple[gp.Method, ...] = ("fused", "dequantized")
+all_types = pytest.mark.parametrize("type", QUANT_TYPES.values(), ids=str)
+fast_types = pytest.mark.parametrize("type", [BY_NAME[name] for name in ("Q4_K", "Q6_K", "Q8_0")], ids=str)
+
+
+def layout_of(names: Sequence[str], n_embd: int, n_ff: int) -> gp.SlotLayout:
+    gate, up, down = (BY_NAME[name] for name in names)
+    return gp.slot_layout(gate, up, down, n_embd, n_ff)
+
+
+def random_pool(layout: gp.SlotLayout, n_slot: int, seed: int, shift: int = 0, pad: int = 0) -> Tensor:
+    """Slots of random experts whose outputs are of size 1; the first starts `shift` bytes into its buffer."""
+    rng = np.random.default_rng(seed)
+    slot_bytes = layout.slot_bytes + pad
+    data = rng.integers(0, 256, (n_slot, slot_bytes), dtype=np.uint8)
+    for part in (layout.gate, layout.up, layout.down):
+        blocks = random_blocks(part.type, n_slot * part.n_out, part.n_in, rng)
+        data[:, part.offset : part.offset + part.nbytes] = blocks.reshape(n_slot, -1)
+    buffer = torch.zeros(shift + data.size + 64, dtype=torch.uint8, device=DEVICE)
+    pool = buffer[shift : shift + data.size].view(n_slot, slot_bytes)
+    pool.copy_(torch.from_numpy(data))
+    return pool
+
+
+def random_x(n: int, n_in: int, seed: int = 0) -> Tensor:
+    x: Tensor = torch.randn(n, n_in, generator=torch.Generator().manual_seed(seed)) * n_in**-0.5
+    return x.to(DEVICE, torch.bfloat16)
+
+
+def values(pool: Tensor, slot: int, part: gp.SlotPart) -> Tensor:
+    data = pool[slot, part.offset : part.offset + part.nbytes].cpu().view(part.n_out, -1)
+    matrix: Tensor = reference.dequantize(QuantTensor(data, part.type, part.n_in)).double()
+    return matrix
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative error, infinite where a value is not finite."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    assert actual.shape == expected.shape
+    if not actual.isfinite().all():
+        return float("inf")
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def groups_of(counts: Sequence[int], slots: Sequence[int]) -> gp.Groups:
+    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=DEVICE)
+    return gp.Groups(offsets, torch.tensor(slots, dtype=torch.int32, device=DEVICE))
+
+
+def check_products(layout: gp.SlotLayout, pool: Tensor, counts: Sequence[int], tiling: gp._Tiling | None) -> None:
+    """Both products of groups of the given sizes, each against float64 on the same input."""
+    slots = [(3 * g + 1) % len(pool) for g in range(len(counts))]
+    groups = groups_of(counts, slots)
+    n_row = sum(counts)
+    x = random_x(n_row + 3, layout.gate.n_in)
+    row_index = torch.randperm(n_row + 3, generator=torch.Generator().manual_seed(1))[:n_row].int().to(DEVICE)
+    h = gp.grouped_gate_up(x, row_index, groups, pool, layout.gate, layout.up, tiling=tiling)
+    weight = torch.rand(n_row, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    y = gp.grouped_down(h, groups, pool, layout.down, weight, torch.float32, tiling=tiling)
+    rows, hidden = x[row_index].double().cpu(), h.double().cpu()
+    start = 0
+    h_exact, y_exact = torch.zeros(n_row, layout.gate.n_out).double(), torch.zeros(n_row, layout.down.n_out).double()
+    for slot, count in zip(slots, counts, strict=True):
+        here = slice(start, start + count)
+        gate, up = (rows[here] @ values(pool, slot, part).T for part in (layout.gate, layout.up))
+        h_exact[here] = torch.nn.functional.silu(gate) * up
+        y_exact[here] = hidden[here] @ values(pool, slot, layout.down).T * weight[here, None].double().cpu()
+        start += count
+    assert error(h, h_exact) < 1e-2
+    assert error(y, y_exact) < 1e-2
+
+
+def widths(type: QuantType) -> tuple[int, int]:
+    return {1: (40, 72), 32: (96, 64), 64: (128, 64), 256: (256, 256)}[type.block_size]
+
+
+@all_types
+def test_every_type(type: QuantType) -> None:
+    n_embd, n_ff = widths(type)
+    layout = gp.slot_layout(type, type, type, n_embd, n_ff)
+    check_products(layout, random_pool(layout, 2, seed=type.id, shift=1), [3, 0, 18], gp._Tiling(16, 64, 4, 2))
+
+
+@fast_types
+@pytest.mark.parametrize("tiling", [gp._tiling(n, 1) for n in (1, 10, 100)], ids=lambda t: str(t.block_m))
+def test_fast_types(type: QuantType, tiling: gp._Tiling) -> None:
+    """Aligned slots take another path; tiles of all rows and of half of them, at the ends of groups."""
+    layout = gp.slot_layout(type, type, type, 512, 256) if tiling.block_m < 64 else layout_of([type.name] * 3, 256, 256)
+    pool = random_pool(layout, 3, seed=1)
+    assert all(gp._is_fast(part, pool) for part in (layout.gate, layout.up, layout.down))
+    m = tiling.block_m
+    check_products(layout, pool, [m + 1, 0, m // 2], tiling)
+
+
+@fast_types
+@pytest.mark.parametrize(("shift", "pad"), [(0, 2), (2, 4), (1, 0), (0, 5)])
+def test_unaligned_slots(type: QuantType, shift: int, pad: int) -> None:
+    layout = gp.slot_layout(type, type, type, 256, 256)
+    check_products(layout, random_pool(layout, 3, 2, shift, pad), [5, 1, 0, 9], None)
+
+
+def test_widths_that_no_tile_divides() -> None:
+    layout = layout_of(("Q8_0", "Q8_0", "Q4_0"), 160, 224)
+    check_products(layout, random_pool(layout, 2, 3), [7, 2], None)
+    layout = layout_of(("Q8_0", "Q8_0", "Q8_0"), 384, 128)
+    check_products(layout, random_pool(layout, 2, 3), [7, 70], None)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 300, 0], [0], [0, 0], [1, 1, 1, 1, 1], [64, 128, 129, 0, 33]], ids=str)
+def test_ragged_groups(counts: list[int]) -> None:
+    layout = layout_of(("Q8_0", "Q8_0", "Q8_0"), 128, 128)
+    check_products(layout, random_pool(layout, 4, 4), counts, None)
+
+
+def routing(n_token: int, top_k: int, n_expert: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(n_token, n_expert, generator=generator).topk(top_k).indices.int()
+    return ids.to(DEVICE), torch.rand(n_token, top_k, generator=generator).to(DEVICE)
+
+
+def test_sort_by_expert() -> None:
+    ids, _ = routing(13, 3, 7)
+    slots = torch.arange(7, dtype=torch.int32, device=DEVICE)
+    pairs = gp.sort_by_expert(ids, slots)
+    bounds = pairs.groups.offsets.tolist()
+    assert bounds[0] == 0
+    assert bounds[-1] == 39
+    for expert in range(7):
+        tokens = pairs.token[bounds[expert] : bounds[expert + 1]].tolist()
+        assert tokens == (ids == expert).nonzero()[:, 0].tolist()
+    assert sorted(pairs.place.reshape(-1).tolist()) == list(range(39))
+    token = torch.arange(13, device=DEVICE, dtype=torch.int32)[:, None].expand(13, 3)
+    assert torch.equal(pairs.token[pairs.place.long()], token)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("names", [("Q4_K", "Q4_K", "Q6_K"), ("Q8_0", "Q4_0", "Q5_0"), ("IQ3_S", "IQ3_S", "MXFP4")])
+def test_moe_prompt(method: gp.Method, names: tuple[str, str, str]) -> None:
+    """Types that differ, experts anywhere in the pool, some of them absent."""
+    layout = layout_of(names, 256, 256)
+    pool = random_pool(layout, 6, seed=5)
+    slots = torch.tensor([4, -1, 0, 5, 2, -1, 1], dtype=torch.int32, device=DEVICE)
+    ids, weights = routing(11, 3, 7)
+    x = random_x(11, 256)
+    out = gp.moe_prompt(x, ids if method == "fused" else ids.long(), weights, slots, pool, layout, method)
+    assert out.dtype == torch.float32
+    assert error(out, gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)) < 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_tokens_to_the_same_experts(method: gp.Method) -> None:
+    layout = layout_of(["Q4_K"] * 3, 256, 256)
+    pool = random_pool(layout, 4, seed=6)
+    slots = torch.arange(4, dtype=torch.int32, device=DEVICE)
+    ids = torch.tensor([[2, 0]], dtype=torch.int32, device=DEVICE).expand(70, 2)
+    weights = torch.rand(70, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x = random_x(70, 256)
+    out = gp.moe_prompt(x, ids, weights, slots, pool, layout, method)
+    assert error(out, gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)) < 1e-2
+
+
+def test_same_bits_in_other_slots_and_each_time() -> None:
+    layout = layout_of(("Q4_K", "Q4_K", "Q6_K"), 256, 256)
+    pool = random_pool(layout, 5, seed=7)
+    ids, weights = routing(40, 2, 5)
+    x = random_x(40, 256)
+    slots = torch.arange(5, dtype=torch.int32, device=DEVICE)
+    out = gp.moe_prompt(x, ids, weights, slots, pool, layout)
+    assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots, pool, layout))
+    assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots.flip(0), pool.flip(0), layout))
+
+
+def test_groups_without_a_slot_are_left_alone() -> None:
+    layout = layout_of(["Q8_0"] * 3, 128, 128)
+    pool = random_pool(layout, 1, seed=8)
+    groups = groups_of([3, 4, 5], [-1, 0, -1])
+    x = random_x(12, 128)
+    h = gp.grouped_gate_up(x, None, groups, pool, layout.gate, layout.up)
+    gate, up = (x[3:7].double().cpu() @ values(pool, 0, part).T for part in (layout.gate, layout.up))
+    assert error(h[3:7], torch.nn.functional.silu(gate) * up) < 1e-2
+
+
+@pytest.mark.gpu
+def test_large_groups_on_the_gpu() -> None:
+    layout = layout_of(("Q4_K", "Q4_K", "Q6_K"), 2048, 768)
+    pool = random_pool(layout, 8, seed=9)
+    slots = torch.arange(8, dtype=torch.int32, device=DEVICE)
+    ids, weights = routing(3000, 2, 8)
+    x = random_x(3000, 2048)
+    expected = gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)
+    for method in METHODS:
+        assert error(gp.moe_prompt(x, ids, weights, slots, pool, layout, method), expected) < 1e-2
