@@ -1,9 +1,13 @@
-"""Gigabytes of weights per second of `CpuKernels.linear`, one token, for every type and instruction set.
+"""Speed of `CpuKernels.linear` for every type and instruction set: one token by weight bytes, many by operations.
 
     python bench/bench_cpu_kernels.py [--types Q4_K,Q8_0] [--threads 1,2] [--tiers avx512] [--mib 192]
+        [--tokens 8,32,128,512] [--skip-one]
 
 "cache" repeats one 768 x 2048 matrix; "memory" walks a stack of them larger than the last level cache, as decoding
 walks experts. The read bandwidth of the same run stands in the last line.
+
+The second table multiplies one such matrix with T tokens, in turns all at once and 4 at a time (the most that share
+the decoding of a row when there are few), and shows the GFLOP/s of both.
 """
 
 import argparse
@@ -47,6 +51,35 @@ def linear_rate(kernels: CpuKernels, weight: QuantTensor, n_tokens: int = 1) -> 
     return weight.nbytes / best_seconds(lambda: kernels.linear(x, weight)) / 1e9
 
 
+def many_token_rates(kernels: CpuKernels, weight: QuantTensor, n_tokens: int) -> tuple[float, float]:
+    """GFLOP/s with tokens 4 at a time and all at once."""
+    x = torch.randn(n_tokens, N_IN)
+    fours = [part.contiguous() for part in x.split(4)]
+
+    def by_fours() -> None:
+        for part in fours:
+            kernels.linear(part, weight)
+
+    calls, best = (by_fours, lambda: kernels.linear(x, weight)), [float("inf")] * 2
+    for _ in range(8):  # in turns: other work on the machine hits both
+        best = [min(seconds, best_seconds(call, 0.03)) for call, seconds in zip(calls, best, strict=True)]
+    flops = 2 * n_tokens * N_OUT * N_IN
+    return flops / best[0] / 1e9, flops / best[1] / 1e9
+
+
+def many_token_table(types: list[str], tiers: list[str], thread_counts: list[int], tokens: list[int]) -> None:
+    print(f"\n{N_OUT} x {N_IN}, T tokens, GFLOP/s: 4 at a time -> all at once")
+    print(f"{'type':8} {'tier':7} {'threads':>7}" + "".join(f"{f'T = {n}':>20}" for n in tokens))
+    for name in types:
+        weight = stack_of_blocks(BY_NAME[name], 1)[0]
+        for tier in tiers:
+            _cpu.set_tier(tier)
+            for threads in thread_counts:
+                rates = (many_token_rates(CpuKernels(threads), weight, n) for n in tokens)
+                cells = (f"{f'{few:.0f} -> {many:.0f}':>20}" for few, many in rates)
+                print(f"{name:8} {tier:7} {threads:7}" + "".join(cells), flush=True)
+
+
 def read_bandwidth(threads: int, n_bytes: int) -> float:
     """Of a float32 sum or dot product over memory larger than the caches, whichever is faster."""
     torch.set_num_threads(threads)
@@ -60,22 +93,14 @@ def processor() -> str:
     return f"{names[0] if names else platform.processor()}, {len(names)} processors"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", default=",".join(BY_NAME))
-    parser.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
-    parser.add_argument("--tiers", default=",".join(available_tiers()[1:] or available_tiers()))
-    parser.add_argument("--mib", type=int, default=192, help="size of a stack; several times the last level cache")
-    args = parser.parse_args()
-    n_bytes = args.mib << 20
-
-    print(f"{processor()}; {N_OUT} x {N_IN} matrices, stacks of {args.mib} MiB, GB/s of weights, one token")
+def one_token_table(types: list[str], tiers: list[str], thread_counts: list[int], mib: int) -> None:
+    n_bytes = mib << 20
+    print(f"{processor()}; {N_OUT} x {N_IN} matrices, stacks of {mib} MiB, GB/s of weights, one token")
     print(f"{'type':8} {'tier':7} {'threads':>7} {'cache':>7} {'memory':>7} {'float mode':>11}")
-    thread_counts = sorted({int(n) for n in args.threads.split(",")})
-    for name in args.types.split(","):
+    for name in types:
         weight = stack_of_blocks(BY_NAME[name], n_bytes)
         cached = QuantTensor(weight.data[:1].expand(64, -1, -1), weight.type, N_IN)
-        for tier in args.tiers.split(","):
+        for tier in tiers:
             _cpu.set_tier(tier)
             for threads in thread_counts:
                 integers, floats = CpuKernels(threads), CpuKernels(threads, float_activations=True)
@@ -83,6 +108,22 @@ def main() -> None:
                 print(f"{name:8} {tier:7} {threads:7} {rates[0]:7.1f} {rates[1]:7.1f} {rates[2]:11.1f}", flush=True)
     for threads in thread_counts:
         print(f"read bandwidth, {threads} threads: {read_bandwidth(threads, n_bytes):.1f} GB/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", default=",".join(BY_NAME))
+    parser.add_argument("--threads", default=f"1,{torch.get_num_threads()}")
+    parser.add_argument("--tiers", default=",".join(available_tiers()[1:] or available_tiers()))
+    parser.add_argument("--mib", type=int, default=192, help="size of a stack; several times the last level cache")
+    parser.add_argument("--tokens", default="8,32,128,512", help="token counts of the second table")
+    parser.add_argument("--skip-one", action="store_true", help="only the second table")
+    args = parser.parse_args()
+    thread_counts = sorted({int(n) for n in args.threads.split(",")})
+    types, tiers = args.types.split(","), args.tiers.split(",")
+    if not args.skip_one:
+        one_token_table(types, tiers, thread_counts, args.mib)
+    many_token_table(types, tiers, thread_counts, [int(n) for n in args.tokens.split(",")])
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 DEFAULT_CTX = 4096
 
+# Attention of one token over fewer than these is done by one thread of PyTorch on the CPU. Its other threads spin
+# after every product, where the kernels' threads want to run, and wait for each other while other programs run.
+SHORT_CONTEXT = 256
+
 
 def bundled_model() -> Path:
     """The small model that comes with the package."""
@@ -183,7 +187,13 @@ class Engine:
     @torch.inference_mode()
     def _decode_step(self, token: int, position: int) -> Tensor:
         """Logits f32 `[n_vocab]` after `token` at `position`."""
-        return self._logits(self._forward([token], position))[0]
+        threads = torch.get_num_threads()
+        if self.device.type == "cpu" and position < SHORT_CONTEXT:
+            torch.set_num_threads(1)
+        try:
+            return self._logits(self._forward([token], position))[0]
+        finally:
+            torch.set_num_threads(threads)
 
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
         checked = []

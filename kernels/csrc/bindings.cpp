@@ -5,7 +5,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "cpu_order.h"
 #include "moe_cpu.h"
+#include "read_memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -23,6 +25,13 @@ NB_MODULE(_cpu, m) {
     using moe::ThreadPool;
     const nb::call_guard<nb::gil_scoped_release> no_gil;
 
+    m.def("cpu_order", &moe::cpu_order, "allowed"_a, "system"_a = "/sys/devices/system");
+    m.def(
+        "read_memory",
+        [](ThreadPool& pool, uintptr_t address, int64_t n_bytes, int prefetch) {
+            return moe::read_memory(pool, at<const uint8_t>(address), n_bytes, prefetch);
+        },
+        "pool"_a, "address"_a, "n_bytes"_a, "prefetch_distance"_a, no_gil);
     m.def("available_tiers", &moe::available_tiers);
     m.def("tier", &moe::current_tier);
     m.def("set_tier", &moe::set_tier, "name"_a);
@@ -36,11 +45,13 @@ NB_MODULE(_cpu, m) {
     nb::class_<ThreadPool>(m, "ThreadPool")
         .def(
             "__init__",
-            [](ThreadPool* self, int n_threads) {
+            [](ThreadPool* self, int n_threads, int spin_microseconds, bool pin) {
                 if (n_threads < 1) throw nb::value_error("a pool needs at least one thread");
-                new (self) ThreadPool(n_threads);
+                if (spin_microseconds < 0) throw nb::value_error("a time to spin cannot be negative");
+                new (self) ThreadPool(n_threads, {spin_microseconds, pin});
             },
-            "n_threads"_a)
+            "n_threads"_a, "spin_microseconds"_a = moe::PoolOptions{}.spin_microseconds,
+            "pin"_a = moe::PoolOptions{}.pin)
         .def_prop_ro("n_threads", &ThreadPool::n_threads);
 
     nb::class_<moe::ExpertLayer>(m, "ExpertLayer")
@@ -79,16 +90,25 @@ NB_MODULE(_cpu, m) {
         "pool"_a, "type_id"_a, "weight"_a, "batch_stride_bytes"_a, "row_stride_bytes"_a, "n_batch"_a,
         "n_out"_a, "n_in"_a, "x"_a, "n_tokens"_a, "y"_a, "float_activations"_a, no_gil);
 
+    // Ids int64 [n_tokens, top_k]; false, with nothing computed, if one is neither an expert nor -1.
     m.def(
         "expert_ffn",
         [](ThreadPool& pool, const moe::ExpertLayer& layer, uintptr_t x, int64_t n_tokens,
-           uintptr_t token_ids, uintptr_t expert_ids, uintptr_t weights, int64_t n_pairs, uintptr_t out,
-           bool float_activations) {
-            moe::expert_ffn(
-                pool, layer,
-                {at<const float>(x), n_tokens, at<const int32_t>(token_ids), at<const int32_t>(expert_ids),
-                 at<const float>(weights), n_pairs, at<float>(out), float_activations});
+           uintptr_t expert_ids, int64_t top_k, uintptr_t weights, uintptr_t out, bool float_activations) {
+            const int64_t n_pairs = n_tokens * top_k, *ids = at<const int64_t>(expert_ids);
+            thread_local std::vector<int32_t> pairs;  // kept, so that a call allocates nothing
+            pairs.resize(static_cast<size_t>(2 * n_pairs));
+            int32_t *token = pairs.data(), *expert = token + n_pairs;
+            for (int64_t p = 0; p < n_pairs; ++p) {
+                if (ids[p] < -1 || ids[p] >= layer.n_expert) return false;
+                token[p] = static_cast<int32_t>(p / top_k);
+                expert[p] = static_cast<int32_t>(ids[p]);
+            }
+            moe::expert_ffn(pool, layer,
+                            {at<const float>(x), n_tokens, token, expert, at<const float>(weights), n_pairs,
+                             at<float>(out), float_activations});
+            return true;
         },
-        "pool"_a, "layer"_a, "x"_a, "n_tokens"_a, "token_ids"_a, "expert_ids"_a, "weights"_a, "n_pairs"_a,
-        "out"_a, "float_activations"_a, no_gil);
+        "pool"_a, "layer"_a, "x"_a, "n_tokens"_a, "expert_ids"_a, "top_k"_a, "weights"_a, "out"_a,
+        "float_activations"_a, no_gil);
 }

@@ -6,27 +6,73 @@
 #include <cstring>
 #include <stdexcept>
 
+#if defined(MOE_WITH_AMX) && !defined(MOE_EMULATE_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace moe {
 
 Codebooks g_codebooks;
 
 namespace {
 
-const char* const kNames[] = {"scalar", "avx2", "avx512"};
+const char* const kNames[] = {"scalar", "avx2", "avx512", "amx"};
+constexpr int kTiers = 4;
 
-Tier best_tier() {
+// Whether the processor has AMX int8 and the system lets this process use it. Its registers are large, so
+// Linux wants to be asked first; the answer holds for all threads.
+bool has_amx() {
+#if defined(MOE_EMULATE_AMX)
+    return true;
+#elif defined(MOE_WITH_AMX)
+    constexpr unsigned kTileBit = 1u << 24, kInt8Bit = 1u << 25;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTileBit) || !(d & kInt8Bit)) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+Tier find_best_tier() {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
         const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
-        return wide ? Tier::avx512 : Tier::avx2;
+        if (!wide) return Tier::avx2;
+        return has_amx() ? Tier::amx : Tier::avx512;
     }
 #endif
     return Tier::scalar;
 }
 
+Tier best_tier() {
+    static const Tier best = find_best_tier();
+    return best;
+}
+
+#if defined(MOE_WITH_AMX)
+// AVX-512 with other products of many tokens.
+TierKernels make_amx() {
+    TierKernels k = kAvx512Kernels;
+    for (int type = 0; type < kTypes; ++type)
+        if (has_scales_of_32(type) && k.types[type].multiply != nullptr)
+            k.types[type].multiply = kAmxMultiply;
+    return k;
+}
+#endif
+
 const TierKernels& table(Tier tier) {
+#if defined(MOE_WITH_AMX)
+    if (tier == Tier::amx) {
+        static const TierKernels amx = make_amx();
+        return amx;
+    }
+#endif
 #if defined(__x86_64__)
     if (tier == Tier::avx512) return kAvx512Kernels;
     if (tier == Tier::avx2) return kAvx2Kernels;
@@ -36,9 +82,9 @@ const TierKernels& table(Tier tier) {
 }
 
 Tier parse_tier(const std::string& name, const std::string& what) {
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < kTiers; ++i)
         if (name == kNames[i]) return static_cast<Tier>(i);
-    throw std::invalid_argument(what + " must be scalar, avx2 or avx512, not '" + name + "'");
+    throw std::invalid_argument(what + " must be scalar, avx2, avx512 or amx, not '" + name + "'");
 }
 
 Tier initial_tier() {
@@ -156,18 +202,22 @@ void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t 
         }
         return;
     }
-    for (int64_t r = 0; r < n_rows; ++r) {
-        const float* weight = reinterpret_cast<const float*>(rows + r * row_stride);
-        if (type_id != F32) {
-            kernel.dequantize(rows + r * row_stride, n_in, reinterpret_cast<float*>(scratch));
-            weight = reinterpret_cast<const float*>(scratch);
+    const int64_t at_once = n >= kFloatRows ? kFloatRows : 1;
+    for (int64_t r = 0; r < n_rows; r += at_once) {
+        const int64_t n_here = std::min(n_rows - r, at_once);
+        const float* weights[kFloatRows];
+        for (int64_t i = 0; i < n_here; ++i) {
+            const uint8_t* row = rows + (r + i) * row_stride;
+            float* decoded = reinterpret_cast<float*>(scratch) + i * n_in;
+            if (type_id != F32) kernel.dequantize(row, n_in, decoded);
+            weights[i] = type_id != F32 ? decoded : reinterpret_cast<const float*>(row);
         }
         for (int64_t start = 0; start < n; start += kTokenGroup) {
             const int64_t count = std::min(n - start, kTokenGroup);
             const float* group[kTokenGroup];
             for (int64_t t = 0; t < count; ++t)
                 group[t] = acts.x + (tokens ? tokens[start + t] : start + t) * n_in;
-            tier.dot_f32(weight, n_in, group, count, products + r * n + start);
+            tier.dot_f32(weights, n_here, n_in, group, count, products + r * n + start, n);
         }
     }
 }

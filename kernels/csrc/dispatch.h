@@ -16,6 +16,10 @@ struct Activations {
     int64_t n_in;
 };
 
+inline int64_t row_bytes(int type_id, int64_t n_in) {
+    return n_in / kTypeInfo[type_id].block_size * kTypeInfo[type_id].block_bytes;
+}
+
 // Whether a product of this type reads quantized activations.
 inline bool uses_integers(int type_id, bool float_activations) {
     return !float_activations && !kTypeInfo[type_id].is_float;
@@ -26,11 +30,15 @@ void quantize_activations(const float* x, int64_t n_in, uint8_t* record);
 void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record);
 void clear_padding(int64_t n_in, uint8_t* record);
 
+// From this many tokens on (of one expert, of one matrix) integer products take the many-token form. Fewer
+// leave too many of its 16 lanes empty: measured, the two forms are about equal at 7 or 8.
+constexpr int64_t kManyTokens = 7;
+
 // How many activation rows are multiplied with a weight row at a time: they fit the cache beside it.
 constexpr int64_t kTokenGroup = 32;
 
-// Scratch bytes of row_products for rows of n_in elements: one decoded row.
-inline int64_t row_scratch_bytes(int64_t n_in) { return (n_in * 4 + 63) / 64 * 64; }
+// Scratch bytes of row_products for rows of n_in elements: decoded rows.
+inline int64_t row_scratch_bytes(int64_t n_in) { return (kFloatRows * n_in * 4 + 63) / 64 * 64; }
 
 // products[r * n + t] = weight row r . activation row tokens[t] (row t where tokens is null), r in [0,
 // n_rows).

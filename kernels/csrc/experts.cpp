@@ -1,166 +1,279 @@
 // The feed-forward network of a layer's experts: pairs sorted by expert, then two parallel loops.
 //
 // 1. For every expert and range of its n_ff rows: gate and up products of the expert's tokens, h = silu(gate)
-// * up,
-//    quantized at once (a range is whole blocks of 32) where the down projection takes integers.
-// 2. For every range of output rows: down products of one expert after the other, added in ascending expert
-// order.
+//    * up, quantized at once (a range is whole blocks of 32) where the down projection takes integers.
+// 2. For every range of output rows: down products of one expert after the other, added in ascending order.
+//
+// Each product has two forms: row by row, or in tiles and panels for an expert with many tokens (gemm.h).
 
 #include <algorithm>
-#include <utility>
 
-#include "dispatch.h"
+#include "gemm.h"
+#include "routing.h"
 
 namespace moe {
 
 namespace {
 
 constexpr int64_t kPairsAtOnce = 64;  // bounds the products buffers of a unit
+constexpr int64_t kManyStride = product_stride(kPairsAtOnce);
 
-// The pairs grouped by expert, in their given order within an expert.
-struct Routing {
-    int64_t n_pairs;   // without skipped ones
-    int64_t n_active;  // experts with at least one pair
-    int32_t* active;   // [n_active] ascending
-    int32_t* start;    // [n_active + 1] first sorted pair of each
-    int32_t* token;    // [n_pairs] in sorted order
-    float* weight;     // [n_pairs]
+// One call. What the loops share: the sorted pairs, and the activations in every form that a product reads.
+class Call {
+ public:
+    Call(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job)
+        : pool_(pool),
+          layer_(layer),
+          job_(job),
+          hidden_(layer.hidden),
+          n_ff_(layer.n_ff),
+          routing_(sort_by_expert(pool, layer, job)) {}
+    void run();
+
+ private:
+    void prepare_inputs();
+
+    // Each takes the place among the active experts and a range of the product's rows.
+    void gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread);
+    void gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
+    void gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
+    void put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, const float* values);
+    void down_unit(int64_t first, int64_t n_rows, int thread);
+    void down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
+    void down_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
+
+    bool integers(const ExpertStack& stack) const {
+        return uses_integers(stack.type_id, job_.float_activations);
+    }
+    int64_t n_tokens(int64_t index) const { return routing_.start[index + 1] - routing_.start[index]; }
+    bool many_up(int64_t index) const {
+        return takes_many(layer_.gate.type_id, n_tokens(index), job_.float_activations) &&
+               takes_many(layer_.up.type_id, n_tokens(index), job_.float_activations);
+    }
+    bool any_many() const { return routing_.panel[routing_.n_active] > 0; }
+    bool many_down(int64_t index) const {
+        return takes_many(layer_.down.type_id, n_tokens(index), job_.float_activations);
+    }
+    const uint8_t* rows(const ExpertStack& stack, int64_t index, int64_t first, int64_t n_in) const {
+        return stack.data + routing_.active[index] * stack.expert_stride +
+               first * row_bytes(stack.type_id, n_in);
+    }
+    PanelChunk* x_panels(int64_t index) const {
+        return x_panels_ + routing_.panel[index] * n_chunks(hidden_);
+    }
+    PanelChunk* h_panels(int64_t index) const {
+        return h_panels_ + routing_.panel[index] * n_chunks(n_ff_);
+    }
+
+    ThreadPool& pool_;
+    const ExpertLayer& layer_;
+    const ExpertFfn& job_;
+    const int64_t hidden_, n_ff_;
+    const Routing routing_;
+
+    uint8_t* x_records_ = nullptr;    // [n_tokens]
+    PanelChunk* x_panels_ = nullptr;  // [panel[n_active]]
+    // One of the forms of h for an expert, by what its down projection reads. By pair in sorted order.
+    float* h_ = nullptr;            // [n_pairs, n_ff]
+    uint8_t* h_records_ = nullptr;  // [n_pairs]
+    PanelChunk* h_panels_ = nullptr;
 };
 
-Routing sort_by_expert(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job) {
-    const int64_t words = 3 * layer.n_expert + 2 + 2 * job.n_pairs;
-    int32_t* count =
-        reinterpret_cast<int32_t*>(pool.shared(ThreadPool::kIndex, words * 4));  // then the next place
-    Routing routing{};
-    routing.active = count + layer.n_expert;
-    routing.start = routing.active + layer.n_expert;
-    routing.token = routing.start + layer.n_expert + 2;
-    routing.weight = reinterpret_cast<float*>(routing.token + job.n_pairs);
-
-    std::fill(count, count + layer.n_expert, 0);
-    for (int64_t p = 0; p < job.n_pairs; ++p)
-        if (job.expert_ids[p] >= 0) ++count[job.expert_ids[p]];
-    int32_t place = 0;
-    for (int64_t e = 0; e < layer.n_expert; ++e) {
-        if (count[e] == 0) continue;
-        routing.active[routing.n_active] = static_cast<int32_t>(e);
-        routing.start[routing.n_active++] = place;
-        place += std::exchange(count[e], place);
+// Quantizes the inputs, packs those of experts with many tokens, and finds memory for h.
+void Call::prepare_inputs() {
+    const int64_t record = activation_bytes(hidden_), panels = routing_.panel[routing_.n_active];
+    if (integers(layer_.gate) || integers(layer_.up)) {
+        const int64_t records_bytes = round_up(job_.n_tokens * record, 64);
+        x_records_ = pool_.shared(ThreadPool::kActivations, records_bytes + panels * panel_bytes(hidden_));
+        x_panels_ = reinterpret_cast<PanelChunk*>(x_records_ + records_bytes);
+        const int64_t per_unit = std::max<int64_t>(1, 16384 / hidden_);
+        pool_.run((job_.n_tokens + per_unit - 1) / per_unit, [&](int64_t unit, int) {
+            const int64_t stop = std::min(job_.n_tokens, (unit + 1) * per_unit);
+            for (int64_t t = unit * per_unit; t < stop; ++t)
+                quantize_activations(job_.x + t * hidden_, hidden_, x_records_ + t * record);
+        });
+        if (panels > 0)
+            pool_.run(routing_.n_active, [&](int64_t index, int) {
+                if (!many_up(index)) return;
+                for (int64_t t = 0; t < round_up(n_tokens(index), kLanes); ++t) {
+                    PanelChunk* panel = x_panels(index) + t / kLanes * n_chunks(hidden_);
+                    if (t < n_tokens(index))
+                        pack_record(x_records_ + routing_.token[routing_.start[index] + t] * record, hidden_,
+                                    t % kLanes, panel);
+                    else
+                        pack_zeros(0, hidden_ / 32, t % kLanes, panel);
+                }
+            });
     }
-    routing.start[routing.n_active] = place;
-    routing.n_pairs = place;
-    for (int64_t p = 0; p < job.n_pairs; ++p) {
-        if (job.expert_ids[p] < 0) continue;
-        const int32_t sorted = count[job.expert_ids[p]]++;
-        routing.token[sorted] = job.token_ids[p];
-        routing.weight[sorted] = job.weights[p];
+    if (integers(layer_.down)) {
+        const int64_t records_bytes = round_up(routing_.n_pairs * activation_bytes(n_ff_), 64);
+        h_records_ = pool_.shared(ThreadPool::kHiddenQuantized, records_bytes + panels * panel_bytes(n_ff_));
+        h_panels_ = reinterpret_cast<PanelChunk*>(h_records_ + records_bytes);
+    } else {
+        h_ = reinterpret_cast<float*>(pool_.shared(ThreadPool::kHidden, routing_.n_pairs * n_ff_ * 4));
     }
-    return routing;
 }
 
-int64_t row_bytes(int type_id, int64_t n_in) {
-    return n_in / kTypeInfo[type_id].block_size * kTypeInfo[type_id].block_bytes;
+// Rows [first, first + n_rows) of h of an expert's token t, in the form that its down projection reads.
+void Call::put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, const float* values) {
+    const int64_t pair = routing_.start[index] + t;
+    if (h_ != nullptr) {
+        std::copy_n(values, n_rows, h_ + pair * n_ff_ + first);
+    } else if (many_down(index)) {
+        PanelChunk* panel = h_panels(index) + t / kLanes * n_chunks(n_ff_);
+        pack_floats(values, first / 32, n_rows / 32, t % kLanes, panel);
+        if (t + 1 == n_tokens(index))
+            for (int64_t lane = t % kLanes + 1; lane < kLanes; ++lane)
+                pack_zeros(first / 32, n_rows / 32, lane, panel);
+    } else {
+        uint8_t* record = h_records_ + pair * activation_bytes(n_ff_);
+        quantize_range(values, first / 32, n_rows / 32, n_ff_, record);
+        if (first == 0) clear_padding(n_ff_, record);
+    }
 }
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+void Call::gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch) {
+    float* gate = reinterpret_cast<float*>(scratch + row_scratch_bytes(hidden_));
+    float* up = gate + kPairsAtOnce * n_rows;
+    float* gate_column = up + kPairsAtOnce * n_rows;
+    float *up_column = gate_column + n_rows, *h = up_column + n_rows;
+    const Activations x = {job_.x, x_records_, hidden_};
+    for (int64_t t0 = 0; t0 < n_tokens(index); t0 += kPairsAtOnce) {
+        const int64_t n = std::min<int64_t>(kPairsAtOnce, n_tokens(index) - t0);
+        const int32_t* tokens = routing_.token + routing_.start[index] + t0;
+        for (const bool is_up : {false, true}) {
+            const ExpertStack& stack = is_up ? layer_.up : layer_.gate;
+            row_products(stack.type_id, rows(stack, index, first, hidden_), row_bytes(stack.type_id, hidden_),
+                         n_rows, x, tokens, n, job_.float_activations, scratch, is_up ? up : gate);
+        }
+        for (int64_t t = 0; t < n; ++t) {
+            for (int64_t r = 0; r < n_rows; ++r) {
+                gate_column[r] = gate[r * n + t];
+                up_column[r] = up[r * n + t];
+            }
+            kernels().silu_mul(gate_column, up_column, n_rows, h);
+            put_hidden(index, t0 + t, first, n_rows, h);
+        }
+    }
+}
+
+void Call::gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch) {
+    const int64_t tiles = tiles_bytes(n_rows, hidden_), whole_rows = round_up(n_rows, kTileRows);
+    float* products = reinterpret_cast<float*>(scratch + 2 * tiles);  // of gate, of up
+    float* turned = products + 2 * whole_rows * kManyStride;
+    for (const bool is_up : {false, true}) {
+        const ExpertStack& stack = is_up ? layer_.up : layer_.gate;
+        expand_rows(stack.type_id, rows(stack, index, first, hidden_), row_bytes(stack.type_id, hidden_),
+                    n_rows, hidden_, reinterpret_cast<TileChunk*>(scratch + is_up * tiles));
+    }
+    for (int64_t t0 = 0; t0 < n_tokens(index); t0 += kPairsAtOnce) {
+        const int64_t n = std::min<int64_t>(kPairsAtOnce, n_tokens(index) - t0), lanes = round_up(n, kLanes);
+        const PanelChunk* panels = x_panels(index) + t0 / kLanes * n_chunks(hidden_);
+        for (const bool is_up : {false, true})
+            multiply_panels((is_up ? layer_.up : layer_.gate).type_id,
+                            reinterpret_cast<const TileChunk*>(scratch + is_up * tiles), n_rows, panels,
+                            n_panels(n), hidden_, products + is_up * whole_rows * kManyStride, kManyStride);
+        for (int64_t r = 0; r < whole_rows; ++r) {
+            float* gate = products + r * kManyStride;
+            kernels().silu_mul(gate, gate + whole_rows * kManyStride, lanes, gate);
+        }
+        kernels().transpose(products, kManyStride, whole_rows, lanes, turned, whole_rows);
+        for (int64_t t = 0; t < n; ++t) put_hidden(index, t0 + t, first, n_rows, turned + t * whole_rows);
+    }
+}
+
+void Call::down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch) {
+    float* products = reinterpret_cast<float*>(scratch + row_scratch_bytes(n_ff_));
+    const uint8_t* weights = rows(layer_.down, index, first, n_ff_);
+    for (int64_t pair = routing_.start[index]; pair < routing_.start[index + 1]; pair += kPairsAtOnce) {
+        const int64_t n = std::min<int64_t>(kPairsAtOnce, routing_.start[index + 1] - pair);
+        const Activations h = {h_ ? h_ + pair * n_ff_ : nullptr,
+                               h_records_ ? h_records_ + pair * activation_bytes(n_ff_) : nullptr, n_ff_};
+        row_products(layer_.down.type_id, weights, row_bytes(layer_.down.type_id, n_ff_), n_rows, h, nullptr,
+                     n, job_.float_activations, scratch, products);
+        for (int64_t t = 0; t < n; ++t) {
+            float* out = job_.out + routing_.token[pair + t] * hidden_ + first;
+            for (int64_t r = 0; r < n_rows; ++r) out[r] += routing_.weight[pair + t] * products[r * n + t];
+        }
+    }
+}
+
+void Call::down_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch) {
+    const int64_t whole_rows = round_up(n_rows, kTileRows);
+    TileChunk* tiles = reinterpret_cast<TileChunk*>(scratch);
+    float* products = reinterpret_cast<float*>(scratch + tiles_bytes(n_rows, n_ff_));
+    float* turned = products + whole_rows * kManyStride;
+    expand_rows(layer_.down.type_id, rows(layer_.down, index, first, n_ff_),
+                row_bytes(layer_.down.type_id, n_ff_), n_rows, n_ff_, tiles);
+    for (int64_t t0 = 0; t0 < n_tokens(index); t0 += kPairsAtOnce) {
+        const int64_t pair = routing_.start[index] + t0,
+                      n = std::min<int64_t>(kPairsAtOnce, n_tokens(index) - t0);
+        multiply_panels(layer_.down.type_id, tiles, n_rows, h_panels(index) + t0 / kLanes * n_chunks(n_ff_),
+                        n_panels(n), n_ff_, products, kManyStride);
+        kernels().transpose(products, kManyStride, whole_rows, round_up(n, kLanes), turned, whole_rows);
+        for (int64_t t = 0; t < n; ++t) {
+            float* out = job_.out + routing_.token[pair + t] * hidden_ + first;
+            for (int64_t r = 0; r < n_rows; ++r)
+                out[r] += routing_.weight[pair + t] * turned[t * whole_rows + r];
+        }
+    }
+}
+
+void Call::gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread) {
+    const bool many = many_up(index);
+    const int64_t scratch_bytes = many ? 2 * tiles_bytes(n_rows, hidden_) : row_scratch_bytes(hidden_);
+    const int64_t columns = many ? 2 * kManyStride + kPairsAtOnce : 2 * kPairsAtOnce + 3;
+    uint8_t* scratch = pool_.local(thread, scratch_bytes + columns * round_up(n_rows, kTileRows) * 4);
+    if (many)
+        gate_up_many(index, first, n_rows, scratch);
+    else
+        gate_up_few(index, first, n_rows, scratch);
+}
+
+void Call::down_unit(int64_t first, int64_t n_rows, int thread) {
+    for (int64_t t = 0; t < job_.n_tokens; ++t) std::fill_n(job_.out + t * hidden_ + first, n_rows, 0.0f);
+    const int64_t few_bytes = row_scratch_bytes(n_ff_) + kPairsAtOnce * n_rows * 4;
+    const int64_t many_bytes = tiles_bytes(n_rows, n_ff_) +
+                               (kManyStride + kPairsAtOnce) * round_up(n_rows, kTileRows) * 4;
+    uint8_t* scratch =
+        pool_.local(thread, any_many() ? std::max(few_bytes, many_bytes) : few_bytes);
+    for (int64_t index = 0; index < routing_.n_active; ++index) {
+        if (many_down(index))
+            down_many(index, first, n_rows, scratch);
+        else
+            down_few(index, first, n_rows, scratch);
+    }
+}
+
+void Call::run() {
+    if (routing_.n_pairs == 0) {
+        std::fill(job_.out, job_.out + job_.n_tokens * hidden_, 0.0f);
+        return;
+    }
+    prepare_inputs();
+    const int n_threads = pool_.n_threads();
+    const int64_t tile = std::clamp<int64_t>(round_up(routing_.n_active * n_ff_ / (12 * n_threads), 32), 32,
+                                             any_many() ? rows_in_cache(hidden_, 2) : 128);
+    const int64_t tiles = (n_ff_ + tile - 1) / tile;
+    pool_.run(routing_.n_active * tiles, [&](int64_t unit, int thread) {
+        const int64_t first = unit % tiles * tile;
+        gate_up_unit(unit / tiles, first, std::min(tile, n_ff_ - first), thread);
+    });
+    // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
+    const int64_t out_tile =
+        any_many() ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
+                 : std::clamp<int64_t>(round_up(hidden_ / (12 * n_threads), 16), 16, 128);
+    pool_.run((hidden_ + out_tile - 1) / out_tile, [&](int64_t unit, int thread) {
+        const int64_t first = unit * out_tile;
+        down_unit(first, std::min(out_tile, hidden_ - first), thread);
+    });
+}
 
 }  // namespace
 
 void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job) {
     std::lock_guard<std::mutex> lock(pool.mutex());
-    const int64_t hidden = layer.hidden, n_ff = layer.n_ff;
-    const Routing routing = sort_by_expert(pool, layer, job);
-    if (routing.n_pairs == 0) {
-        std::fill(job.out, job.out + job.n_tokens * hidden, 0.0f);
-        return;
-    }
-
-    Activations x = {job.x, nullptr, hidden};
-    if (uses_integers(layer.gate.type_id, job.float_activations) ||
-        uses_integers(layer.up.type_id, job.float_activations)) {
-        uint8_t* records = pool.shared(ThreadPool::kActivations, job.n_tokens * activation_bytes(hidden));
-        const int64_t per_unit = std::max<int64_t>(1, 16384 / hidden);
-        pool.run((job.n_tokens + per_unit - 1) / per_unit, [&](int64_t unit, int) {
-            const int64_t stop = std::min(job.n_tokens, (unit + 1) * per_unit);
-            for (int64_t t = unit * per_unit; t < stop; ++t)
-                quantize_activations(job.x + t * hidden, hidden, records + t * activation_bytes(hidden));
-        });
-        x.quantized = records;
-    }
-
-    // One of the two forms of h, by what the down projection reads: [n_pairs, ...] in sorted order.
-    const bool quantize_h = uses_integers(layer.down.type_id, job.float_activations);
-    const int64_t record = activation_bytes(n_ff);
-    float* h = nullptr;
-    uint8_t* h_records = nullptr;
-    if (quantize_h)
-        h_records = pool.shared(ThreadPool::kHiddenQuantized, routing.n_pairs * record);
-    else
-        h = reinterpret_cast<float*>(pool.shared(ThreadPool::kHidden, routing.n_pairs * n_ff * 4));
-
-    const int n_threads = pool.n_threads();
-    const int64_t tile =
-        std::clamp<int64_t>(round_up(routing.n_active * n_ff / (6 * n_threads), 32), 32, 128);
-    const int64_t tiles = (n_ff + tile - 1) / tile;
-    const int64_t up_scratch = row_scratch_bytes(hidden);
-    const int64_t gate_row = row_bytes(layer.gate.type_id, hidden),
-                  up_row = row_bytes(layer.up.type_id, hidden);
-    pool.run(routing.n_active * tiles, [&](int64_t unit, int thread) {
-        const int64_t index = unit / tiles, first = unit % tiles * tile,
-                      n_rows = std::min(tile, n_ff - first);
-        const int64_t expert = routing.active[index];
-        uint8_t* scratch = pool.local(thread, up_scratch + (2 * kPairsAtOnce + 3) * tile * 4);
-        float* gate = reinterpret_cast<float*>(scratch + up_scratch);
-        float* up = gate + kPairsAtOnce * tile;
-        float *gate_column = up + kPairsAtOnce * tile, *up_column = gate_column + tile,
-              *h_tile = up_column + tile;
-        for (int64_t pair = routing.start[index]; pair < routing.start[index + 1]; pair += kPairsAtOnce) {
-            const int64_t n = std::min<int64_t>(kPairsAtOnce, routing.start[index + 1] - pair);
-            row_products(layer.gate.type_id,
-                         layer.gate.data + expert * layer.gate.expert_stride + first * gate_row, gate_row,
-                         n_rows, x, routing.token + pair, n, job.float_activations, scratch, gate);
-            row_products(layer.up.type_id, layer.up.data + expert * layer.up.expert_stride + first * up_row,
-                         up_row, n_rows, x, routing.token + pair, n, job.float_activations, scratch, up);
-            for (int64_t t = 0; t < n; ++t) {
-                for (int64_t r = 0; r < n_rows; ++r) {
-                    gate_column[r] = gate[r * n + t];
-                    up_column[r] = up[r * n + t];
-                }
-                float* target = quantize_h ? h_tile : h + (pair + t) * n_ff + first;
-                kernels().silu_mul(gate_column, up_column, n_rows, target);
-                if (!quantize_h) continue;
-                uint8_t* h_record = h_records + (pair + t) * record;
-                quantize_range(h_tile, first / 32, n_rows / 32, n_ff, h_record);
-                if (first == 0) clear_padding(n_ff, h_record);
-            }
-        }
-    });
-
-    const int64_t out_tile = std::clamp<int64_t>(round_up(hidden / (6 * n_threads), 16), 16, 128);
-    const int64_t down_scratch = row_scratch_bytes(n_ff);
-    const int64_t down_row = row_bytes(layer.down.type_id, n_ff);
-    pool.run((hidden + out_tile - 1) / out_tile, [&](int64_t unit, int thread) {
-        const int64_t first = unit * out_tile, n_rows = std::min(out_tile, hidden - first);
-        uint8_t* scratch = pool.local(thread, down_scratch + kPairsAtOnce * out_tile * 4);
-        float* products = reinterpret_cast<float*>(scratch + down_scratch);
-        for (int64_t t = 0; t < job.n_tokens; ++t) std::fill_n(job.out + t * hidden + first, n_rows, 0.0f);
-        for (int64_t index = 0; index < routing.n_active; ++index) {
-            const uint8_t* rows =
-                layer.down.data + routing.active[index] * layer.down.expert_stride + first * down_row;
-            for (int64_t pair = routing.start[index]; pair < routing.start[index + 1]; pair += kPairsAtOnce) {
-                const int64_t n = std::min<int64_t>(kPairsAtOnce, routing.start[index + 1] - pair);
-                const Activations h_rows = {h ? h + pair * n_ff : nullptr,
-                                            h_records ? h_records + pair * record : nullptr, n_ff};
-                row_products(layer.down.type_id, rows, down_row, n_rows, h_rows, nullptr, n,
-                             job.float_activations, scratch, products);
-                for (int64_t t = 0; t < n; ++t) {
-                    float* out = job.out + routing.token[pair + t] * hidden + first;
-                    for (int64_t r = 0; r < n_rows; ++r)
-                        out[r] += routing.weight[pair + t] * products[r * n + t];
-                }
-            }
-        }
-    });
+    Call(pool, layer, job).run();
 }
 
 }  // namespace moe

@@ -46,13 +46,6 @@ inline __m256 scale_pair(const float* scales) {
                                 _mm_broadcast_ss(scales + 1), 1);
 }
 
-// Types whose 32 codes share a scale need only one broadcast.
-template <int T>
-constexpr bool has_scales_of_32() {
-    return kTypeInfo[T].block_size == 32 || T == Q4_K || T == Q5_K || T == IQ4_XS || T == IQ2_XXS ||
-           T == IQ3_XXS || T == IQ3_S || T == IQ1_S || T == TQ1_0 || T == TQ2_0;
-}
-
 // Whether codes(k) of a type are signed (offset taken off) because the unsigned ones would not fit maddubs.
 template <int T>
 constexpr bool is_signed() {
@@ -84,6 +77,7 @@ struct Chunk {
 
 #include "chunks_avx2.inc"
 #include "chunks_iq_avx2.inc"
+#include "gemm_avx2.inc"
 
 template <int T, int N>
 inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, float* out) {
@@ -114,7 +108,7 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* act
                 const __m256i q = load32(acts[t] + first + 32 * k);
                 const __m256 sums = is_signed<T>() ? signed_products(codes, q) : products(codes, q);
                 // A scale of 16 codes serves 4 of the 8 sums.
-                const __m256 scale = has_scales_of_32<T>() ? _mm256_broadcast_ss(&scales[t][2 * k])
+                const __m256 scale = has_scales_of_32(T) ? _mm256_broadcast_ss(&scales[t][2 * k])
                                                            : scale_pair(&scales[t][2 * k]);
                 acc[t][k % 2] = _mm256_fmadd_ps(sums, scale, acc[t][k % 2]);
             }
@@ -157,30 +151,58 @@ void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
     });
 }
 
-template <int N>
-inline void dot_f32_rows(const float* weight, int64_t n_in, const float* const* acts, float* out) {
-    __m256 acc[N][4];
-    for (int t = 0; t < N; ++t)
-        for (int k = 0; k < 4; ++k) acc[t][k] = _mm256_setzero_ps();
-    int64_t i = 0;
-    for (; i + 32 <= n_in; i += 32)
-        for (int k = 0; k < 4; ++k) {
-            const __m256 w = _mm256_loadu_ps(weight + i + 8 * k);
-            for (int t = 0; t < N; ++t)
-                acc[t][k] = _mm256_fmadd_ps(w, _mm256_loadu_ps(acts[t] + i + 8 * k), acc[t][k]);
-        }
-    for (int t = 0; t < N; ++t) {
-        float sum =
-            total(_mm256_add_ps(_mm256_add_ps(acc[t][0], acc[t][1]), _mm256_add_ps(acc[t][2], acc[t][3])));
-        for (int64_t j = i; j < n_in; ++j) sum += weight[j] * acts[t][j];
-        out[t] = sum;
+// R rows times N tokens. A product is four sums, added up at the end; a large block makes one after the
+// other, so that they fit the registers, and gives the same bits.
+template <int R, int N>
+inline void dot_f32_block(const float* const* rows, int64_t n_in, const float* const* acts, float* out,
+                          int64_t out_stride) {
+    __m256 part[4][R][N];
+    const int64_t whole = n_in / 32 * 32;
+    constexpr int at_once = R * N <= 2 ? 4 : 1;
+    for (int k0 = 0; k0 < 4; k0 += at_once) {
+        __m256 acc[at_once][R][N];
+        for (int k = 0; k < at_once; ++k)
+            for (int r = 0; r < R; ++r)
+                for (int t = 0; t < N; ++t) acc[k][r][t] = _mm256_setzero_ps();
+        for (int64_t i = 8 * k0; i < whole; i += 32)
+            for (int k = 0; k < at_once; ++k) {
+                __m256 w[R];
+                for (int r = 0; r < R; ++r) w[r] = _mm256_loadu_ps(rows[r] + i + 8 * k);
+                for (int t = 0; t < N; ++t) {
+                    const __m256 x = _mm256_loadu_ps(acts[t] + i + 8 * k);
+                    for (int r = 0; r < R; ++r) acc[k][r][t] = _mm256_fmadd_ps(w[r], x, acc[k][r][t]);
+                }
+            }
+        for (int k = 0; k < at_once; ++k)
+            for (int r = 0; r < R; ++r)
+                for (int t = 0; t < N; ++t) part[k0 + k][r][t] = acc[k][r][t];
     }
+    for (int r = 0; r < R; ++r)
+        for (int t = 0; t < N; ++t) {
+            float sum = total(_mm256_add_ps(_mm256_add_ps(part[0][r][t], part[1][r][t]),
+                                            _mm256_add_ps(part[2][r][t], part[3][r][t])));
+            for (int64_t i = whole; i < n_in; ++i) sum += rows[r][i] * acts[t][i];
+            out[r * out_stride + t] = sum;
+        }
 }
 
-void dot_f32(const float* weight, int64_t n_in, const float* const* acts, int64_t n_acts, float* out) {
-    int64_t t = 0;
-    for (; t + 2 <= n_acts; t += 2) dot_f32_rows<2>(weight, n_in, acts + t, out + t);
-    for (; t < n_acts; ++t) dot_f32_rows<1>(weight, n_in, acts + t, out + t);
+void dot_f32(const float* const* rows, int64_t n_rows, int64_t n_in, const float* const* acts, int64_t n_acts,
+             float* out, int64_t out_stride) {
+    int64_t r = 0;
+    for (; r + 4 <= n_rows; r += 4) {
+        int64_t t = 0;
+        for (; t + 2 <= n_acts; t += 2)
+            dot_f32_block<4, 2>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
+        for (; t < n_acts; ++t)
+            dot_f32_block<4, 1>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
+    }
+    for (; r < n_rows; ++r) {
+        int64_t t = 0;
+        for (; t + 2 <= n_acts; t += 2)
+            dot_f32_block<1, 2>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
+        for (; t < n_acts; ++t)
+            dot_f32_block<1, 1>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
+    }
 }
 
 inline int total_i32(__m256i v) {

@@ -47,19 +47,31 @@ void dot(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n
     });
 }
 
-void dot_f32(const float* weight, int64_t n_in, const float* const* acts, int64_t n_acts, float* out) {
-    constexpr int kLanes = 32;
-    for (int64_t t = 0; t < n_acts; ++t) {
-        const float* x = acts[t];
-        float acc[kLanes] = {};
-        int64_t i = 0;
-        for (; i + kLanes <= n_in; i += kLanes)
-            for (int lane = 0; lane < kLanes; ++lane) acc[lane] += weight[i + lane] * x[i + lane];
-        for (int lane = 0; i < n_in; ++i, ++lane) acc[lane] += weight[i] * x[i];
-        for (int width = kLanes / 2; width > 0; width /= 2)
-            for (int lane = 0; lane < width; ++lane) acc[lane] += acc[lane + width];
-        out[t] = acc[0];
-    }
+// No many-token form: nothing here is fast.
+template <int T>
+constexpr ExpandFn expand_function() {
+    return nullptr;
+}
+template <int T>
+constexpr MultiplyFn multiply_function() {
+    return nullptr;
+}
+
+void dot_f32(const float* const* rows, int64_t n_rows, int64_t n_in, const float* const* acts, int64_t n_acts,
+             float* out, int64_t out_stride) {
+    constexpr int kWidth = 32;
+    for (int64_t r = 0; r < n_rows; ++r)
+        for (int64_t t = 0; t < n_acts; ++t) {
+            const float *weight = rows[r], *x = acts[t];
+            float acc[kWidth] = {};
+            int64_t i = 0;
+            for (; i + kWidth <= n_in; i += kWidth)
+                for (int lane = 0; lane < kWidth; ++lane) acc[lane] += weight[i + lane] * x[i + lane];
+            for (int lane = 0; i < n_in; ++i, ++lane) acc[lane] += weight[i] * x[i];
+            for (int width = kWidth / 2; width > 0; width /= 2)
+                for (int lane = 0; lane < width; ++lane) acc[lane] += acc[lane + width];
+            out[r * out_stride + t] = acc[0];
+        }
 }
 
 void quantize_blocks(const float* x, int64_t n_blocks, int8_t* q, float* d, float* s) {

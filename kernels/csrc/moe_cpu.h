@@ -5,11 +5,20 @@
 // Shapes      Row-major. A weight matrix is n_out rows; a row is n_in / block_size consecutive blocks
 //             (quant_blocks.h); rows lie row_stride bytes apart. x, y and out are float32 and contiguous.
 // Arguments   Python checks them (kernels/cpu.py); here they are trusted.
-// Threads     A call runs on all threads of its pool; calls on one pool from several threads wait for each
-// other. Results     A token's result is the same bits whatever else is in the call and however many threads
-// run,
-//             as long as the tier is the same: a row's dot product is one fixed sequence of operations, and
-//             the sum over experts runs in ascending expert order.
+// Threads     A call runs on all threads of its pool; calls on one pool from several threads wait in turn.
+//             Where memory has several nodes, the threads are spread over them (cpu_order.h), but a thread takes
+//             units wherever their weights lie. Near reading needs each expert's rows split over the nodes when
+//             they are loaded, in the proportion of the runs that ThreadPool gives to each thread; a mapped file
+//             cannot be, its pages lie where they were first read.
+// Results     A token's result is the same bits whatever else is in the call and however many threads run, as
+//             long as the tier and the form of each product are the same: a dot product is one fixed sequence
+//             of operations, and the sum over experts runs in ascending expert order.
+// Forms       Integer products have two, which differ by the rounding of float32 sums (about 1e-7 of the
+//             result; where a hidden activation then rounds to the next 8-bit step, more): row by row, and,
+//             from kManyTokens (dispatch.h) tokens on, in tiles of rows and panels of tokens. matmul()
+//             counts its tokens, expert_ffn() those of each expert, for gate and up together (both must
+//             take integers) and for down. Float products have one form. The scalar and avx2 tiers only
+//             work row by row; amx gives the bits of avx512.
 //
 // Precision   Integer mode quantizes activations to int8 in blocks of 32 (max|x| maps to 127) and multiplies
 //             integers: relative error about 0.5 %. Float mode decodes the weights to float32: about 1e-6.
@@ -26,7 +35,8 @@
 namespace moe {
 
 // What can run: the scalar tier everywhere, the others where the processor has the instructions.
-enum class Tier { scalar = 0, avx2 = 1, avx512 = 2 };
+// AMX only changes products of many tokens.
+enum class Tier { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };
 
 std::vector<std::string> available_tiers();  // lowest first
 std::string current_tier();                  // std::invalid_argument if MOE_ENGINE_CPU_TIER has a wrong value

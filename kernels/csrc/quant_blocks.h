@@ -87,6 +87,13 @@ constexpr TypeInfo kTypeInfo[kTypes] = {
     /* 40 NVFP4 */ {64, 36, false},
 };
 
+// Whether the scales of all 32-element blocks of a chunk cover 32 elements (not 16).
+constexpr bool has_scales_of_32(int type_id) {
+    return kTypeInfo[type_id].block_size == 32 || type_id == Q4_K || type_id == Q5_K || type_id == IQ4_XS ||
+           type_id == IQ2_XXS || type_id == IQ3_XXS || type_id == IQ3_S || type_id == IQ1_S ||
+           type_id == TQ1_0 || type_id == TQ2_0;
+}
+
 // Every kernel works in chunks of 256 elements (the largest block); rows of 32-element blocks may end inside
 // one.
 constexpr int kChunk = 256;
@@ -103,25 +110,70 @@ static constexpr int64_t activation_bytes(int64_t n_in) {
 // NaN gets the scale NaN.
 constexpr float kTiny = 1e-36f;
 
+// The many-token form (gemm.h) multiplies tiles of kTileRows weight rows with panels of kLanes tokens. Both
+// are cut into chunks of 256 elements, so that every offset inside a chunk is a constant.
+constexpr int kTileRows = 16, kLanes = 16;
+
+// One chunk of a tile: 16 rows expanded to bytes, 32 elements of every row side by side.
+struct TileChunk {
+    uint8_t code[kChunk / 32][kTileRows][32];
+    float scale[kTileRows][16];  // of 16 elements
+    float low[kTileRows][16];    // what one unit of activation sum takes away: minimum, codes' offset
+};
+
+// One chunk of a panel: 16 quantized activation rows, four elements of every row side by side.
+struct PanelChunk {
+    int8_t q[kChunk / 4][kLanes][4];
+    float d[kChunk / 32][kLanes];
+    float s[kChunk / 16][kLanes];
+};
+
+// n_tiles * 16 weight rows times n_panels * 16 tokens: out[row * out_stride + token]. Tiles and panels lie
+// one after the other, each of ceil(n_in / 256) chunks.
+struct Product {
+    const TileChunk* tiles;
+    int64_t n_tiles;
+    const PanelChunk* panels;
+    int64_t n_panels;
+    int64_t n_in;
+    float* out;
+    int64_t out_stride;
+};
+
 // The kernels of one type in one tier. `n_acts` activation rows share one pass over the weight row.
 using DequantizeFn = void (*)(const uint8_t* row, int64_t n_in, float* out);
 using DotFn = void (*)(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts,
                        float* out);
+// Fills a tile with n_rows rows; the last one is repeated up to 16.
+using ExpandFn = void (*)(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in,
+                          TileChunk* tile);
+using MultiplyFn = void (*)(const Product& product);
 struct TypeKernels {
     DequantizeFn dequantize;
-    DotFn dot;  // null for float types
+    DotFn dot;            // null for float types
+    ExpandFn expand;      // null for float types and in tiers without the many-token form
+    MultiplyFn multiply;  // of the tiles that expand fills
 };
+constexpr int64_t kFloatRows = 4;
 struct TierKernels {
     TypeKernels types[kTypes];
-    void (*dot_f32)(const float* weight, int64_t n_in, const float* const* acts, int64_t n_acts, float* out);
+    // out[r * out_stride + t], n_rows <= kFloatRows. A product is the same bits in any company.
+    void (*dot_f32)(const float* const* rows, int64_t n_rows, int64_t n_in, const float* const* acts,
+                    int64_t n_acts, float* out, int64_t out_stride);
     // The first n_blocks blocks of 32 of the three planes.
     void (*quantize_blocks)(const float* x, int64_t n_blocks, int8_t* q, float* d, float* s);
     // h[i] = silu(gate[i]) * up[i]
     void (*silu_mul)(const float* gate, const float* up, int64_t n, float* h);
+    // out[c * out_stride + r] = in[r * in_stride + c]; n_rows and n_cols are multiples of 16.
+    void (*transpose)(const float* in, int64_t in_stride, int64_t n_rows, int64_t n_cols, float* out,
+                      int64_t out_stride);
 };
 extern const TierKernels kScalarKernels;
 extern const TierKernels kAvx2Kernels;
 extern const TierKernels kAvx512Kernels;
+
+// The many-token products of AVX-512 again, by AMX: for types with scales of 32 elements.
+extern const MultiplyFn kAmxMultiply;
 
 // Codebooks, filled by set_codebook(). Constants of the formats are in blocks.inc.
 struct Codebooks {

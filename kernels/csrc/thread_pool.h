@@ -1,13 +1,19 @@
 // A fixed team of threads for short parallel loops, with reusable scratch memory.
 //
-// The calling thread works as thread 0, so a pool of n holds n - 1 threads of its own. Between loops they
-// spin for a few tens of microseconds (the next loop of a layer follows at once), then sleep. A thread that
-// wakes too late for a loop just misses it: the caller never waits for a sleeper.
+// The calling thread works as thread 0, so a pool of n holds n - 1 threads of its own. Every thread has a
+// run of neighbouring units, which it takes one by one, and then takes single ones of the others' runs:
+// neighbours in memory stay with one thread, whose prefetches then reach its own next unit, and a thread
+// that the system takes off its processor delays a loop by no more than the unit it holds.
+//
+// Between loops the threads spin for a while (the next loop of a layer follows at once), then sleep. They
+// offer their processor to others while they spin, and stop spinning where somebody takes it: other threads
+// of the process (PyTorch's) and other processes go first. A thread that wakes too late for a loop misses
+// it: the caller never waits for a sleeper.
 
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <mutex>
@@ -30,9 +36,18 @@ class Buffer {
     int64_t size_ = 0;
 };
 
+struct PoolOptions {
+    // How long an idle thread waits for the next loop before it sleeps.
+    int spin_microseconds = 100;
+    // Whether every thread but the caller stays on one processor, each on its own, in the order of
+    // cpu_order.h. Not done where the pool has more threads than the process has processors, and given up for
+    // a thread on whose processor the caller, which the system may move, is found.
+    bool pin = true;
+};
+
 class ThreadPool {
  public:
-    explicit ThreadPool(int n_threads);
+    explicit ThreadPool(int n_threads, PoolOptions options = {});
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
@@ -60,26 +75,35 @@ class ThreadPool {
     void run_erased(int64_t n_units, Function fn, void* ctx);
     void work(int thread);
     void worker(int thread);
+    bool spin(uint32_t seen);
+    void wait_for_workers();
+    void make_way();
+    void stop();
 
     std::mutex call_mutex_;
     std::vector<std::thread> workers_;
     Buffer shared_[kSlots];
     std::vector<Buffer> local_;
+    std::chrono::microseconds spin_;
+    std::vector<int> allowed_;  // processors of the process
+    std::vector<int> pins_;     // the processor of each worker, -1 for any
+    int caller_cpu_ = -1;       // where the last loop was started
 
     // The open loop. Written by the caller only while no worker has joined.
     Function fn_ = nullptr;
     void* ctx_ = nullptr;
-    int64_t n_units_ = 0;
+    struct alignas(64) Run {
+        std::atomic<int64_t> next{0};
+        int64_t stop = 0;
+    };
+    std::vector<Run> runs_;  // one for each thread
     std::exception_ptr error_;
     std::mutex error_mutex_;
 
-    alignas(64) std::atomic<int64_t> next_{0};
-    alignas(64) std::atomic<uint32_t> joined_;  // workers inside the loop, plus kClosed while there is none
+    alignas(64) std::atomic<uint32_t> joined_;  // workers inside the loop, and two flags (thread_pool.cpp)
     alignas(64) std::atomic<uint32_t> epoch_{0};
     std::atomic<int> sleepers_{0};
     std::atomic<bool> stop_{false};
-    std::mutex sleep_mutex_;
-    std::condition_variable wake_;
 };
 
 }  // namespace moe

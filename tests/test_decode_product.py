@@ -1,0 +1,252 @@
+"""The decode products against float64 of the gguf package's values: on a GPU, else in Triton's interpreter."""
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from random_blocks import random_blocks
+from torch import Tensor
+
+from moe_engine.kernels import decode_product, reference
+from moe_engine.kernels.decode_product import ExpertLayout, MoeBuffers, is_fast, matvec, moe_decode, quantize
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TYPES = list(QUANT_TYPES.values())
+FAST = [type for type in TYPES if is_fast(type)]
+all_types = pytest.mark.parametrize("type", TYPES, ids=str)
+
+# 8-bit activations: a matrix, and an expert (whose inner activations are rounded as well).
+MATRIX_ERROR, EXPERT_ERROR = 6e-3, 1e-2
+FLOAT_ERROR = 1e-6
+
+
+def place(data: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], offset: int = 0) -> Tensor:
+    """A copy on the device that starts `offset` bytes into a buffer of other bytes."""
+    buffer = torch.full((offset + data.size + 64,), 0xAA, dtype=torch.uint8, device=DEVICE)
+    return buffer[offset : offset + data.size].view(data.shape).copy_(torch.from_numpy(data.copy()))
+
+
+def random_weight(type: QuantType, n_out: int, n_in: int, seed: int = 0, offset: int = 0) -> QuantTensor:
+    return QuantTensor(place(random_blocks(type, n_out, n_in, np.random.default_rng(seed)), offset), type, n_in)
+
+
+def values(weight: QuantTensor) -> Tensor:
+    """F64 on the CPU."""
+    data = np.ascontiguousarray(weight.data.cpu().numpy())
+    floats = torch.from_numpy(quants.dequantize(data, GGMLQuantizationType(weight.type.id)).copy())
+    return floats.view(weight.shape).double()
+
+
+def random_input(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """Relative, over the whole tensor; not a number if `actual` holds one."""
+    return float((actual.cpu().double() - exact).norm() / exact.norm())
+
+
+def poisoned(*shape: int) -> Tensor:
+    return torch.full(shape, float("nan"), device=DEVICE)
+
+
+def test_quantize() -> None:
+    x = random_input(3, 96) * torch.tensor([[1.0], [1e-20], [1e20]], device=DEVICE)
+    x[0, 16:32] = 0.0
+    q = quantize(x)
+    runs = x.view(3, 6, 16)
+    scale = q.pairs[..., 0]
+    codes = q.codes.view(3, 6, 16).float()
+    assert torch.equal(codes.abs().amax(dim=2), torch.where(runs.abs().amax(dim=2) > 0, 127.0, 0.0))
+    assert ((codes * scale[..., None] - runs).abs() <= 0.501 * scale[..., None]).all()
+    torch.testing.assert_close(q.pairs[..., 1], scale * codes.sum(dim=2))
+    bad = torch.ones(1, 16, device=DEVICE)
+    bad[0, 3] = float("nan")
+    assert quantize(bad).pairs.isnan().all()
+
+
+@all_types
+@pytest.mark.parametrize(("n_token", "n_out", "n_block", "offset"), [(1, 19, 3, 0), (3, 5, 1, 2)])
+def test_matvec(type: QuantType, n_token: int, n_out: int, n_block: int, offset: int) -> None:
+    n_in = n_block * max(type.block_size, 32)
+    weight = random_weight(type, n_out, n_in, offset=offset)
+    x = random_input(n_token, n_in)
+    out = poisoned(n_token, n_out)
+    assert matvec(x, weight, out=out) is out
+    exact = x.cpu().double() @ values(weight).T
+    assert error(out, exact) < (2 * MATRIX_ERROR if is_fast(type) else FLOAT_ERROR)  # few elements: a wide spread
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "IQ2_S"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matvec_of_many_tokens(name: str, dtype: torch.dtype) -> None:
+    weight = random_weight(BY_NAME[name], 21, 768)
+    x = random_input(16, 768).to(dtype)
+    exact = x.cpu().double() @ values(weight).T
+    y = matvec(x, weight)
+    assert error(y, exact) < (MATRIX_ERROR if is_fast(weight.type) else FLOAT_ERROR)
+    for n_token in (2, 5):
+        assert torch.equal(matvec(x[:n_token], weight), y[:n_token])
+
+
+@pytest.mark.parametrize("type", FAST, ids=str)
+@pytest.mark.parametrize("offset", [4, 1])
+def test_matvec_at_any_address(type: QuantType, offset: int) -> None:
+    weight = random_weight(type, 5, 512, offset=offset)
+    x = random_input(1, 512)
+    exact = x.cpu().double() @ values(weight).T
+    on_integers = offset % 2 == 0 or type.name == "MXFP4"
+    assert error(matvec(x, weight), exact) < (2 * MATRIX_ERROR if on_integers else FLOAT_ERROR)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ1_M"])
+def test_matvec_of_a_stack(name: str) -> None:
+    type = BY_NAME[name]
+    row_bytes = type.row_bytes(512)
+    stack = random_weight(type, 3 * 7, 512).data.view(3, 7, row_bytes)
+    whole = QuantTensor(stack, type, 512)
+    x = random_input(3, 2, 512)
+    exact = x.cpu().double() @ values(whole).transpose(1, 2)
+    assert error(matvec(x, whole), exact) < MATRIX_ERROR
+    some = whole.rows(2, 6)  # spaced matrices
+    assert error(matvec(x, some), exact[..., 2:6]) < MATRIX_ERROR
+
+
+def test_matvec_with_given_activations() -> None:
+    weight = random_weight(BY_NAME["Q5_K"], 6, 256)
+    x = random_input(3, 256)
+    assert torch.equal(matvec(x, weight), matvec(x, weight, activations=quantize(x)))
+
+
+def random_pool(layout: ExpertLayout, n_slot: int, offset: int = 0) -> Tensor:
+    rng = np.random.default_rng(1)
+    slots = []
+    for _ in range(n_slot):
+        gate = random_blocks(layout.gate, layout.n_ff, layout.hidden, rng)
+        up = random_blocks(layout.up, layout.n_ff, layout.hidden, rng)
+        down = random_blocks(layout.down, layout.hidden, layout.n_ff, rng)
+        slots.append(np.concatenate([gate.ravel(), up.ravel(), down.ravel()]))
+    return place(np.stack(slots), offset)
+
+
+def exact_moe(x: Tensor, pool: Tensor, layout: ExpertLayout, slots: Tensor, weights: Tensor) -> Tensor:
+    y = torch.zeros(x.shape, dtype=torch.float64)
+    x, weights = x.cpu().double(), weights.cpu().double()
+    for token, choice in (slots.cpu() >= 0).nonzero().tolist():
+        gate, up, down = (values(part) for part in layout.parts(pool[int(slots[token, choice])]))
+        h = torch.nn.functional.silu(x[token] @ gate.T) * (x[token] @ up.T)
+        y[token] += weights[token, choice] * (h @ down.T)
+    return y
+
+
+def layout_of(gate: str, up: str, down: str, hidden: int, n_ff: int) -> ExpertLayout:
+    return ExpertLayout(BY_NAME[gate], BY_NAME[up], BY_NAME[down], hidden, n_ff)
+
+
+def check_moe(layout: ExpertLayout, slots: list[list[int]], offset: int = 0, seed: int = 0) -> Tensor:
+    """Runs it into a poisoned result with poisoned buffers, and compares."""
+    chosen = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
+    n_token, top_k = chosen.shape
+    pool = random_pool(layout, max(map(max, slots)) + 1, offset)
+    scale = 1 / (5 * layout.hidden**0.5)  # gate x of a size where silu bends
+    x = random_input(n_token, layout.hidden, seed=seed) * scale
+    weights = random_input(n_token, top_k, seed=seed + 1).softmax(dim=-1)
+    buffers = MoeBuffers.empty(layout, n_token, top_k, DEVICE)
+    for poison in (buffers.h.pairs, buffers.h_float):
+        poison.fill_(float("nan"))
+    out = poisoned(n_token, layout.hidden)
+    assert moe_decode(x, pool, layout, chosen, weights, out=out, buffers=buffers) is out
+    exact = exact_moe(x, pool, layout, chosen, weights)
+    fast = any(is_fast(type) for type in (layout.gate, layout.up, layout.down))
+    assert error(out, exact) < (2 * EXPERT_ERROR if fast else 1e-5)  # small products: a wide spread
+    skipped = (chosen < 0).all(dim=1)
+    assert (out[skipped] == 0).all()
+    return out
+
+
+@all_types
+def test_moe(type: QuantType) -> None:
+    check_moe(ExpertLayout(type, type, type, 256, 256), [[2, 0]])
+
+
+MIXED = [("Q4_K", "Q4_K", "Q6_K", 256, 768), ("IQ2_XXS", "Q4_K", "Q2_K", 256, 256), ("Q5_K", "IQ3_S", "Q5_0", 256, 96)]
+MIXED += [("MXFP4", "MXFP4", "MXFP4", 288, 160), ("Q8_0", "Q4_0", "Q8_0", 96, 32), ("F16", "BF16", "F32", 48, 20)]
+
+
+@pytest.mark.parametrize("types", MIXED, ids=lambda types: "-".join(map(str, types)))
+def test_moe_of_many_tokens(types: tuple[str, str, str, int, int]) -> None:
+    """Experts shared by tokens, a token's expert twice, choices and whole tokens without experts."""
+    check_moe(layout_of(*types), [[1, 0, -1], [-1, -1, -1], [0, 0, 1]], offset=2)
+
+
+def test_moe_of_sixteen_tokens() -> None:
+    layout = layout_of("Q4_0", "Q4_0", "Q8_0", 96, 64)
+    out = check_moe(layout, [[t % 3, (t + 1) % 4, -1 if t % 5 else 2] for t in range(16)])
+    assert out.shape == (16, 96)
+
+
+def test_token_does_not_depend_on_others() -> None:
+    layout = layout_of("Q4_K", "Q5_K", "Q6_K", 256, 256)
+    pool = random_pool(layout, 3)
+    x = random_input(3, 256)
+    slots = torch.tensor([[0, 1], [2, 1], [1, -1]], dtype=torch.int32, device=DEVICE)
+    weights = torch.full((3, 2), 0.5, device=DEVICE)
+    together = moe_decode(x, pool, layout, slots, weights)
+    for t in range(3):
+        one = slice(t, t + 1)
+        assert torch.equal(moe_decode(x[one], pool, layout, slots[one], weights[one]), together[one])
+
+
+def test_nothing_chosen() -> None:
+    layout = layout_of("Q4_K", "Q4_K", "Q4_K", 256, 256)
+    slots = torch.full((2, 3), -1, dtype=torch.int32, device=DEVICE)
+    weights = torch.ones(2, 3, device=DEVICE)
+    x = random_input(2, 256)
+    for n_slot in (0, 1):
+        pool = torch.full((n_slot, layout.slot_bytes), 0xFF, dtype=torch.uint8, device=DEVICE)
+        assert (moe_decode(x, pool, layout, slots, weights, out=poisoned(2, 256)) == 0).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the error of few large products is the GPU's to measure")
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "MXFP4"])
+def test_error_of_large_experts(name: str) -> None:
+    layout = ExpertLayout(BY_NAME[name], BY_NAME[name], BY_NAME[name], 2048, 768)
+    pool = random_pool(layout, 2)
+    slots = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
+    weights = torch.tensor([[0.7, 0.3]], device=DEVICE)
+    x = random_input(1, 2048) / (5 * 2048**0.5)
+    assert error(moe_decode(x, pool, layout, slots, weights), exact_moe(x, pool, layout, slots, weights)) < EXPERT_ERROR
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="graphs need CUDA")
+def test_replayed_in_a_graph() -> None:
+    layout = layout_of("Q4_K", "Q4_K", "Q6_K", 256, 256)
+    pool = random_pool(layout, 4)
+    x, slots = random_input(1, 256), torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+    weights, out = torch.ones(1, 2, device=DEVICE), poisoned(1, 256)
+    buffers = MoeBuffers.empty(layout, 1, 2, DEVICE)
+    moe_decode(x, pool, layout, slots, weights, out, buffers)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moe_decode(x, pool, layout, slots, weights, out, buffers)
+    for chosen in ([[1, 3]], [[-1, 2]]):
+        slots.copy_(torch.tensor(chosen, dtype=torch.int32))
+        x.copy_(random_input(1, 256, seed=5))
+        graph.replay()
+        assert torch.equal(out, moe_decode(x, pool, layout, slots, weights))
+
+
+def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a GPU nor the interpreter: the reference answers."""
+    monkeypatch.setattr(decode_product, "_run_kernels", lambda tensor: False)
+    layout = layout_of("Q4_K", "Q4_K", "Q6_K", 256, 256)
+    pool = random_pool(layout, 2).cpu()
+    x = random_input(2, 256).cpu()
+    slots = torch.tensor([[1, -1], [0, 1]], dtype=torch.int32)
+    weights = torch.tensor([[0.4, 0.6], [0.7, 0.3]])
+    y = moe_decode(x, pool, layout, slots, weights)
+    assert error(y, exact_moe(x, pool, layout, slots, weights)) < 1e-5
+    gate = layout.parts(pool[0])[0]
+    assert torch.equal(matvec(x, gate), reference.matvec(x, gate))
