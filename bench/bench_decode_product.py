@@ -23,9 +23,10 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
-from moe_engine.kernels.decode_product import ExpertLayout, MoeBuffers, matvec, moe_decode
+from moe_engine.kernels.decode_product import MoeBuffers, matvec, moe_decode
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME, QuantType
+from moe_engine.kernels.slot_layout import SlotLayout
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from random_blocks import random_blocks
@@ -100,13 +101,13 @@ def check(name: str, actual: Tensor, exact: Tensor, limit: float) -> float:
     return error
 
 
-def expert_pool(layout: ExpertLayout, n_slot: int, device: torch.device) -> Tensor:
+def expert_pool(layout: SlotLayout, n_slot: int, device: torch.device) -> Tensor:
     rng = np.random.default_rng(0)
     pool = torch.empty(n_slot, layout.slot_bytes, dtype=torch.uint8, device=device)
     for index in range(DISTINCT_EXPERTS):
-        gate = random_blocks(layout.gate, layout.n_ff, layout.hidden, rng)
-        up = random_blocks(layout.up, layout.n_ff, layout.hidden, rng)
-        down = random_blocks(layout.down, layout.hidden, layout.n_ff, rng)
+        gate = random_blocks(layout.gate.type, layout.n_ff, layout.hidden, rng)
+        up = random_blocks(layout.up.type, layout.n_ff, layout.hidden, rng)
+        down = random_blocks(layout.down.type, layout.hidden, layout.n_ff, rng)
         expert = torch.from_numpy(np.concatenate([gate.ravel(), up.ravel(), down.ravel()]))
         pool[index::DISTINCT_EXPERTS] = expert.to(device)
     return pool
@@ -115,7 +116,7 @@ def expert_pool(layout: ExpertLayout, n_slot: int, device: torch.device) -> Tens
 def measure_moe(shape: str, types: list[QuantType], tokens: list[int], device: torch.device, copy: float) -> list[Row]:
     """types: gate and up, and down."""
     hidden, n_ff, top_k, n_slot = SHAPES[shape]
-    layout = ExpertLayout(types[0], types[0], types[1], hidden, n_ff)
+    layout = SlotLayout.of(types[0], types[0], types[1], hidden, n_ff)
     pool = expert_pool(layout, n_slot, device)
     experts = [[exact_values(p.data, p.type, p.n_in, device) for p in layout.parts(pool[i])] for i in range(2)]
     rows = []

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from moe_engine.kernels import grouped_product as gp
 from moe_engine.kernels.quant_types import BY_NAME
+from moe_engine.kernels.slot_layout import SlotLayout
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from random_blocks import random_blocks
@@ -49,14 +50,14 @@ TOKENS = (16, 64, 256, 1024, 2048, 8192)
 METHODS: tuple[gp.Method, ...] = ("fused", "dequantized")
 
 
-def layout_of(name: str, shape: Shape) -> gp.SlotLayout:
+def layout_of(name: str, shape: Shape) -> SlotLayout:
     """Gate and up of the type, down too: or Q8_0 where its rows cannot be cut into blocks of 256."""
     type = BY_NAME[name]
     down = type if shape.n_ff % type.block_size == 0 else BY_NAME["Q8_0"]
-    return gp.slot_layout(type, type, down, shape.n_embd, shape.n_ff)
+    return SlotLayout.of(type, type, down, shape.n_embd, shape.n_ff)
 
 
-def random_pool(layout: gp.SlotLayout, n_slot: int, device: torch.device) -> Tensor:
+def random_pool(layout: SlotLayout, n_slot: int, device: torch.device) -> Tensor:
     """Slots that repeat four random experts."""
     rng = np.random.default_rng(0)
     data = np.empty((min(4, n_slot), layout.slot_bytes), dtype=np.uint8)
@@ -74,7 +75,7 @@ def random_input(shape: Shape, n_token: int, device: torch.device) -> tuple[Tens
     return x.to(torch.bfloat16).to(device), ids.to(device), torch.rand(ids.shape, generator=generator).to(device)
 
 
-def check(layout: gp.SlotLayout, shape: Shape, device: torch.device, n_token: int) -> dict[str, float]:
+def check(layout: SlotLayout, shape: Shape, device: torch.device, n_token: int) -> dict[str, float]:
     """The relative error of each method with three experts. Exits where it is 1e-2 or more."""
     few = Shape(shape.n_embd, shape.n_ff, 3, 2)
     pool, slots = random_pool(layout, 3, device), torch.arange(3, dtype=torch.int32, device=device)

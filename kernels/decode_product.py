@@ -22,6 +22,7 @@ from moe_engine.kernels import decode_tiles, reference
 from moe_engine.kernels.dequantize import _is_interpreted, _table
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import QuantType
+from moe_engine.kernels.slot_layout import SlotLayout
 
 RUN = 16
 """Activations that share a scale."""
@@ -32,38 +33,8 @@ RUN = 16
 _PLANES = 2
 
 
-@dataclass(frozen=True)
-class ExpertLayout:
-    """How a slot holds an expert: gate and up `[n_ff, hidden]`, then down `[hidden, n_ff]`, as the file's bytes."""
-
-    gate: QuantType
-    up: QuantType
-    down: QuantType
-    hidden: int
-    n_ff: int
-
-    @property
-    def up_start(self) -> int:
-        return self.n_ff * self.gate.row_bytes(self.hidden)
-
-    @property
-    def down_start(self) -> int:
-        return self.up_start + self.n_ff * self.up.row_bytes(self.hidden)
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.down_start + self.hidden * self.down.row_bytes(self.n_ff)
-
-    def parts(self, slot: Tensor) -> tuple[QuantTensor, QuantTensor, QuantTensor]:
-        """Views of gate, up and down in a slot, uint8 `[slot_bytes]`."""
-        gate = slot[: self.up_start].view(self.n_ff, -1)
-        up = slot[self.up_start : self.down_start].view(self.n_ff, -1)
-        down = slot[self.down_start : self.slot_bytes].view(self.hidden, -1)
-        return (
-            QuantTensor(gate, self.gate, self.hidden),
-            QuantTensor(up, self.up, self.hidden),
-            QuantTensor(down, self.down, self.n_ff),
-        )
+# The most tokens these kernels are for: they decode a weight again for each token, except in small groups.
+DECODE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -91,7 +62,7 @@ class MoeBuffers:
     h_float: Tensor  # f32 [n_token * top_k, n_ff], for types without a fast path
 
     @classmethod
-    def empty(cls, layout: ExpertLayout, n_token: int, top_k: int, device: torch.device) -> "MoeBuffers":
+    def empty(cls, layout: SlotLayout, n_token: int, top_k: int, device: torch.device) -> "MoeBuffers":
         n_pair = n_token * top_k
         return cls(
             Activations.empty(n_token, layout.hidden, device),
@@ -233,7 +204,7 @@ def matvec(x: Tensor, weight: QuantTensor, out: Tensor | None = None, activation
 def moe_decode(
     x: Tensor,
     pool: Tensor,
-    layout: ExpertLayout,
+    layout: SlotLayout,
     slots: Tensor,
     weights: Tensor,
     out: Tensor | None = None,
@@ -270,21 +241,21 @@ def moe_decode(
 
 
 def _launch_moe(
-    x: Tensor, pool: Tensor, layout: ExpertLayout, slots: Tensor, weights: Tensor, out: Tensor, buffers: MoeBuffers
+    x: Tensor, pool: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, out: Tensor, buffers: MoeBuffers
 ) -> None:
     from moe_engine.kernels.decode_kernels import down_kernel, down_unpacked_kernel, gate_up_kernel
 
     n_token, top_k = slots.shape
     base, slot_bytes = pool.data_ptr(), layout.slot_bytes
-    gate_align = _alignment(layout.gate, base, slot_bytes)
-    up_align = _alignment(layout.up, base, slot_bytes, layout.up_start)
-    down_align = _alignment(layout.down, base, slot_bytes, layout.down_start)
+    gate_align = _alignment(layout.gate.type, base, slot_bytes)
+    up_align = _alignment(layout.up.type, base, slot_bytes, layout.up.offset)
+    down_align = _alignment(layout.down.type, base, slot_bytes, layout.down.offset)
     overlap = bool(gate_align and up_align and down_align) and _can_overlap(x.device)
     options = _launch_options(overlap)
     if gate_align or up_align:
         _launch_quantize(x, buffers.x, overlap)
     tile = decode_tiles.gate_up_tile() if gate_align and up_align else decode_tiles.unpacked_tile(16)
-    gate_runs, up_runs = _runs(layout.gate), _runs(layout.up)
+    gate_runs, up_runs = _runs(layout.gate.type), _runs(layout.up.type)
     gate_up_kernel[n_token * top_k, -(-layout.n_ff // tile["ROWS"])](
         pool,
         slots,
@@ -292,8 +263,8 @@ def _launch_moe(
         x,
         buffers.x.codes,
         buffers.x.pairs,
-        _table(layout.gate.id, x.device),
-        _table(layout.up.id, x.device),
+        _table(layout.gate.type.id, x.device),
+        _table(layout.up.type.id, x.device),
         buffers.h_float,
         buffers.h.codes,
         buffers.h.pairs,
@@ -302,21 +273,21 @@ def _launch_moe(
         TOP_K=top_k,
         N_IN=layout.hidden,
         N_FF=layout.n_ff,
-        UP_START=layout.up_start,
-        GATE=layout.gate.name,
+        UP_START=layout.up.offset,
+        GATE=layout.gate.type.name,
         GATE_ALIGN=gate_align,
-        GATE_BLOCK_BYTES=layout.gate.block_bytes,
+        GATE_BLOCK_BYTES=layout.gate.type.block_bytes,
         GATE_RUN=gate_runs["N_RUN"],
         GATE_WIDTH=gate_runs["RUN_WIDTH"],
-        GATE_UNITS=_units(layout.gate, layout.hidden),
-        GATE_ROW_BYTES=layout.gate.row_bytes(layout.hidden),
-        UP=layout.up.name,
+        GATE_UNITS=_units(layout.gate.type, layout.hidden),
+        GATE_ROW_BYTES=layout.gate.type.row_bytes(layout.hidden),
+        UP=layout.up.type.name,
         UP_ALIGN=up_align,
-        UP_BLOCK_BYTES=layout.up.block_bytes,
+        UP_BLOCK_BYTES=layout.up.type.block_bytes,
         UP_RUN=up_runs["N_RUN"],
         UP_WIDTH=up_runs["RUN_WIDTH"],
-        UP_UNITS=_units(layout.up, layout.hidden),
-        UP_ROW_BYTES=layout.up.row_bytes(layout.hidden),
+        UP_UNITS=_units(layout.up.type, layout.hidden),
+        UP_ROW_BYTES=layout.up.type.row_bytes(layout.hidden),
         OVERLAP=overlap,
         PLANES=_PLANES,
         QUANTIZE=down_align > 0,
@@ -326,14 +297,14 @@ def _launch_moe(
     common: dict[str, Any] = {
         "SLOT_BYTES": slot_bytes,
         "TOP_K": top_k,
-        "START": layout.down_start,
+        "START": layout.down.offset,
         "N_FF": layout.n_ff,
         "N_OUT": layout.hidden,
-        "DOWN": layout.down.name,
-        "ROW_BYTES": layout.down.row_bytes(layout.n_ff),
+        "DOWN": layout.down.type.name,
+        "ROW_BYTES": layout.down.type.row_bytes(layout.n_ff),
     }
     if down_align:
-        tile = decode_tiles.down_tile(_units(layout.down, layout.n_ff))
+        tile = decode_tiles.down_tile(_units(layout.down.type, layout.n_ff))
         down_kernel[n_token, -(-layout.hidden // tile["ROWS"])](
             pool,
             slots,
@@ -342,7 +313,7 @@ def _launch_moe(
             out,
             n_token,
             ALIGN=down_align,
-            N_UNIT=_units(layout.down, layout.n_ff),
+            N_UNIT=_units(layout.down.type, layout.n_ff),
             OVERLAP=overlap,
             PLANES=_PLANES,
             **common,
@@ -355,13 +326,13 @@ def _launch_moe(
             pool,
             slots,
             buffers.h_float,
-            _table(layout.down.id, x.device),
+            _table(layout.down.type.id, x.device),
             out,
-            BLOCK_BYTES=layout.down.block_bytes,
+            BLOCK_BYTES=layout.down.type.block_bytes,
             ROWS=tile["ROWS"],
             num_warps=tile["num_warps"],
             **common,
-            **_runs(layout.down),
+            **_runs(layout.down.type),
             **options,
         )
 

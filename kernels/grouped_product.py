@@ -15,43 +15,9 @@ from torch import Tensor
 from moe_engine.kernels import reference
 from moe_engine.kernels.dequantize import _is_interpreted, _table, tile_constants
 from moe_engine.kernels.quant_tensor import QuantTensor
-from moe_engine.kernels.quant_types import QuantType
+from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
 
 Method = Literal["fused", "dequantized"]
-
-
-@dataclass(frozen=True)
-class SlotPart:
-    """A matrix `[n_out, n_in]` that lies `offset` bytes into every slot."""
-
-    type: QuantType
-    n_out: int
-    n_in: int
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.n_out * self.type.row_bytes(self.n_in)
-
-
-@dataclass(frozen=True)
-class SlotLayout:
-    """An expert's three matrices in a slot: gate and up `[n_ff, n_embd]`, down `[n_embd, n_ff]`."""
-
-    gate: SlotPart
-    up: SlotPart
-    down: SlotPart
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.down.offset + self.down.nbytes
-
-
-def slot_layout(gate: QuantType, up: QuantType, down: QuantType, n_embd: int, n_ff: int) -> SlotLayout:
-    """Gate, up and down one after the other."""
-    gate_part = SlotPart(gate, n_ff, n_embd, 0)
-    up_part = SlotPart(up, n_ff, n_embd, gate_part.nbytes)
-    return SlotLayout(gate_part, up_part, SlotPart(down, n_embd, n_ff, gate_part.nbytes + up_part.nbytes))
 
 
 @dataclass(frozen=True)

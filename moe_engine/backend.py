@@ -12,6 +12,7 @@ from torch import Tensor
 from moe_engine.errors import ConfigError
 from moe_engine.kernels import dequantize as device_kernels
 from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.decode_product import DECODE_TOKENS, matvec
 from moe_engine.kernels.quant_tensor import QuantTensor
 
 Linear = Callable[[Tensor], Tensor]
@@ -51,15 +52,25 @@ class CpuBackend:
 
 
 class AcceleratorBackend:
-    """Keeps the quantized bytes in VRAM; every product dequantizes row chunks into one scratch buffer."""
+    """Keeps the quantized bytes in VRAM.
 
-    def __init__(self, device: torch.device, scratch_elements: int) -> None:
-        self.device = device
+    Products dequantize row chunks into one scratch buffer and are exact to f32. With `int8_activations`, those of few
+    tokens read the quantized weights directly and round activations to 8 bits.
+    """
+
+    def __init__(self, device: torch.device, scratch_elements: int, int8_activations: bool) -> None:
+        self.device, self.int8_activations = device, int8_activations
         self.scratch = torch.empty(scratch_elements, dtype=torch.float32, device=device)
 
     def linear(self, weight: QuantTensor) -> Linear:
         resident = weight.to(self.device)
-        return lambda x: device_kernels.linear(x, resident, self.scratch)
+
+        def product(x: Tensor) -> Tensor:
+            if self.int8_activations and x.shape[-2] <= DECODE_TOKENS:
+                return matvec(x.contiguous(), resident)
+            return device_kernels.linear(x, resident, self.scratch)
+
+        return product
 
     def embedding(self, weight: QuantTensor) -> Embedding:
         resident = weight.to(self.device)

@@ -72,8 +72,8 @@ class EngineConfig(_Options):
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
     threads      CPU threads of the kernels; default: all this process may use.
     ctx          tokens of context the KV cache holds; default: 4096, or less if the model was trained for less.
-    activations  "int8": CPU kernels round activations to 8 bits in blocks of 32, as other engines do;
-                 "float": they do not (slower, for exact comparisons).
+    activations  "int8": the CPU kernels, and on a GPU those for few tokens, round activations to 8 bits in blocks,
+                 as other engines do; "float": they do not (slower, for exact comparisons).
     kv_dtype     type of the KV cache.
     ubatch       prompt tokens that go through the layers at once.
     """

@@ -115,9 +115,10 @@ class Engine:
         plan = None
         if accelerated:
             plan = plan_vram(file, meta, family, config, ctx, device)
-            backend = AcceleratorBackend(device, plan.scratch_elements)
+            int8_activations = config.activations == "int8"
+            backend = AcceleratorBackend(device, plan.scratch_elements, int8_activations)
             if plan.caches_experts:
-                experts = CachedExperts(device, backend.scratch)
+                experts = CachedExperts(device, backend.scratch, int8_activations)
         with torch.inference_mode():
             model = family(meta, Weights(file, backend), experts, progress)
             if tokenizer.n_vocab > model.n_vocab:

@@ -8,9 +8,10 @@ from random_blocks import random_blocks
 from torch import Tensor
 
 from moe_engine.kernels import decode_product, reference
-from moe_engine.kernels.decode_product import ExpertLayout, MoeBuffers, is_fast, matvec, moe_decode, quantize
+from moe_engine.kernels.decode_product import MoeBuffers, is_fast, matvec, moe_decode, quantize
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
+from moe_engine.kernels.slot_layout import SlotLayout
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TYPES = list(QUANT_TYPES.values())
@@ -120,18 +121,18 @@ def test_matvec_with_given_activations() -> None:
     assert torch.equal(matvec(x, weight), matvec(x, weight, activations=quantize(x)))
 
 
-def random_pool(layout: ExpertLayout, n_slot: int, offset: int = 0) -> Tensor:
+def random_pool(layout: SlotLayout, n_slot: int, offset: int = 0) -> Tensor:
     rng = np.random.default_rng(1)
     slots = []
     for _ in range(n_slot):
-        gate = random_blocks(layout.gate, layout.n_ff, layout.hidden, rng)
-        up = random_blocks(layout.up, layout.n_ff, layout.hidden, rng)
-        down = random_blocks(layout.down, layout.hidden, layout.n_ff, rng)
+        gate = random_blocks(layout.gate.type, layout.n_ff, layout.hidden, rng)
+        up = random_blocks(layout.up.type, layout.n_ff, layout.hidden, rng)
+        down = random_blocks(layout.down.type, layout.hidden, layout.n_ff, rng)
         slots.append(np.concatenate([gate.ravel(), up.ravel(), down.ravel()]))
     return place(np.stack(slots), offset)
 
 
-def exact_moe(x: Tensor, pool: Tensor, layout: ExpertLayout, slots: Tensor, weights: Tensor) -> Tensor:
+def exact_moe(x: Tensor, pool: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor) -> Tensor:
     y = torch.zeros(x.shape, dtype=torch.float64)
     x, weights = x.cpu().double(), weights.cpu().double()
     for token, choice in (slots.cpu() >= 0).nonzero().tolist():
@@ -141,11 +142,11 @@ def exact_moe(x: Tensor, pool: Tensor, layout: ExpertLayout, slots: Tensor, weig
     return y
 
 
-def layout_of(gate: str, up: str, down: str, hidden: int, n_ff: int) -> ExpertLayout:
-    return ExpertLayout(BY_NAME[gate], BY_NAME[up], BY_NAME[down], hidden, n_ff)
+def layout_of(gate: str, up: str, down: str, hidden: int, n_ff: int) -> SlotLayout:
+    return SlotLayout.of(BY_NAME[gate], BY_NAME[up], BY_NAME[down], hidden, n_ff)
 
 
-def check_moe(layout: ExpertLayout, slots: list[list[int]], offset: int = 0, seed: int = 0) -> Tensor:
+def check_moe(layout: SlotLayout, slots: list[list[int]], offset: int = 0, seed: int = 0) -> Tensor:
     """Runs it into a poisoned result with poisoned buffers, and compares."""
     chosen = torch.tensor(slots, dtype=torch.int32, device=DEVICE)
     n_token, top_k = chosen.shape
@@ -159,7 +160,7 @@ def check_moe(layout: ExpertLayout, slots: list[list[int]], offset: int = 0, see
     out = poisoned(n_token, layout.hidden)
     assert moe_decode(x, pool, layout, chosen, weights, out=out, buffers=buffers) is out
     exact = exact_moe(x, pool, layout, chosen, weights)
-    fast = any(is_fast(type) for type in (layout.gate, layout.up, layout.down))
+    fast = any(is_fast(part.type) for part in (layout.gate, layout.up, layout.down))
     assert error(out, exact) < (2 * EXPERT_ERROR if fast else 1e-5)  # small products: a wide spread
     skipped = (chosen < 0).all(dim=1)
     assert (out[skipped] == 0).all()
@@ -168,7 +169,7 @@ def check_moe(layout: ExpertLayout, slots: list[list[int]], offset: int = 0, see
 
 @all_types
 def test_moe(type: QuantType) -> None:
-    check_moe(ExpertLayout(type, type, type, 256, 256), [[2, 0]])
+    check_moe(SlotLayout.of(type, type, type, 256, 256), [[2, 0]])
 
 
 MIXED = [("Q4_K", "Q4_K", "Q6_K", 256, 768), ("IQ2_XXS", "Q4_K", "Q2_K", 256, 256), ("Q5_K", "IQ3_S", "Q5_0", 256, 96)]
@@ -212,7 +213,7 @@ def test_nothing_chosen() -> None:
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="the error of few large products is the GPU's to measure")
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "MXFP4"])
 def test_error_of_large_experts(name: str) -> None:
-    layout = ExpertLayout(BY_NAME[name], BY_NAME[name], BY_NAME[name], 2048, 768)
+    layout = SlotLayout.of(BY_NAME[name], BY_NAME[name], BY_NAME[name], 2048, 768)
     pool = random_pool(layout, 2)
     slots = torch.tensor([[0, 1]], dtype=torch.int32, device=DEVICE)
     weights = torch.tensor([[0.7, 0.3]], device=DEVICE)

@@ -142,16 +142,29 @@ def test_experts_fall_back_to_the_cpu_only_when_asked_to_decide() -> None:
         assert engine.generate([1, 2, 3], max_tokens=2).stats.hit_rate == 0.0
 
 
-@pytest.mark.parametrize(("slots", "interpreter"), [(1, False), (4, False), (7, True), (None, False)])
+@pytest.mark.parametrize(
+    ("slots", "activations", "interpreter"),
+    [
+        (1, "float", False),
+        (4, "float", False),
+        (7, "float", True),
+        (None, "float", False),
+        # few tokens through the decode kernels, whose stand-in without a GPU or interpreter is exact
+        (1, "int8", False),
+        (7, "int8", False),
+        (None, "int8", False),
+    ],
+)
 def test_cached_experts_keep_their_books_and_the_tokens(
-    slots: int | None, interpreter: bool, monkeypatch: pytest.MonkeyPatch
+    slots: int | None, activations: str, interpreter: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not interpreter:  # numpy dequantizes to the same bits and is much faster than interpreted Triton
-        monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    if not interpreter:  # the stand-ins are much faster than interpreted Triton
+        for module in ("dequantize", "decode_product"):
+            monkeypatch.setattr(f"moe_engine.kernels.{module}._is_interpreted", lambda: False)
     ids = [39, 449, 78, 11, 1302, 0]
     with Engine.load(device="cpu", activations="float", kv_dtype="f32", ctx=64, threads=1) as cpu:
         expected = cpu.generate(ids, temperature=0, max_tokens=6).tokens
-    with Engine.load(experts="cache", cache_slots=slots, **SIMULATED) as engine:
+    with Engine.load(experts="cache", cache_slots=slots, **(SIMULATED | {"activations": activations})) as engine:
         experts = engine.experts
         assert isinstance(experts, CachedExperts)
         stream = engine.stream(ids, temperature=0, max_tokens=6)

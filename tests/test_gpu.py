@@ -31,10 +31,22 @@ def test_perplexity_equals_the_cpus() -> None:
         assert perplexity(cuda, text).ppl == pytest.approx(perplexity(cpu, text).ppl, rel=1e-3)
 
 
-def test_greedy_tokens_do_not_depend_on_the_cache() -> None:
+@pytest.mark.parametrize("experts", ["cache", "cpu"])
+def test_kernels_for_few_tokens_keep_the_perplexity(experts: str) -> None:
+    """With micro-batches of 16 tokens every product goes through the decode kernels."""
+    text = (DATA / "heldout-4k.txt").read_text(encoding="utf-8")
+    recorded = Recorded.load(DATA, "stories-deepseek-Q4_K_M")
+    with Engine.load(device="cuda", experts=experts, vram_budget="4GiB", ubatch=16) as engine:
+        ppl = perplexity(engine, text).ppl
+    assert min(abs(ppl / recorded.ppl_exact - 1), abs(ppl / recorded.ppl_llama_cpp - 1)) < 0.007
+
+
+@pytest.mark.parametrize(("activations", "sizes"), [("float", (1, 4, 9, None)), ("int8", (4, 9, None))])
+def test_greedy_tokens_do_not_depend_on_the_cache(activations: str, sizes: tuple[int | None, ...]) -> None:
     outputs = []
-    for slots in (1, 4, 9, None):
-        with Engine.load(device="cuda", experts="cache", cache_slots=slots, **EXACT) as engine:
+    for slots in sizes:
+        options = EXACT | {"activations": activations, "cache_slots": slots}
+        with Engine.load(device="cuda", experts="cache", **options) as engine:
             assert isinstance(engine.experts, CachedExperts)
             outputs.append(engine.generate("Once upon a time", temperature=0, max_tokens=48).tokens)
             engine.experts.check_integrity()

@@ -12,6 +12,7 @@ from moe_engine.kernels import grouped_product as gp
 from moe_engine.kernels import reference
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
+from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS: tuple[gp.Method, ...] = ("fused", "dequantized")
@@ -19,12 +20,12 @@ all_types = pytest.mark.parametrize("type", QUANT_TYPES.values(), ids=str)
 fast_types = pytest.mark.parametrize("type", [BY_NAME[name] for name in ("Q4_K", "Q6_K", "Q8_0")], ids=str)
 
 
-def layout_of(names: Sequence[str], n_embd: int, n_ff: int) -> gp.SlotLayout:
+def layout_of(names: Sequence[str], n_embd: int, n_ff: int) -> SlotLayout:
     gate, up, down = (BY_NAME[name] for name in names)
-    return gp.slot_layout(gate, up, down, n_embd, n_ff)
+    return SlotLayout.of(gate, up, down, n_embd, n_ff)
 
 
-def random_pool(layout: gp.SlotLayout, n_slot: int, seed: int, shift: int = 0, pad: int = 0) -> Tensor:
+def random_pool(layout: SlotLayout, n_slot: int, seed: int, shift: int = 0, pad: int = 0) -> Tensor:
     """Slots of random experts whose outputs are of size 1; the first starts `shift` bytes into its buffer."""
     rng = np.random.default_rng(seed)
     slot_bytes = layout.slot_bytes + pad
@@ -43,7 +44,7 @@ def random_x(n: int, n_in: int, seed: int = 0) -> Tensor:
     return x.to(DEVICE, torch.bfloat16)
 
 
-def values(pool: Tensor, slot: int, part: gp.SlotPart) -> Tensor:
+def values(pool: Tensor, slot: int, part: SlotPart) -> Tensor:
     data = pool[slot, part.offset : part.offset + part.nbytes].cpu().view(part.n_out, -1)
     matrix: Tensor = reference.dequantize(QuantTensor(data, part.type, part.n_in)).double()
     return matrix
@@ -63,7 +64,7 @@ def groups_of(counts: Sequence[int], slots: Sequence[int]) -> gp.Groups:
     return gp.Groups(offsets, torch.tensor(slots, dtype=torch.int32, device=DEVICE))
 
 
-def check_products(layout: gp.SlotLayout, pool: Tensor, counts: Sequence[int], tiling: gp._Tiling | None) -> None:
+def check_products(layout: SlotLayout, pool: Tensor, counts: Sequence[int], tiling: gp._Tiling | None) -> None:
     """Both products of groups of the given sizes, each against float64 on the same input."""
     slots = [(3 * g + 1) % len(pool) for g in range(len(counts))]
     groups = groups_of(counts, slots)
@@ -93,7 +94,7 @@ def widths(type: QuantType) -> tuple[int, int]:
 @all_types
 def test_every_type(type: QuantType) -> None:
     n_embd, n_ff = widths(type)
-    layout = gp.slot_layout(type, type, type, n_embd, n_ff)
+    layout = SlotLayout.of(type, type, type, n_embd, n_ff)
     check_products(layout, random_pool(layout, 2, seed=type.id, shift=1), [3, 0, 18], gp._Tiling(16, 64, 4, 2))
 
 
@@ -101,7 +102,7 @@ def test_every_type(type: QuantType) -> None:
 @pytest.mark.parametrize("tiling", [gp._tiling(n, 1) for n in (1, 10, 100)], ids=lambda t: str(t.block_m))
 def test_fast_types(type: QuantType, tiling: gp._Tiling) -> None:
     """Aligned slots take another path; tiles of all rows and of half of them, at the ends of groups."""
-    layout = gp.slot_layout(type, type, type, 512, 256) if tiling.block_m < 64 else layout_of([type.name] * 3, 256, 256)
+    layout = SlotLayout.of(type, type, type, 512, 256) if tiling.block_m < 64 else layout_of([type.name] * 3, 256, 256)
     pool = random_pool(layout, 3, seed=1)
     assert all(gp._is_fast(part, pool) for part in (layout.gate, layout.up, layout.down))
     m = tiling.block_m
@@ -111,7 +112,7 @@ def test_fast_types(type: QuantType, tiling: gp._Tiling) -> None:
 @fast_types
 @pytest.mark.parametrize(("shift", "pad"), [(0, 2), (2, 4), (1, 0), (0, 5)])
 def test_unaligned_slots(type: QuantType, shift: int, pad: int) -> None:
-    layout = gp.slot_layout(type, type, type, 256, 256)
+    layout = SlotLayout.of(type, type, type, 256, 256)
     check_products(layout, random_pool(layout, 3, 2, shift, pad), [5, 1, 0, 9], None)
 
 
