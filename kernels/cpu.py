@@ -7,11 +7,10 @@ checked here once, then only addresses cross over.
 from dataclasses import dataclass
 from functools import cache
 
-import gguf.quants
-import numpy as np
 import torch
 
 from moe_engine.errors import ConfigError, NativeLibraryError
+from moe_engine.kernels.codebooks import codebook
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 
@@ -34,14 +33,12 @@ def _prepare() -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for name in _CODEBOOKS:
-        quant = getattr(gguf.quants, name)
-        quant.init_grid()
-        grid = np.ascontiguousarray(quant.grid, dtype=np.int8)
+        grid = codebook(BY_NAME[name].id)
         _cpu.set_codebook(BY_NAME[name].id, grid.ctypes.data, grid.nbytes)
 
 
 def available_tiers() -> list[str]:
-    """Instruction sets that this processor can run, of "scalar", "avx2" and "avx512", lowest first."""
+    """Instruction sets that this processor can run, of "scalar", "avx2", "avx512" and "amx", lowest first."""
     return _cpu.available_tiers()
 
 

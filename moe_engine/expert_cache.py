@@ -105,11 +105,16 @@ class CachedExperts:
         slot_class = self._layers[layer][1]
         rows = expert_ids.tolist()
         needed = {(layer, e) for row in rows for e in row}
-        if self.int8_activations and len(x) <= DECODE_TOKENS and len(needed) <= len(slot_class.slots):
+        fits = len(needed) <= len(slot_class.slots)
+        if not self.int8_activations or len(x) > DECODE_TOKENS or (len(x) == 1 and not fits):
+            return self._one_by_one(layer, x, expert_ids, weights, needed)
+        if fits:
             slots = {key: self._resident(key, pinned=needed) for key in sorted(needed)}
             table = torch.tensor([[slots[layer, e] for e in row] for row in rows], dtype=torch.int32)
             return moe_decode(x, slot_class.slots, slot_class.layout, table.to(x.device), weights)
-        return self._one_by_one(layer, x, expert_ids, weights, needed)
+        # A small cache takes the tokens in parts; a token's result does not depend on the others.
+        parts = (slice(0, len(x) // 2), slice(len(x) // 2, len(x)))
+        return torch.cat([self(layer, x[part], expert_ids[part], weights[part]) for part in parts])
 
     def _one_by_one(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, needed: set[Key]) -> Tensor:
         """Dequantizes and multiplies expert by expert, residents first: loading others could evict them unused."""

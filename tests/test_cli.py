@@ -154,15 +154,18 @@ def test_python_m_is_the_same_program() -> None:
 
 def test_interrupt_ends_quietly() -> None:
     command = [sys.executable, "-m", "moe_engine", "generate", "Once", "--max-tokens", "2000", "--device", "cpu"]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stdout is not None
-    assert process.stdout.read(10)  # it is generating
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert "Traceback" not in err.decode()
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.read(10)  # it is generating
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=300)
+            assert process.returncode == 130
+            assert "Traceback" not in err.decode()
+        finally:
+            process.kill()

@@ -123,7 +123,8 @@ def test_other_python_threads_run_meanwhile() -> None:
 
 def test_an_interrupt_ends_the_program_between_calls() -> None:
     program = (
-        "import torch, sys\n"
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "from test_thread_pool import CpuKernels, EXPECTED, job, layer, same_bits\n"
         "kernels = CpuKernels(4)\n"
         "handle = layer(kernels)\n"
@@ -133,15 +134,17 @@ def test_an_interrupt_ends_the_program_between_calls() -> None:
         "except KeyboardInterrupt:\n"
         "    print('right' if same_bits(kernels.expert_ffn(handle, *job(2)), EXPECTED[2]) else 'wrong')\n"
     )
-    run = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent
-    )
-    assert run.stdout is not None
-    assert run.stdout.readline() == "ready\n"
-    time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=60)[0] == "right\n"
-    assert run.returncode == 0
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stdout.readline() == "ready\n"
+            time.sleep(0.1)
+            run.send_signal(signal.SIGINT)
+            assert run.communicate(timeout=60)[0] == "right\n"
+            assert run.returncode == 0
+        finally:
+            run.kill()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
