@@ -1,16 +1,21 @@
-"""Times the dequantization of one layer's experts, each type against a copy on the same device.
+"""Times the dequantization of one layer's experts, each type to bf16, f16 and f32, against a copy on the same device.
 
     python bench/bench_dequantize.py            # needs a CUDA device
     python bench/bench_dequantize.py --tiny     # a dry run on any machine, nothing timed
 
-GB/s counts the quantized bytes read and the bytes written; the copy is counted alike (read + written). The
-experts of a layer repeat one expert of random blocks, and that one is compared with the gguf package first.
+GB/s counts the quantized bytes read and the bytes written; the copy, of floats of the same dtype, is counted alike
+(read + written). The experts of a layer repeat one expert of random blocks, at places of their own: a call reads and
+writes several times what the last-level cache holds. Their values are compared with the gguf package's first.
 """
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,17 +23,20 @@ from gguf import GGMLQuantizationType, quants
 
 from moe_engine.kernels import dequantize
 from moe_engine.kernels.quant_tensor import QuantTensor
-from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
+from moe_engine.kernels.quant_types import BY_NAME, QuantType
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from random_blocks import random_blocks
 
+Shape = tuple[int, int, int]
 QWEN3_30B_A3B = (128, 768, 2048)  # experts, rows, elements of a row
 TINY = (2, 3, 256)
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+OFFSET = 16  # bytes before the first block
 
 
-def experts(type: QuantType, shape: tuple[int, int, int], offset: int, device: torch.device) -> QuantTensor:
-    """A stack of equal experts that starts `offset` bytes into its buffer; the first one is checked."""
+def checked_experts(type: QuantType, shape: Shape, offset: int, device: torch.device) -> QuantTensor:
+    """A stack of equal experts that starts `offset` bytes into its buffer; the last one is checked."""
     n_expert, n_out, n_in = shape
     one = random_blocks(type, n_out, n_in, np.random.default_rng(0))
     values = torch.tensor(quants.dequantize(one, GGMLQuantizationType(type.id)), device=device)
@@ -36,55 +44,76 @@ def experts(type: QuantType, shape: tuple[int, int, int], offset: int, device: t
     data = buffer[offset:].view(n_expert, *one.shape)
     data.copy_(torch.tensor(one, device=device).expand(n_expert, -1, -1))
     weight = QuantTensor(data, type, n_in)
-    if not torch.equal(dequantize.dequantize(weight)[-1], values):
-        raise SystemExit(f"{type}: differs from the reference")
+    for dtype in DTYPES.values():
+        if not torch.equal(dequantize.dequantize(weight, dtype=dtype)[-1], values.to(dtype)):
+            raise SystemExit(f"{type} to {dtype}: differs from the reference")
     return weight
 
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-
-
-def measure(shape: tuple[int, int, int], types: list[QuantType], offset: int, dtype: torch.dtype) -> None:
+def _microseconds(run: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
+    return 1000 * float(do_bench(run, warmup=5, rep=25, return_mode="median"))
+
+
+def results(
+    types: Sequence[str] | None = None, shape: Shape = QWEN3_30B_A3B, offset: int = OFFSET
+) -> list[dict[str, Any]]:
+    """One row for each type (all by default) and dtype; first the copies, whose `type` is empty."""
     device = torch.device("cuda")
-    out = torch.empty(shape, device=device, dtype=dtype)
-    other = torch.empty_like(out)
-    copy_ms = do_bench(lambda: out.copy_(other), return_mode="median")
-    copy_rate = 2 * out.nbytes / copy_ms / 1e6
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, experts {shape} to {dtype}, offset {offset}")
-    print(f"{'type':8} {'ms':>8} {'GB/s':>8} {'of copy':>8}")
-    print(f"{'copy':8} {copy_ms:8.3f} {copy_rate:8.0f} {1:8.0%}")
-    for type in types:
-        weight = experts(type, shape, offset, device)
+    rows: list[dict[str, Any]] = []
+    copy_rates: dict[str, float] = {}
 
-        def run(weight: QuantTensor = weight) -> None:
-            dequantize.dequantize(weight, out=out)
+    def add(kernel: str, type: str, dtype: str, us: float, n_bytes: int) -> None:
+        rate = n_bytes / us / 1e3
+        share = rate / copy_rates.setdefault(dtype, rate)
+        row = {"kernel": kernel, "type": type, "shape": list(shape), "microseconds": round(us, 1)}
+        rows.append(row | {"gb_per_s": round(rate), "share_of_copy": round(share, 3)})
 
-        ms = do_bench(run, return_mode="median")
-        rate = (weight.nbytes + out.nbytes) / ms / 1e6
-        print(f"{type.name:8} {ms:8.3f} {rate:8.0f} {rate / copy_rate:8.0%}", flush=True)
+    outputs = {name: torch.empty(shape, device=device, dtype=dtype) for name, dtype in DTYPES.items()}
+    for name, out in outputs.items():
+        add(f"copy {name}", "", name, _microseconds(partial(out.copy_, torch.empty_like(out))), 2 * out.nbytes)
+    for type in types or BY_NAME:
+        weight = checked_experts(BY_NAME[type], shape, offset, device)
+        for name, out in outputs.items():
+            us = _microseconds(partial(dequantize.dequantize, weight, out=out))
+            add(f"dequantize to {name}", type, name, us, weight.nbytes + out.nbytes)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """A line for each type: time, rate and share of the copy for each dtype."""
+    print(f"{'':8}" + "".join(f"{f'{name}: us':>10} {'GB/s':>6} {'share':>6}" for name in DTYPES))
+    for type in dict.fromkeys(row["type"] for row in rows):
+        cells = [row for row in rows if row["type"] == type]
+        texts = [f"{row['microseconds']:10.1f} {row['gb_per_s']:6} {row['share_of_copy']:6.0%}" for row in cells]
+        print(f"{type or 'copy':8}" + "".join(texts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="check every type on a small stack, without timing")
     parser.add_argument("--types", nargs="+", choices=BY_NAME, default=list(BY_NAME), metavar="TYPE")
-    parser.add_argument("--offset", type=int, default=16, help="bytes before the first block (default 16)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--offset", type=int, default=OFFSET, help=f"bytes before the first block (default {OFFSET})")
+    parser.add_argument("--json", type=Path, help="where to write the results")
     arguments = parser.parse_args()
-    types = [type for type in QUANT_TYPES.values() if type.name in arguments.types]
     if arguments.tiny:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cpu":
             os.environ["TRITON_INTERPRET"] = "1"
-        for type in types:
-            experts(type, TINY, arguments.offset, device)
-            print(f"{type.name:8} equals the reference")
-    elif torch.cuda.is_available():
-        measure(QWEN3_30B_A3B, types, arguments.offset, DTYPES[arguments.dtype])
-    else:
+        for name in arguments.types:
+            checked_experts(BY_NAME[name], TINY, arguments.offset, device)
+            print(f"{name:8} equals the reference")
+        return
+    if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: only --tiny runs here")
+    rows = results(arguments.types, offset=arguments.offset)
+    device_name = torch.cuda.get_device_name()
+    print(f"{device_name}, torch {torch.__version__}, experts {QWEN3_30B_A3B}, offset {arguments.offset}")
+    print_table(rows)
+    if arguments.json:
+        report = {"device": device_name, "torch": torch.__version__, "offset": arguments.offset, "rows": rows}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python bench/check_gpu.py --work /tmp/models --out results.json [--tiny]
 
 Writes full-size random models, loads each within a VRAM budget, runs a prompt and decodes, while another process
-reads the device's memory from nvidia-smi. `--tiny` is a dry run on the simulated device with a few layers.
+reads the device's memory from nvidia-smi. `--tiny` is a dry run on the simulated device with a few layers, where
+decoding is eager.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from synth_gguf import write_model
 
 from moe_engine import Engine
 from moe_engine.config import format_size
+from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.perplexity import perplexity
 
@@ -59,7 +61,7 @@ class MemoryWatch:
 
 
 def check_bundled(device: str) -> dict[str, Any]:
-    """Generates and scores with the bundled model on the device and on the CPU."""
+    """Generates and scores with the bundled model on the device and on the CPU; the exact path must equal the eager."""
     text = (ROOT / "tests" / "data" / "heldout-4k.txt").read_text(encoding="utf-8")
     text = text if device == "cuda" else text[:2500]
     found: dict[str, Any] = {}
@@ -68,6 +70,8 @@ def check_bundled(device: str) -> dict[str, Any]:
         "cpu_int8": {"device": "cpu"},
         "device_cache": {"device": device, "experts": "cache", "vram_budget": "2GiB"},
         "device_cpu_experts": {"device": device, "experts": "cpu", "vram_budget": "2GiB"},
+        "device_eager": {"device": device, "experts": "cache", "vram_budget": "2GiB", "eager": True},
+        "device_exact": {"device": device, "experts": "cache", "vram_budget": "2GiB", "exact": True, "cache_slots": 8},
     }
     for name, options in runs.items():
         with Engine.load(None, **options) as engine:
@@ -78,11 +82,13 @@ def check_bundled(device: str) -> dict[str, Any]:
     exact = found["cpu"]["ppl"]
     for name, bound in {"device_cache": 1e-3, "device_cpu_experts": 7e-3, "cpu_int8": 7e-3}.items():
         assert abs(found[name]["ppl"] / exact - 1) < bound, (name, found[name]["ppl"], exact)
+    assert found["device_exact"]["tokens"] == found["device_eager"]["tokens"], found
     return found
 
 
 def rates(stats: dict[str, Any]) -> dict[str, Any]:
-    return {key: stats[key] for key in ("prompt_rate", "decode_rate", "hit_rate", "peak_vram_bytes")}
+    keys = ("prompt_rate", "decode_rate", "hit_rate", "bound", "gpu_wait_seconds", "pcie_bytes", "peak_vram_bytes")
+    return {key: stats[key] for key in keys}
 
 
 def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_decode: int) -> dict[str, Any]:
@@ -99,7 +105,11 @@ def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_deco
             loaded = time.perf_counter() - started
             prompt = [(i * 7919) % 400 for i in range(n_prompt)]
             result = engine.generate(prompt, temperature=0, max_tokens=n_decode)
-            slots = engine.experts.n_slot if isinstance(engine.experts, CachedExperts) else 0
+            assert isinstance(engine.experts, CachedExperts)
+            slots = engine.experts.n_slot
+            if isinstance(engine.decoder, GraphDecoder):
+                engine.decoder.worker.settle()
+                engine.decoder.worker.check_integrity()
             plan = str(engine.vram_plan)
         reserved = torch.cuda.max_memory_reserved() if watch.enabled else 0
     found = {

@@ -4,6 +4,7 @@ The typed face of the compiled library `_cpu` (sources in `csrc/`, contract in `
 checked here once, then only addresses cross over.
 """
 
+import time
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,6 +41,15 @@ def _prepare() -> None:
 def available_tiers() -> list[str]:
     """Instruction sets that this processor can run, of "scalar", "avx2", "avx512" and "amx", lowest first."""
     return _cpu.available_tiers()
+
+
+def host_buffer(n_bytes: int) -> torch.Tensor:
+    """Uninitialized memory for expert weights, uint8 `[n_bytes]`, freed with the tensor.
+
+    In huge pages where the system gives them (the kernels read hundreds of megabytes per token: fewer page
+    translations), and spread over all memory nodes. Raises MemoryError if the system refuses.
+    """
+    return _cpu.host_buffer(n_bytes)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,15 @@ class CpuKernels:
     def _dequantize_rows(self, weight: QuantTensor, matrix: torch.Tensor, out: torch.Tensor) -> None:
         n_rows, stride = matrix.shape[0], matrix.stride(0)
         _cpu.dequantize(self._pool, weight.type.id, matrix.data_ptr(), n_rows, weight.n_in, stride, out.data_ptr())
+
+    def read_rate(self, memory: torch.Tensor) -> float:
+        """Bytes per second at which all threads read `memory` (uint8, contiguous), once."""
+        best = 0.0
+        for prefetch in (0, 2048, 4096):  # bytes ahead; which is best differs between machines
+            start = time.perf_counter()
+            _cpu.read_memory(self._pool, memory.data_ptr(), memory.numel(), prefetch)
+            best = max(best, memory.numel() / (time.perf_counter() - start))
+        return best
 
     def register_experts(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> ExpertHandle:
         """Prepare a layer's experts for `expert_ffn`.

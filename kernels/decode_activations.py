@@ -1,50 +1,64 @@
-"""Rounding activations to 8-bit codes, and the Triton kernel that does so for a product's input."""
+"""Activations rounded to 8 bits in runs of 16, as the products with quantized weights take them."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+from dataclasses import dataclass
 
-import triton
-import triton.language as tl
+import torch
+from torch import Tensor
 
-from moe_engine.kernels.decode_words import let_next_kernel_start
+RUN = 16
+"""Activations that share a scale."""
 
 
-@triton.jit
-def rounded(x):
-    """The nearest integers (ties to even) of x, -128 to 127, as int32.
+@dataclass(frozen=True)
+class Activations:
+    """Rows of 8-bit activations.
 
-    Adding 1.5 * 2^23 rounds, and leaves the integer in the low bits.
+    codes: int8 `[n_row, n]`. pairs: f32 `[n_row, n / 16, 2]`, each run's scale and that times the sum of its codes.
     """
-    return (x + 12582912.0).to(tl.int32, bitcast=True) << 24 >> 24
+
+    codes: Tensor
+    pairs: Tensor
+
+    @classmethod
+    def empty(cls, n_row: int, n: int, device: torch.device) -> "Activations":
+        codes = torch.empty(n_row, n, dtype=torch.int8, device=device)
+        return cls(codes, torch.empty(n_row, n // RUN, 2, dtype=torch.float32, device=device))
+
+    def values(self) -> Tensor:
+        """What they stand for, f32 `[n_row, n]`: for tests."""
+        runs: Tensor = self.codes.unflatten(1, (-1, RUN)) * self.pairs[..., :1]
+        return runs.flatten(1)
 
 
-@triton.jit
-def step_of(x):
-    """What one step of 8-bit codes stands for, f32 `[n_run]`, and its inverse: x f32 `[n_run, 16]`."""
-    largest = tl.max(tl.abs(x), axis=1)
-    inverse = 127.0 / tl.where(largest > 1e-30, largest, 1.0)  # smaller ones have no f32 inverse and round to zero
-    # An infinity or a NaN must not be lost
-    return largest / 127.0 + 0.0 * tl.sum(x, axis=1), inverse
+def quantize(x: Tensor, out: Activations | None = None) -> Activations:
+    """x, float `[n_row, n]` or `[n_batch, n_row, n]` with contiguous rows and n a multiple of 16, as 8-bit activations
+    (with the batch's rows one after the other).
+    """
+    from moe_engine.kernels.decode_activations_kernel import quantize_kernel
+    from moe_engine.kernels.decode_overlap import overlap_options
 
-
-@triton.jit
-def store_run(codes, pairs, q, scale, run, inside):
-    """Codes q int32 `[n_run, 16]` and their scales `[n_run]` as runs number `run` of an array."""
-    tl.store(codes + run[:, None] * 16 + tl.arange(0, 16)[None, :], q.to(tl.int8), mask=inside[:, None])
-    tl.store(pairs + 2 * run, scale, mask=inside)
-    tl.store(pairs + 2 * run + 1, scale * tl.sum(q, axis=1).to(tl.float32), mask=inside)
-
-
-@triton.jit(do_not_specialize=["n_run"])
-def quantize_kernel(
-    x, codes, pairs, n_run, x_stride, RUNS_PER_ROW: tl.constexpr, RUNS: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """Program i quantizes runs `RUNS * i` and following of the rows of x."""
-    if OVERLAP:
-        let_next_kernel_start()
-    run = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-    inside = run < n_run
-    i = tl.arange(0, 16)[None, :]
-    source = x + (run // RUNS_PER_ROW)[:, None] * x_stride + (run % RUNS_PER_ROW)[:, None] * 16 + i
-    values = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
-    scale, inverse = step_of(values)
-    store_run(codes, pairs, rounded(values * inverse[:, None]), scale, run, inside)
+    assert x.dim() in (2, 3), x.shape
+    assert x.stride(-1) == 1, x.stride()
+    *_, n_row, n = x.shape
+    assert n % RUN == 0, x.shape
+    if out is None:
+        out = Activations.empty(x.numel() // n, n, x.device)
+    assert out.codes.shape == (x.numel() // n, n), (out.codes.shape, x.shape)
+    n_run = x.numel() // RUN
+    runs = 32  # 512 elements a program: 1.0 us for 2048 elements, 1.4 for 7168 on an H200, all of it latency
+    with torch.cuda.device_of(x):
+        quantize_kernel[(-(-n_run // runs),)](
+            x,
+            out.codes,
+            out.pairs,
+            n_run,
+            n_row,
+            x.stride(0) if x.dim() == 3 else 0,
+            x.stride(-2),
+            RUNS_PER_ROW=n // RUN,
+            RUNS=runs,
+            num_warps=4,
+            enable_fp_fusion=True,
+            **overlap_options(x.device),
+        )
+    return out

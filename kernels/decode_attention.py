@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_engine.kernels.decode_activations import RUN, Activations
 from moe_engine.kernels.decode_attention_kernel import combine_kernel, split_kernel
+from moe_engine.kernels.decode_overlap import overlap_options
 from moe_engine.kernels.norm_rope import Cache, Q8Cache, planes
 
 _LOG2_E = 1.4426950408889634
@@ -33,7 +35,8 @@ class Tuning:
     num_stages: int
 
 
-# Measured on an H200 (torch 2.11, Triton 3.6), one token, us at contexts 512 / 4096 / 32768, combination included.
+# Measured on an H200 (torch 2.11, Triton 3.6), one token, us at contexts 512 / 4096 / 32768, combination included, when
+# launches did not overlap yet (the first is 4.6 / 7.0 / 21.4 since).
 # Qwen3-30B-A3B, 64 keys: f16 5.8 / 8.3 / 22.5, Q8_0 6.4 / 8.1 / 23.2; 32 keys: f16 5.6 / 8.5 / 23.3, Q8_0 6.2 / 9.2 /
 # 34.9; two stages: 26 at 32768. Rows and programs: not tuned.
 GROUPED = Tuning(max_rows=32, tile_keys=64, n_program=264, num_warps=4, num_stages=3)
@@ -55,6 +58,7 @@ def decode_attention(
     out: Tensor | None = None,
     workspace: Tensor | None = None,
     tuning: Tuning | None = None,
+    activations: Activations | None = None,
 ) -> Tensor:
     """Causal attention of the tokens at a position and after it; their keys are in the cache already.
 
@@ -63,6 +67,8 @@ def decode_attention(
     v_cache None (MLA): caches have no dimension for heads, the values are the first `d_value` (a power of two) of
     each key. Query head h reads key head `h // (n_head / n_kv_head)`. out: f32 `[..., n_head, d_value]`.
     workspace: flat f32 of `workspace_size`, any contents. A position below zero sees nothing, and its result is 0.
+    activations: gets the result in 8 bits as well, d_value a multiple of 16: for the output matrix as
+    `[tokens, n_head * d_value]`, or for a stack of one matrix per head as `[n_head * tokens, d_value]`.
     """
     k_values, k_scales = planes(k_cache)
     v_values, v_scales = planes(v_cache if v_cache is not None else k_cache)
@@ -95,6 +101,12 @@ def decode_attention(
     assert out.shape == shape, (out.shape, shape)
     assert out.is_contiguous()
     assert out.dtype == torch.float32, out.dtype
+    by_head = False
+    if activations is not None:
+        n_tokens = n_sequence * n_token
+        assert d_value % RUN == 0, d_value
+        by_head = activations.codes.shape == (n_head * n_tokens, d_value)
+        assert by_head or activations.codes.shape == (n_tokens, n_head * d_value), activations.codes.shape
     cut = tuning or (LATENT if latent else GROUPED)
     n_split = _splits(cut, n_sequence, n_token, n_head, n_kv, capacity)
     n_row = n_sequence * n_token * n_head
@@ -140,6 +152,7 @@ def decode_attention(
             KEYS=cut.tile_keys,
             num_warps=cut.num_warps,
             num_stages=n_stage,
+            **overlap_options(query.device),
         )
         width = min(_COMBINED_WIDTH, triton.next_power_of_2(d_value))
         combine_kernel[triton.cdiv(d_value, width), n_row](
@@ -148,6 +161,8 @@ def decode_attention(
             totals,
             positions,
             out,
+            out if activations is None else activations.codes,  # stand-ins that are never used
+            out if activations is None else activations.pairs,
             capacity,
             n_token,
             n_split,
@@ -156,7 +171,10 @@ def decode_attention(
             KEYS=cut.tile_keys,
             SPLITS=_COMBINED_SPLITS,
             WIDTH=width,
+            QUANTIZE=activations is not None,
+            BY_HEAD=by_head,
             num_warps=_COMBINED_WARPS,
+            **overlap_options(query.device),
         )
     return out
 

@@ -5,6 +5,9 @@
 import triton
 import triton.language as tl
 
+from moe_engine.kernels.decode_activations_kernel import rounded, step_of, store_run
+from moe_engine.kernels.decode_overlap import let_next_kernel_start, wait_for_previous_kernel
+
 
 @triton.jit
 def _tile(
@@ -81,6 +84,7 @@ def split_kernel(
     ROW_BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (split, key head, sequence and row block) attends to every n_split-th tile of keys.
 
@@ -88,7 +92,8 @@ def split_kernel(
     """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    sequence = tl.program_id(2) // ROW_BLOCKS
+    sequence = tl.program_id(2) // ROW_BLOCKS + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     r = (tl.program_id(2) % ROW_BLOCKS) * ROWS + tl.arange(0, ROWS)
     token = r // GROUP
     first = tl.load(positions + sequence)
@@ -151,6 +156,8 @@ def combine_kernel(
     totals,
     positions,
     out,
+    codes,
+    pairs,
     capacity,
     n_token,
     n_split,
@@ -159,10 +166,14 @@ def combine_kernel(
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BY_HEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (i, h) sums WIDTH elements of head h of all tokens over the splits, SPLITS at a time."""
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    head = tl.program_id(1).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64) + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     n_key = tl.minimum(tl.load(positions + head // (n_token * N_HEAD)) + n_token, capacity)
     n_part = tl.minimum(tl.cdiv(n_key, KEYS), n_split)
     maximum = float("-inf")
@@ -182,4 +193,13 @@ def combine_kernel(
         total = total * decay + tl.sum(weight * part_total, 0)
         mixed = mixed * decay + tl.sum(weight[:, None] * x, 0)
         maximum = new
-    tl.store(out + head * DV + d, mixed / tl.where(total > 0.0, total, 1.0), mask=d < DV)
+    mixed /= tl.where(total > 0.0, total, 1.0)
+    tl.store(out + head * DV + d, mixed, mask=d < DV)
+    if QUANTIZE:
+        if BY_HEAD:
+            head = head % N_HEAD * (tl.num_programs(1) // N_HEAD) + head // N_HEAD
+        first = tl.program_id(0) * (WIDTH // 16) + tl.arange(0, WIDTH // 16)
+        mixed = tl.reshape(mixed, [WIDTH // 16, 16])
+        scale, inverse = step_of(mixed)
+        codes_of_run = rounded(mixed * inverse[:, None])
+        store_run(codes, pairs, codes_of_run, scale, head * (DV // 16) + first, first < DV // 16)

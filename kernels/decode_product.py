@@ -11,21 +11,18 @@ versions of reference.py answer.
 """
 
 from dataclasses import dataclass
-from functools import cache
-from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_engine.kernels import decode_tiles, reference
-from moe_engine.kernels.dequantize import _is_interpreted, _table
-from moe_engine.kernels.quant_tensor import QuantTensor
-from moe_engine.kernels.quant_types import QuantType
+from moe_engine.kernels.decode_activations import Activations, quantize
+from moe_engine.kernels.decode_matvec import alignment, is_fast, matvec, matvecs, run_kernels, units, unpacking_tile
+from moe_engine.kernels.dequantize import _table
 from moe_engine.kernels.slot_layout import SlotLayout
 
-RUN = 16
-"""Activations that share a scale."""
+__all__ = ["DECODE_TOKENS", "Activations", "MoeBuffers", "is_fast", "matvec", "matvecs", "moe_decode", "quantize"]
 
 # 8-bit planes of codes for the activations between up and down: one, or a second with what rounding left. They are
 # products, so a run's largest is far above the rest: with one plane a Q6_K expert's error is 1.02 %. The second costs
@@ -35,22 +32,6 @@ _PLANES = 2
 
 # The most tokens these kernels are for: they decode a weight again for each token, except in small groups.
 DECODE_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Rows of 8-bit activations.
-
-    codes: int8 `[n_row, n]`. pairs: f32 `[n_row, n / 16, 2]`, each run's scale and that times the sum of its codes.
-    """
-
-    codes: Tensor
-    pairs: Tensor
-
-    @classmethod
-    def empty(cls, n_row: int, n: int, device: torch.device) -> "Activations":
-        codes = torch.empty(n_row, n, dtype=torch.int8, device=device)
-        return cls(codes, torch.empty(n_row, n // RUN, 2, dtype=torch.float32, device=device))
 
 
 @dataclass(frozen=True)
@@ -71,136 +52,6 @@ class MoeBuffers:
         )
 
 
-def is_fast(type: QuantType) -> bool:
-    """Whether the type is multiplied in 8-bit integers."""
-    from moe_engine.kernels.decode_units import UNIT_SIZES
-
-    return type.name in UNIT_SIZES
-
-
-def _alignment(type: QuantType, *offsets: int) -> int:
-    """What all blocks' addresses are a multiple of, at most 16; 0 if the fast path cannot take them."""
-    align = gcd(16, type.block_bytes, *offsets)
-    if not is_fast(type):
-        return 0
-    return align if align % 2 == 0 or type.block_bytes % 2 == 1 else 0
-
-
-def _runs(type: QuantType, limit: int = 128) -> dict[str, int]:
-    """The tile that unpack.py cuts a block into; single elements are bundled."""
-    from moe_engine.kernels.unpack import RUN_WIDTHS
-
-    width = RUN_WIDTHS[type.name]
-    return {"N_RUN": limit if type.block_size == 1 else type.block_size // width, "RUN_WIDTH": width}
-
-
-def _units(type: QuantType, n_in: int) -> int:
-    from moe_engine.kernels.decode_units import UNIT_SIZES
-
-    return n_in // UNIT_SIZES.get(type.name, n_in)
-
-
-def _run_kernels(tensor: Tensor) -> bool:
-    return tensor.is_cuda or _is_interpreted()
-
-
-def quantize(x: Tensor, out: Activations | None = None) -> Activations:
-    """x, float `[n_row, n]` with contiguous rows and n a multiple of 16, as 8-bit activations."""
-    assert x.dim() == 2, x.shape
-    assert x.stride(1) == 1, x.stride()
-    assert x.shape[1] % RUN == 0, x.shape
-    if out is None:
-        out = Activations.empty(x.shape[0], x.shape[1], x.device)
-    assert out.codes.shape == x.shape, (out.codes.shape, x.shape)
-    with torch.cuda.device_of(x):
-        _launch_quantize(x, out)
-    return out
-
-
-def _launch_quantize(x: Tensor, out: Activations, overlap: bool = False) -> None:
-    from moe_engine.kernels.decode_activations import quantize_kernel
-
-    n_run = x.numel() // RUN
-    runs = 32  # 512 elements a program: 1.0 us for 2048 elements, 1.4 for 7168 on an H200, all of it latency
-    quantize_kernel[(-(-n_run // runs),)](
-        x,
-        out.codes,
-        out.pairs,
-        n_run,
-        x.stride(0),
-        RUNS_PER_ROW=x.shape[1] // RUN,
-        RUNS=runs,
-        OVERLAP=overlap,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-
-
-def matvec(x: Tensor, weight: QuantTensor, out: Tensor | None = None, activations: Activations | None = None) -> Tensor:
-    """x W^T for few tokens: f32 `[(n_batch,) n_token, n_out]`.
-
-    x: f32, f16 or bf16 `[n_token, n_in]` with weight `[n_out, n_in]`, or `[n_batch, n_token, n_in]` with weight
-    `[n_batch, n_out, n_in]`; contiguous. The blob may lie at any address. out: contiguous f32 of the result's shape.
-    activations: `quantize` of x (its first dimensions joined), for several products with the same x.
-    """
-    assert x.is_contiguous(), x.stride()
-    assert x.dim() == weight.data.dim(), (x.shape, weight.shape)
-    assert x.shape[-1] == weight.n_in, (x.shape, weight.shape)
-    assert weight.data.stride()[-2:] == (weight.data.shape[-1], 1), weight.data.stride()
-    assert x.dim() == 2 or x.shape[0] == weight.data.shape[0], (x.shape, weight.shape)
-    n_token, n_out = x.shape[-2], weight.n_out
-    if out is None:
-        out = torch.empty(*x.shape[:-1], n_out, dtype=torch.float32, device=x.device)
-    assert out.shape == (*x.shape[:-1], n_out), (out.shape, x.shape, weight.shape)
-    assert out.is_contiguous()
-    assert out.dtype == torch.float32, out.dtype
-    if out.numel() == 0:
-        return out
-    if not _run_kernels(x):
-        return out.copy_(reference.matvec(x, weight))
-
-    from moe_engine.kernels.decode_kernels import matvec_kernel
-
-    n_batch = x.shape[0] if x.dim() == 3 else 1
-    batch_stride = weight.data.stride(0) if x.dim() == 3 else 0
-    row_bytes = weight.data.shape[-1]
-    align = _alignment(weight.type, weight.data.data_ptr(), batch_stride)
-    overlap = False
-    if align and activations is None:
-        overlap = _can_overlap(x.device)
-        flat = x.view(-1, weight.n_in)
-        activations = Activations.empty(flat.shape[0], weight.n_in, x.device)
-        with torch.cuda.device_of(x):
-            _launch_quantize(flat, activations, overlap)
-    n_unit = _units(weight.type, weight.n_in)
-    tile = decode_tiles.matvec_tile(n_token, n_out * n_batch) if align else decode_tiles.unpacked_tile() | {"TOKENS": 1}
-    grid = (-(-n_token // tile["TOKENS"]), -(-n_out // tile["ROWS"]), n_batch)
-    with torch.cuda.device_of(x):
-        matvec_kernel[grid](
-            weight.data,
-            x,
-            activations.codes if activations is not None else x,
-            activations.pairs if activations is not None else x,
-            _table(weight.type.id, x.device),
-            out,
-            n_token,
-            n_out,
-            weight.n_in,
-            batch_stride,
-            TYPE=weight.type.name,
-            ALIGN=align,
-            BLOCK_BYTES=weight.type.block_bytes,
-            N_UNIT=n_unit,
-            N_IN=weight.n_in,
-            ROW_BYTES=row_bytes,
-            OVERLAP=overlap,
-            **_runs(weight.type),
-            **tile,
-            **_launch_options(overlap),
-        )
-    return out
-
-
 def moe_decode(
     x: Tensor,
     pool: Tensor,
@@ -209,12 +60,19 @@ def moe_decode(
     weights: Tensor,
     out: Tensor | None = None,
     buffers: MoeBuffers | None = None,
+    *,
+    activations: Activations | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """The weighted sum of the chosen experts, `sum_j w_j down_j(silu(gate_j x) * up_j x)`: f32 `[n_token, hidden]`.
+    """The weighted sum of the chosen experts, `sum_j w_j down_j(silu(gate_j x) * up_j x)`, plus `residual`: f32
+    `[n_token, hidden]`.
+
+    A shared expert or a dense feed-forward is the same with top_k 1: see `SlotLayout.pack`.
 
     x: f32, f16 or bf16 `[n_token, hidden]`. pool: uint8 `[n_slot, slot_bytes]`. slots: int32 `[n_token, top_k]`, each
     choice's slot, or -1 for one that adds nothing and is not read. weights: f32 `[n_token, top_k]`. All contiguous.
-    out: f32 of the result's shape, overwritten.
+    out: f32 of the result's shape, overwritten. activations: `quantize` of x, which is then read only for types without
+    a fast path. residual: contiguous f32 of the result's shape; it may be `out`.
     """
     n_token, top_k = slots.shape
     assert x.shape == (n_token, layout.hidden), (x.shape, slots.shape, layout)
@@ -229,40 +87,57 @@ def moe_decode(
     assert out.shape == x.shape, (out.shape, x.shape)
     assert out.is_contiguous()
     assert out.dtype == torch.float32, out.dtype
+    if residual is not None:
+        assert residual.shape == out.shape, (residual.shape, out.shape)
+        assert residual.is_contiguous()
+        assert residual.dtype == torch.float32, residual.dtype
     if n_token == 0 or len(pool) == 0:  # without slots there is nothing to add
-        return out.zero_()
-    if not _run_kernels(x):
-        return out.copy_(reference.moe_decode(x, lambda slot: layout.parts(pool[slot]), slots, weights))
+        return out.zero_() if residual is None else out.copy_(residual)
+    if not run_kernels(x):
+        y = reference.moe_decode(x, lambda slot: layout.parts(pool[slot]), slots, weights)
+        return out.copy_(y if residual is None else y + residual)
     if buffers is None:
         buffers = MoeBuffers.empty(layout, n_token, top_k, x.device)
+    if activations is None:
+        activations = buffers.x
+        if any(is_fast(part.type) for part in (layout.gate, layout.up)):
+            quantize(x, activations)
+    assert activations.codes.shape == x.shape, (activations.codes.shape, x.shape)
     with torch.cuda.device_of(x):
-        _launch_moe(x, pool, layout, slots, weights, out, buffers)
+        _launch_moe(x, activations, pool, layout, slots, weights, out, residual, buffers)
     return out
 
 
 def _launch_moe(
-    x: Tensor, pool: Tensor, layout: SlotLayout, slots: Tensor, weights: Tensor, out: Tensor, buffers: MoeBuffers
+    x: Tensor,
+    activations: Activations,
+    pool: Tensor,
+    layout: SlotLayout,
+    slots: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    residual: Tensor | None,
+    buffers: MoeBuffers,
 ) -> None:
-    from moe_engine.kernels.decode_kernels import down_kernel, down_unpacked_kernel, gate_up_kernel
+    from moe_engine.kernels.decode_moe_kernels import down_kernel, down_unpacked_kernel, gate_up_kernel
+    from moe_engine.kernels.decode_overlap import overlap_options
 
     n_token, top_k = slots.shape
     base, slot_bytes = pool.data_ptr(), layout.slot_bytes
-    gate_align = _alignment(layout.gate.type, base, slot_bytes)
-    up_align = _alignment(layout.up.type, base, slot_bytes, layout.up.offset)
-    down_align = _alignment(layout.down.type, base, slot_bytes, layout.down.offset)
-    overlap = bool(gate_align and up_align and down_align) and _can_overlap(x.device)
-    options = _launch_options(overlap)
-    if gate_align or up_align:
-        _launch_quantize(x, buffers.x, overlap)
+    gate_align = alignment(layout.gate.type, base, slot_bytes)
+    up_align = alignment(layout.up.type, base, slot_bytes, layout.up.offset)
+    down_align = alignment(layout.down.type, base, slot_bytes, layout.down.offset)
+    # Newer versions of Triton warn unless told whether to contract products and sums
+    options: dict[str, Any] = {"enable_fp_fusion": True} | overlap_options(x.device)
     tile = decode_tiles.gate_up_tile() if gate_align and up_align else decode_tiles.unpacked_tile(16)
-    gate_runs, up_runs = _runs(layout.gate.type), _runs(layout.up.type)
+    gate_runs, up_runs = unpacking_tile(layout.gate.type), unpacking_tile(layout.up.type)
     gate_up_kernel[n_token * top_k, -(-layout.n_ff // tile["ROWS"])](
         pool,
         slots,
         weights,
         x,
-        buffers.x.codes,
-        buffers.x.pairs,
+        activations.codes,
+        activations.pairs,
         _table(layout.gate.type.id, x.device),
         _table(layout.up.type.id, x.device),
         buffers.h_float,
@@ -279,16 +154,15 @@ def _launch_moe(
         GATE_BLOCK_BYTES=layout.gate.type.block_bytes,
         GATE_RUN=gate_runs["N_RUN"],
         GATE_WIDTH=gate_runs["RUN_WIDTH"],
-        GATE_UNITS=_units(layout.gate.type, layout.hidden),
+        GATE_UNITS=units(layout.gate.type, layout.hidden),
         GATE_ROW_BYTES=layout.gate.type.row_bytes(layout.hidden),
         UP=layout.up.type.name,
         UP_ALIGN=up_align,
         UP_BLOCK_BYTES=layout.up.type.block_bytes,
         UP_RUN=up_runs["N_RUN"],
         UP_WIDTH=up_runs["RUN_WIDTH"],
-        UP_UNITS=_units(layout.up.type, layout.hidden),
+        UP_UNITS=units(layout.up.type, layout.hidden),
         UP_ROW_BYTES=layout.up.type.row_bytes(layout.hidden),
-        OVERLAP=overlap,
         PLANES=_PLANES,
         QUANTIZE=down_align > 0,
         **tile,
@@ -302,19 +176,20 @@ def _launch_moe(
         "N_OUT": layout.hidden,
         "DOWN": layout.down.type.name,
         "ROW_BYTES": layout.down.type.row_bytes(layout.n_ff),
+        "RESIDUAL": residual is not None,
     }
     if down_align:
-        tile = decode_tiles.down_tile(_units(layout.down.type, layout.n_ff))
+        tile = decode_tiles.down_tile(units(layout.down.type, layout.n_ff))
         down_kernel[n_token, -(-layout.hidden // tile["ROWS"])](
             pool,
             slots,
             buffers.h.codes,
             buffers.h.pairs,
+            out if residual is None else residual,
             out,
             n_token,
             ALIGN=down_align,
-            N_UNIT=_units(layout.down.type, layout.n_ff),
-            OVERLAP=overlap,
+            N_UNIT=units(layout.down.type, layout.n_ff),
             PLANES=_PLANES,
             **common,
             **tile,
@@ -327,23 +202,12 @@ def _launch_moe(
             slots,
             buffers.h_float,
             _table(layout.down.type.id, x.device),
+            out if residual is None else residual,
             out,
             BLOCK_BYTES=layout.down.type.block_bytes,
             ROWS=tile["ROWS"],
             num_warps=tile["num_warps"],
             **common,
-            **_runs(layout.down.type),
+            **unpacking_tile(layout.down.type),
             **options,
         )
-
-
-@cache
-def _can_overlap(device: torch.device) -> bool:
-    """Whether a kernel may start before the one ahead of it has ended (programmatic dependent launch)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-def _launch_options(overlap: bool) -> dict[str, Any]:
-    # Newer versions of Triton warn unless told whether to contract products and sums
-    options: dict[str, Any] = {"enable_fp_fusion": True}
-    return options | {"launch_pdl": True} if overlap else options

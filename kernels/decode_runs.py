@@ -1,7 +1,9 @@
-"""Device functions on runs: 16 neighbouring weights that share a scale, times 8-bit activations.
+"""Device functions on runs: 16 neighbouring weights that share a scale, times activations.
 
 A run is four int32 words of int8 codes. For `x, pairs` and the shapes see decode_units.py; `element` is the index of
-the run's first weight in its row.
+the run's first weight in its row. Where x points to int8, products are integers and a lane's own: f32 `[n_row, n_token,
+n_unit]`. Where it points to bf16, the runs of all units are a tile of weights in bf16 and the tensor cores multiply it:
+f32 `[n_row, n_token]`, summed over the units.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -10,7 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_engine.kernels.codebooks import codebook
-from moe_engine.kernels.decode_words import dp4a, load16, load_pair, look_up
+from moe_engine.kernels.decode_words import ASM, dp4a, load16, load_pair, look_up, scaled_codes
 from moe_engine.kernels.quant_types import BY_NAME
 
 _NL = codebook(BY_NAME["IQ4_NL"].id).ravel().view("<u4").tolist()
@@ -26,17 +28,61 @@ def _dot(w0, w1, w2, w3, x, element):
 
 
 @triton.jit
+def _tile_dot(w0, w1, w2, w3, OFFSET: tl.constexpr, scale, minimum, x, element):
+    """The same with weights `scale * (code - OFFSET) - minimum`, on the tensor cores.
+
+    The order of rows, and of what is summed over, is that in which a matrix instruction wants the weights of a thread:
+    with four units and 64 rows they need not pass through shared memory. `in_row_order` undoes that of the rows.
+    """
+    ROWS: tl.constexpr = w0.shape[0]
+    UNITS: tl.constexpr = w0.shape[2]
+    TOKENS: tl.constexpr = x.shape[1]
+    p0, p1 = scaled_codes(w0, OFFSET, scale, minimum)
+    p2, p3 = scaled_codes(w1, OFFSET, scale, minimum)
+    p4, p5 = scaled_codes(w2, OFFSET, scale, minimum)
+    p6, p7 = scaled_codes(w3, OFFSET, scale, minimum)
+    even, odd = tl.join(tl.join(p0, p4), tl.join(p2, p6)), tl.join(tl.join(p1, p5), tl.join(p3, p7))
+    words = tl.join(even, odd)
+    low = (words & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    high = (words >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    w = tl.reshape(tl.join(low, high), [2, ROWS // 16, 8, UNITS, 8, 2])
+    w = tl.reshape(tl.permute(w, (1, 0, 2, 4, 3, 5)), [ROWS, UNITS * 16])
+    first = tl.reshape(x, [TOKENS, 1, 1]) + tl.reshape(element, [1, UNITS, 1])
+    first = tl.multiple_of(first, (32, 32, 32))  # bytes: the compiler cannot see through a reshape
+    a = tl.load(first + tl.arange(0, 16)[None, None, :], cache_modifier=".ca")
+    a = tl.permute(tl.reshape(a, [TOKENS, UNITS, 8, 2]), (0, 2, 1, 3))
+    a = tl.reshape(a, [TOKENS, UNITS * 16])
+    if not ASM:  # Triton's interpreter has no products of bf16
+        w, a = w.to(tl.float32), a.to(tl.float32)
+    return tl.dot(w, tl.trans(a), input_precision="ieee")
+
+
+@triton.jit
+def in_row_order(y):
+    """A sum of tile products, f32 `[n_row, n_token]`, with its rows in order."""
+    ROWS: tl.constexpr = y.shape[0]
+    y = tl.permute(tl.reshape(y, [ROWS // 16, 2, 8, y.shape[1]]), (1, 0, 2, 3))
+    return tl.reshape(y, [ROWS, y.shape[3]])
+
+
+@triton.jit
 def run(w0, w1, w2, w3, scale, OFFSET: tl.constexpr, x, pairs, element):
-    """A run whose weights are `scale * (code - OFFSET)`."""
-    dx, sx = load_pair(pairs + element // 8)
-    return scale * (dx * _dot(w0, w1, w2, w3, x, element) - OFFSET * sx)
+    """A run whose weights are `scale * (code - OFFSET)`, codes signed."""
+    if x.dtype.element_ty == tl.bfloat16:
+        return _tile_dot(w0, w1, w2, w3, OFFSET, scale, tl.zeros([1, 1, 1], tl.float32), x, element)
+    else:
+        dx, sx = load_pair(pairs + element // 8)
+        return scale * (dx * _dot(w0, w1, w2, w3, x, element) - OFFSET * sx)
 
 
 @triton.jit
 def run_min(w0, w1, w2, w3, scale, minimum, x, pairs, element):
     """A run whose weights are `scale * code - minimum`."""
-    dx, sx = load_pair(pairs + element // 8)
-    return scale * (dx * _dot(w0, w1, w2, w3, x, element)) - minimum * sx
+    if x.dtype.element_ty == tl.bfloat16:
+        return _tile_dot(w0, w1, w2, w3, 0, scale, minimum, x, element)
+    else:
+        dx, sx = load_pair(pairs + element // 8)
+        return scale * (dx * _dot(w0, w1, w2, w3, x, element)) - minimum * sx
 
 
 @triton.jit

@@ -9,20 +9,46 @@ from typing import Any
 from moe_engine.kernels.dequantize import _is_interpreted
 
 # The interpreter's time goes by operation, not by element.
-_INTERPRETER_TILE: dict[str, Any] = {"ROWS": 128, "LANES": 16, "UNROLL": 1, "num_warps": 1}
+_INTERPRETER_TILE: dict[str, Any] = {"ROWS": 256, "LANES": 16, "UNROLL": 1, "num_warps": 1}
 
 
-def matvec_tile(n_token: int, n_row: int) -> dict[str, Any]:
+def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: bool = False) -> dict[str, Any]:
+    """n_unit: units of a row. align: of the blocks. quantize: the result's rows must come in runs of 16."""
     if _is_interpreted():
-        return _INTERPRETER_TILE | {"TOKENS": 2}
+        return _INTERPRETER_TILE | {"TOKENS": 2, "PREFETCH": True}
+    few = n_row < 16384
     if n_token > 1:
-        # One warp a program: tokens and rows then stay in a lane's registers. 151936x2048 Q6_K, 4 tokens on an H200:
-        # 119 us; with 4 rows 141, with 2 tokens 165.
-        return {"ROWS": 8, "TOKENS": 2 if n_token == 2 else 4, "LANES": 32, "UNROLL": 1, "num_warps": 1}
-    if n_row < 16384:  # few programs: a row each warp. Not tuned
-        return {"ROWS": 4, "TOKENS": 1, "LANES": 32, "UNROLL": 4, "num_warps": 4}
-    # The same matrix, one token: 77 us; with 8 rows 92, with 8 warps 94
-    return {"ROWS": 16, "TOKENS": 1, "LANES": 32, "UNROLL": 1, "num_warps": 4}
+        # One warp a program: tokens and rows then stay in a lane's registers. 151936x2048 and 4 tokens, 8 or 4 rows:
+        # Q6_K 115 or 133 us, Q4_K (16-byte loads) 89 or 70.
+        rows = {"ROWS": 16, "num_warps": 2} if quantize else {"ROWS": 4 if align == 16 else 8, "num_warps": 1}
+        prefetch = few or (align == 16 and not quantize)
+        return rows | {"TOKENS": 2 if n_token == 2 else 4, "LANES": 32, "UNROLL": 1, "PREFETCH": prefetch}
+    lanes = min(32, 1 << (n_unit - 1).bit_length())
+    if n_unit % lanes and n_unit < 4 * lanes:  # fewer lanes that idle at the end of a row
+        lanes //= 2
+    if few:  # few programs: a row each warp, more where rows are short. Two rows, or eight, were slower or equal
+        n = max(16 if quantize else 4, 128 // lanes)
+        tile = {"ROWS": n, "LANES": lanes, "num_warps": n * lanes // 32}
+        return tile | {"TOKENS": 1, "UNROLL": 4, "PREFETCH": True}
+    # 151936x2048 Q6_K: 77 us; with 8 rows 92, with 8 warps 94
+    return {"ROWS": 512 // lanes, "TOKENS": 1, "LANES": lanes, "UNROLL": 1, "num_warps": 4, "PREFETCH": False}
+
+
+TILE_TOKENS = 5
+"""From this many tokens on, the tensor cores multiply: of Q8_0 from nine on, as its units are small."""
+
+
+def matvec_on_tensor_cores(n_token: int, n_in: int, n_unit: int) -> dict[str, Any] | None:
+    """None: not with this few tokens, or with rows of this length."""
+    lanes = 4
+    if n_token < (TILE_TOKENS if n_in >= 32 * n_unit else 9) or n_unit % lanes:
+        return None
+    # 151936x2048, 8 and 16 tokens: Q4_K 95 and 103 us, in 8-bit integers 132 and 305; Q6_K 155 and 165 (218, 420);
+    # Q8_0 217 and 228 (157, -). With the asynchronous copies of two stages Q4_K takes 249 and 142: they go past the
+    # first cache, and all programs want the same activations. With prefetching 111 and 121.
+    rows = 256 if _is_interpreted() else 64
+    tile = {"ROWS": rows, "TOKENS": 16, "LANES": lanes, "UNROLL": 1, "PREFETCH": False}
+    return tile | {"num_warps": 4, "num_stages": 1}
 
 
 def unpacked_tile(n_row: int = 4) -> dict[str, Any]:

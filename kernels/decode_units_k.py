@@ -85,7 +85,7 @@ def q2_k(row, u, x, pairs, ALIGN: tl.constexpr):
     a, b, c, e = load16(p + 16 + 16 * (u % 4), ALIGN if ALIGN <= 4 else 4)
     scales = p + 8 * (u // 2 % 2) + u % 2
     element = 128 * (u // 2) + 16 * (u % 2)
-    y = tl.zeros([1, 1, 1], tl.float32)
+    y = 0.0
     for f in tl.static_range(4):
         scale = load_u8(scales + 2 * f)
         q0, q1 = (a >> (2 * f)) & 0x03030303, (b >> (2 * f)) & 0x03030303
@@ -106,7 +106,7 @@ def q3_k(row, u, x, pairs, ALIGN: tl.constexpr):
     ha, hb, hc, he = ha >> (4 * half_block), hb >> (4 * half_block), hc >> (4 * half_block), he >> (4 * half_block)
     a, b, c, e = load16(p + 32 + 16 * (u % 4), 2)
     element = 128 * (u // 2) + 16 * i
-    y = tl.zeros([1, 1, 1], tl.float32)
+    y = 0.0
     for f in tl.static_range(4):
         scale = (load_u8(p + 96 + i + 2 * f) >> (4 * half_block)) & 15
         top = load_u8(p + 104 + i + 2 * (f % 2)) >> (4 * half_block + 2 * (f // 2))
@@ -125,7 +125,7 @@ def tq2_0(row, u, x, pairs, ALIGN: tl.constexpr):
     d = half(load_u16(p + 64))
     a, b, c, e = load16(p + 16 * (u % 4), 2)
     element = 128 * (u // 2) + 16 * (u % 2)
-    y = tl.zeros([1, 1, 1], tl.float32)
+    y = 0.0
     for f in tl.static_range(4):
         q0, q1 = (a >> (2 * f)) & 0x03030303, (b >> (2 * f)) & 0x03030303
         q2, q3 = (c >> (2 * f)) & 0x03030303, (e >> (2 * f)) & 0x03030303

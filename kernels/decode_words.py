@@ -16,6 +16,7 @@ def _probe():
     """Never run: its class says whether kernels are compiled or interpreted."""
 
 
+INTERPRETED = tl.constexpr(not isinstance(_probe, triton.JITFunction))
 ASM = tl.constexpr(isinstance(_probe, triton.JITFunction) and torch.version.hip is None)
 
 
@@ -95,6 +96,14 @@ def load16(p, ALIGN: tl.constexpr):
 
 @triton.jit
 def _u32(p):
+    if INTERPRETED:  # which takes any address
+        return tl.load(p.to(tl.pointer_type(tl.int32)))
+    else:
+        return _four_bytes(p)
+
+
+@triton.jit
+def _four_bytes(p):
     return _byte(p) | (_byte(p + 1) << 8) | (_byte(p + 2) << 16) | (_byte(p + 3) << 24)
 
 
@@ -153,6 +162,18 @@ def load_pair(p):
 
 
 @triton.jit
+def prefetch_rows(rows, N_BYTES: tl.constexpr):
+    """Asks for N_BYTES at each of the pointers `[n_row]`, to find them in the last-level cache a little later."""
+    if ASM:
+        for start in tl.static_range(0, N_BYTES, 4096):
+            offset = tl.minimum(start + tl.arange(0, 32) * 128, N_BYTES - 1)
+            address = (rows[:, None] + offset[None, :]).to(tl.int64)
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+            )
+
+
+@triton.jit
 def half(bits):
     """The value of the f16 in the low 16 bits of int32: f32."""
     return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -168,6 +189,56 @@ def dp4a(a, b, c):
     else:
         c += (a << 24 >> 24) * (b << 24 >> 24) + (a << 16 >> 24) * (b << 16 >> 24)
         return c + (a << 8 >> 24) * (b << 8 >> 24) + (a >> 24) * (b >> 24)
+
+
+@triton.jit
+def scaled_codes(w, OFFSET: tl.constexpr, scale, minimum):
+    """`scale * (code - OFFSET) - minimum` of the four signed bytes of w: bf16 in two words of two.
+
+    OFFSET is 0, or the bytes are below 128.
+    """
+    if ASM:
+        # A byte under the exponent 0x43 is 128 plus its low seven bits; its sign alone, or OFFSET, is what to subtract
+        if OFFSET > 0:
+            less = tl.full(w.shape, OFFSET * 0x01010101, tl.int32)
+            more = w
+        else:
+            less = w & ~0x7F7F7F7F
+            more = w & 0x7F7F7F7F
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 a, b, minus;
+            mov.b32 minus, 0xBF80BF80;
+            prmt.b32 a, $2, 0x43434343, 0x4140;
+            prmt.b32 b, $3, 0x43434343, 0x4140;
+            fma.rn.bf16x2 a, b, minus, a;
+            fma.rn.bf16x2 $0, a, $4, $5;
+            prmt.b32 a, $2, 0x43434343, 0x4342;
+            prmt.b32 b, $3, 0x43434343, 0x4342;
+            fma.rn.bf16x2 a, b, minus, a;
+            fma.rn.bf16x2 $1, a, $4, $5;
+            }
+            """,
+            "=&r,=&r,r,r,r,r",
+            [more, less, two_bf16(scale, scale), two_bf16(-minimum, -minimum)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a = scale * ((w << 24 >> 24) - OFFSET).to(tl.float32) - minimum
+        b = scale * ((w << 16 >> 24) - OFFSET).to(tl.float32) - minimum
+        c = scale * ((w << 8 >> 24) - OFFSET).to(tl.float32) - minimum
+        d = scale * ((w >> 24) - OFFSET).to(tl.float32) - minimum
+        return two_bf16(a, b), two_bf16(c, d)
+
+
+@triton.jit
+def two_bf16(a, b):
+    """A word with a in its low half."""
+    low = a.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int32)
+    return low | (b.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
@@ -224,33 +295,3 @@ def look_up(w, T0: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.cons
 @triton.jit
 def _word(T: tl.constexpr):
     return tl.full([1, 1, 1], T, tl.uint32).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def wait_for_previous_kernel():
-    """Zero `[1]`, once the kernel launched before this one is complete and its writes are visible. Addresses of what it
-    wrote must be computed with that zero: nothing else keeps the loads from moving up.
-
-    For kernels launched with `launch_pdl=True`, which start while their predecessor still runs.
-    """
-    return tl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.b32 $0, $1;",
-        "=r,r",
-        [tl.zeros([1], tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def let_next_kernel_start():
-    """Allows the next kernel's programs onto multiprocessors as soon as all programs got here or ended."""
-    tl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        "=r,r",
-        [tl.zeros([1], tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )

@@ -5,8 +5,11 @@
 import triton
 import triton.language as tl
 
-from moe_engine.kernels import unpack
-from moe_engine.kernels.unpack_pairs import first_element, unpack_pairs
+from moe_engine.kernels import unpack, unpack_words_iq, unpack_words_k
+from moe_engine.kernels.unpack_pairs import unpack_pairs
+from moe_engine.kernels.unpack_words import INTERPRETED as INTERPRETED
+from moe_engine.kernels.unpack_words import LANES
+from moe_engine.kernels.unpack_words import round_to as round_to
 
 
 @triton.jit
@@ -67,18 +70,38 @@ def unpack_blocks(p, s, w, table, TYPE: tl.constexpr):
         return unpack.iq4_xs(p, s, w, table)
 
 
-INTERPRETED = tl.constexpr(not isinstance(unpack_blocks, triton.JITFunction))
-
-
 @triton.jit
-def round_to(y, dtype: tl.constexpr):
-    """Rounds f32 to nearest even. By hand for bf16 in the interpreter, which would truncate."""
-    if dtype == tl.bfloat16 and INTERPRETED:
-        bits = y.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(y == y, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+def _write_words(p, lane, at, mask, table, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """Writes the values of the lanes' blocks (see unpack_words.py)."""
+    if TYPE == "Q2_K":
+        unpack_words_k.q2_k(p, lane, at, mask, ALIGN)
+    elif TYPE == "Q3_K":
+        unpack_words_k.q3_k(p, lane, at, mask, ALIGN)
+    elif TYPE == "Q4_K":
+        unpack_words_k.q4_k(p, lane, at, mask, ALIGN)
+    elif TYPE == "Q5_K":
+        unpack_words_k.q5_k(p, lane, at, mask, ALIGN)
+    elif TYPE == "Q6_K":
+        unpack_words_k.q6_k(p, lane, at, mask, ALIGN)
+    elif TYPE == "TQ2_0":
+        unpack_words_k.tq2_0(p, lane, at, mask, ALIGN)
+    elif TYPE == "IQ4_XS":
+        unpack_words_iq.iq4_xs(p, lane, at, mask, table, ALIGN)
+    elif TYPE == "IQ2_XXS":
+        unpack_words_iq.iq2_xxs(p, lane, at, mask, table, ALIGN)
+    elif TYPE == "IQ2_XS":
+        unpack_words_iq.iq2_xs(p, lane, at, mask, table, ALIGN)
+    elif TYPE == "IQ2_S":
+        unpack_words_iq.iq2_s(p, lane, at, mask, table, ALIGN)
+    elif TYPE == "IQ3_XXS":
+        unpack_words_iq.iq3_xxs(p, lane, at, mask, table, ALIGN)
+    elif TYPE == "IQ3_S":
+        unpack_words_iq.iq3_s(p, lane, at, mask, table, ALIGN)
+    elif TYPE == "IQ1_S":
+        unpack_words_iq.iq1_s(p, lane, at, mask, table, ALIGN)
     else:
-        return y.to(dtype)
+        tl.static_assert(TYPE == "IQ1_M")
+        unpack_words_iq.iq1_m(p, lane, at, mask, table, ALIGN)
 
 
 @triton.jit
@@ -94,28 +117,37 @@ def dequantize_tile(
     RUN_WIDTH: tl.constexpr,
     DISTANCE: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    ALIGN: tl.constexpr = 1,
 ):
     """Writes blocks `first` to `first + TILE_BLOCKS` of the `n_blocks` at `data` to their places in `out`.
 
-    DISTANCE: 0, or that of a type of unpack_pairs.py, whose runs are then the tile's.
+    DISTANCE: -1 for types of unpack_words*.py, 16 for those of unpack_pairs.py, whose runs are then the tile's, else 0.
+    ALIGN: a power of two that divides the addresses of all blocks.
     """
-    blocks = first.to(tl.int64) + tl.arange(0, TILE_BLOCKS)[:, None, None]
-    s = tl.arange(0, N_RUN)[None, :, None]
-    w = tl.arange(0, RUN_WIDTH)[None, None, :]
     # Past the end the last block is read again, so that no load needs a mask
-    p = data + tl.minimum(blocks, n_blocks - 1) * BLOCK_BYTES
-    if DISTANCE > 0:
-        low, high = unpack_pairs(p, s, w, TYPE)
-        at = out + blocks * (2 * N_RUN * RUN_WIDTH) + (first_element(s, TYPE) + w)
-        tl.store(at, round_to(low, out.dtype.element_ty), mask=blocks < n_blocks)
-        tl.store(at + DISTANCE, round_to(high, out.dtype.element_ty), mask=blocks < n_blocks)
+    if DISTANCE < 0:
+        lane = tl.arange(0, LANES * TILE_BLOCKS)
+        block = first.to(tl.int64) + lane // LANES
+        p = data + tl.minimum(block, n_blocks - 1) * BLOCK_BYTES
+        at = out + block * (N_RUN * RUN_WIDTH)
+        _write_words(p, (lane % LANES).to(tl.uint32), at, block < n_blocks, table, TYPE, ALIGN)
     else:
-        y = unpack_blocks(p, s, w, table, TYPE)
-        at = out + blocks * (N_RUN * RUN_WIDTH) + (s * RUN_WIDTH + w)
-        tl.store(at, round_to(y, out.dtype.element_ty), mask=blocks < n_blocks)
+        blocks = first.to(tl.int64) + tl.arange(0, TILE_BLOCKS)[:, None, None]
+        s = tl.arange(0, N_RUN)[None, :, None]
+        w = tl.arange(0, RUN_WIDTH)[None, None, :]
+        p = data + tl.minimum(blocks, n_blocks - 1) * BLOCK_BYTES
+        if DISTANCE > 0:
+            low, high = unpack_pairs(p, w, TYPE)
+            at = out + blocks * (2 * RUN_WIDTH) + w
+            tl.store(at, round_to(low, out.dtype.element_ty), mask=blocks < n_blocks)
+            tl.store(at + DISTANCE, round_to(high, out.dtype.element_ty), mask=blocks < n_blocks)
+        else:
+            y = unpack_blocks(p, s, w, table, TYPE)
+            at = out + blocks * (N_RUN * RUN_WIDTH) + (s * RUN_WIDTH + w)
+            tl.store(at, round_to(y, out.dtype.element_ty), mask=blocks < n_blocks)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "batch_stride"])
+@triton.jit(do_not_specialize=["data", "n_blocks", "batch_stride"])
 def dequantize_kernel(
     data,
     table,
@@ -128,10 +160,13 @@ def dequantize_kernel(
     RUN_WIDTH: tl.constexpr,
     DISTANCE: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Program (i, b) writes blocks `TILE_BLOCKS * i` and following of matrix b; `n_blocks` are in a matrix."""
     batch = tl.program_id(1).to(tl.int64)
-    data += batch * batch_stride
+    data = tl.multiple_of(data + batch * batch_stride, ALIGN)
     out += batch * n_blocks * (N_RUN * RUN_WIDTH * (2 if DISTANCE > 0 else 1))
     first = tl.program_id(0).to(tl.int64) * TILE_BLOCKS
-    dequantize_tile(data, table, out, n_blocks, first, TYPE, BLOCK_BYTES, N_RUN, RUN_WIDTH, DISTANCE, TILE_BLOCKS)
+    dequantize_tile(
+        data, table, out, n_blocks, first, TYPE, BLOCK_BYTES, N_RUN, RUN_WIDTH, DISTANCE, TILE_BLOCKS, ALIGN
+    )

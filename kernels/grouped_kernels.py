@@ -10,9 +10,37 @@ import triton
 import triton.language as tl
 
 from moe_engine.kernels.dequantize_kernel import INTERPRETED, dequantize_tile, round_to, unpack_blocks
+from moe_engine.kernels.grouped_decoders import (
+    flat,
+    q4_k_decode,
+    q4_k_load,
+    q6_k_decode,
+    q6_k_load,
+    q8_0_decode,
+    q8_0_load,
+)
 
-# Types with a decoder of their own. They need 16-bit (Q4_K: 32-bit) alignment of every block. Loads of 16-bit words
-# cannot be pipelined by the compiler, so those decoders' loops load a step ahead.
+
+@triton.jit(do_not_specialize=["n_pair"])
+def sort_kernel(ids, offsets, token, place, n_pair, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Program e places the pairs of expert e, in their order, behind all those of the experts before it."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    n_before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n_pair, BLOCK):
+        i = start + lane
+        n_before += (tl.load(ids + i, mask=i < n_pair, other=expert) < expert).to(tl.int32)
+    row = tl.sum(n_before, 0)
+    tl.store(offsets + expert, row)
+    for start in range(0, n_pair, BLOCK):
+        i = start + lane
+        here = (tl.load(ids + i, mask=i < n_pair, other=-1) == expert).to(tl.int32)
+        at = row + tl.cumsum(here, 0) - 1
+        tl.store(token + at, i // TOP_K, mask=here > 0)
+        tl.store(place + i, at, mask=here > 0)
+        row += tl.sum(here, 0)
+    if expert == tl.num_programs(0) - 1:
+        tl.store(offsets + expert + 1, row)
 
 
 @triton.jit
@@ -38,141 +66,6 @@ def tile_map_kernel(
 
 
 @triton.jit
-def _load16(p):
-    """The 16-bit word at p (uint8 pointers of even address)."""
-    return tl.load(p.to(tl.pointer_type(tl.uint16))).to(tl.int32)
-
-
-@triton.jit
-def _load32(p):
-    return tl.load(p.to(tl.pointer_type(tl.uint32)))
-
-
-@triton.jit
-def _flat(y, N: tl.constexpr):
-    return round_to(tl.reshape(y, [N, 64]), tl.bfloat16)  # a reshape last would crash the compiler (Triton 3.6)
-
-
-# Four bytes of two nibbles ($4) to bf16 q * d - m, by pairs: a byte under the exponent 0x43 is 128 + q, from which
-# 128 is taken exactly. $0, $1: low nibbles; $2, $3: high ones; $5 and $9: d; $7 and $11: -m.
-_NIBBLES_TO_BF16 = tl.constexpr("""
-{
-    .reg .b32 low, high, a, b, one, zero;
-    mov.b32 one, 0x3F803F80;
-    mov.b32 zero, 0xC300C300;
-    and.b32 low, $4, 0x0F0F0F0F;
-    shr.u32 high, $4, 4;
-    and.b32 high, high, 0x0F0F0F0F;
-    prmt.b32 a, low, 0x43434343, 0x4140;
-    prmt.b32 b, low, 0x43434343, 0x4342;
-    fma.rn.bf16x2 a, a, one, zero;
-    fma.rn.bf16x2 b, b, one, zero;
-    fma.rn.bf16x2 $0, a, $5, $7;
-    fma.rn.bf16x2 $1, b, $6, $8;
-    prmt.b32 a, high, 0x43434343, 0x4140;
-    prmt.b32 b, high, 0x43434343, 0x4342;
-    fma.rn.bf16x2 a, a, one, zero;
-    fma.rn.bf16x2 b, b, one, zero;
-    fma.rn.bf16x2 $2, a, $9, $11;
-    fma.rn.bf16x2 $3, b, $10, $12;
-}
-""")
-
-
-@triton.jit
-def _q4_k_load(p, step, words):
-    """p: row starts [N, 1, 1]. Step 4 b + i is a pair of sub-blocks of block b: 32 bytes of nibbles."""
-    p += (step // 4) * 144
-    q = tl.load(p + (16 + 32 * (step % 4)) + tl.arange(0, 32)[None, None, :])
-    # The 16 bytes of scales in one access and once a block: requests that touch many rows are what costs most
-    fresh = step % 4 == 0
-    at = p.to(tl.pointer_type(tl.uint32)) + tl.arange(0, 4)[None, None, :]
-    words = tl.where(fresh, tl.load(at, mask=(tl.arange(0, 4) >= 4 * (step % 4))[None, None, :], other=0), words)
-    even, odd = tl.split(tl.reshape(words, [p.shape[0], 1, 2, 2]))
-    d2, w1 = tl.split(tl.reshape(even, [p.shape[0], 1, 1, 2]))
-    w0, w2 = tl.split(tl.reshape(odd, [p.shape[0], 1, 1, 2]))
-    return q, words, d2, w0, w1, w2
-
-
-@triton.jit
-def _q4_k_decode(q, d2, w0, w1, w2, step, N: tl.constexpr):
-    """bf16 [N, 64]: low nibbles 0 to 15, high ones 0 to 15, low ones 16 to 31, high ones 16 to 31.
-
-    In that order a thread writes 64 bytes of a row of shared memory, without bank conflicts.
-    """
-    first = step % 4 < 2
-    shift = 16 * (step % 2)
-    scales = tl.where(first, w0 & 0x3F3F3F3F, (w2 & 0x0F0F0F0F) | ((w0 >> 2) & 0x30303030)) >> shift
-    mins = tl.where(first, w1 & 0x3F3F3F3F, ((w2 >> 4) & 0x0F0F0F0F) | ((w1 >> 2) & 0x30303030)) >> shift
-    d = (d2 & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    m = (d2 >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    d_low = d * (scales & 255).to(tl.float32)
-    m_low = m * (mins & 255).to(tl.float32)
-    d_high = d * ((scales >> 8) & 255).to(tl.float32)
-    m_high = m * ((mins >> 8) & 255).to(tl.float32)
-    if INTERPRETED:
-        low = d_low * (q & 15).to(tl.float32) - m_low
-        high = d_high * (q >> 4).to(tl.float32) - m_high
-    else:
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_TO_BF16,
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r",
-            [q, d_low.to(tl.bfloat16), (-m_low).to(tl.bfloat16), d_high.to(tl.bfloat16), (-m_high).to(tl.bfloat16)],
-            dtype=(tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
-        )
-    both = tl.reshape(tl.join(low.to(tl.float32), high.to(tl.float32)), [N, 2, 16, 2])
-    return _flat(tl.trans(both, 0, 1, 3, 2), N)
-
-
-@triton.jit
-def _q6_k_load(p, step):
-    """Step 2 b + i is half i of block b: 64 bytes of low bits, 32 of high ones, 8 scales."""
-    g = tl.arange(0, 4)[None, :, None]  # 16 elements that share a scale
-    w = tl.arange(0, 8)[None, None, :]  # pairs
-    p += (step // 2) * 210
-    half = step % 2
-    q = _load16(p + 64 * half + 16 * g + 2 * w)
-    h = _load16(p + 128 + 32 * half + 16 * (g % 2) + 2 * w)
-    s = p + 192 + 8 * half + g
-    return q, h, tl.load(s), tl.load(s + 4), _load16(p + 208)
-
-
-@triton.jit
-def _q6_k_decode(q, h, s_low, s_high, d, N: tl.constexpr):
-    h >>= 2 * (tl.arange(0, 4)[None, :, None] // 2)
-    low = (q & 0x0F0F) | ((h & 0x0303) << 4)
-    high = ((q >> 4) & 0x0F0F) | (h & 0x3030)
-    d = d.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    d_low = d * s_low.to(tl.int8, bitcast=True).to(tl.float32)
-    d_high = d * s_high.to(tl.int8, bitcast=True).to(tl.float32)
-    return _scaled_pairs(low, d_low, 32, N), _scaled_pairs(high, d_high, 32, N)
-
-
-@triton.jit
-def _scaled_pairs(words, d, zero: tl.constexpr, N: tl.constexpr):
-    """d * (byte - zero) for both bytes of each word: bf16 `[N, 64]`."""
-    even = d * ((words & 255) - zero).to(tl.float32)
-    odd = d * ((words >> 8) - zero).to(tl.float32)
-    return _flat(tl.join(even, odd), N)
-
-
-@triton.jit
-def _q8_0_load(p, step):
-    """Two blocks of 32."""
-    w = tl.arange(0, 16)[None, None, :]  # pairs
-    p += step * 68 + 34 * tl.arange(0, 2)[None, :, None]
-    return _load16(p + 2 + 2 * w), _load16(p)
-
-
-@triton.jit
-def _q8_0_decode(words, d, N: tl.constexpr):
-    d = d.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return _scaled_pairs(words ^ 0x8080, d, 128, N)  # the sign bit becomes an offset of 128
-
-
-@triton.jit
 def _dot(w, x, acc, BLOCK_M: tl.constexpr):
     """acc + x w^T, or its transpose: with few tokens it is w that fills the 64 rows of a matrix instruction."""
     if INTERPRETED:  # which would multiply the bits of bf16 numbers
@@ -195,28 +88,33 @@ def _product(x_rows, p, n_in, table, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexp
         k = 16 * (k // 32) + 32 * (k // 16 % 2) + k % 16  # the order of the decoder
         words = tl.zeros([BLOCK_N, 1, 4], tl.uint32)
         for step in range(n_in // 64):
-            q, words, a, b, c, e = _q4_k_load(p, step, words)
-            w = _q4_k_decode(q, a, b, c, e, step, BLOCK_N)
+            q, words, a, b, c, e = q4_k_load(p, step, words)
+            w = q4_k_decode(q, a, b, c, e, step, BLOCK_N)
             acc = _dot(w, tl.load(x_rows + step * 64 + k[None, :]), acc, BLOCK_M)
     elif FAST and TYPE == "Q6_K":
-        q, a, b, c, e = _q6_k_load(p, 0)
+        q, a, b, c, e = q6_k_load(p, 0)
         for step in range(n_in // 128):
-            low, high = _q6_k_decode(q, a, b, c, e, BLOCK_N)
-            q, a, b, c, e = _q6_k_load(p, tl.minimum(step + 1, n_in // 128 - 1))
+            low, high = q6_k_decode(q, a, b, c, e, BLOCK_N)
+            q, a, b, c, e = q6_k_load(p, tl.minimum(step + 1, n_in // 128 - 1))
             x_step = x_rows + step * 128 + tl.arange(0, 64)[None, :]
             acc = _dot(low, tl.load(x_step), acc, BLOCK_M)
             acc = _dot(high, tl.load(x_step + 64), acc, BLOCK_M)
     elif FAST and TYPE == "Q8_0":
-        q, a = _q8_0_load(p, 0)
+        q, a = q8_0_load(p, 0)
         for step in range(n_in // 64):
-            w = _q8_0_decode(q, a, BLOCK_N)
-            q, a = _q8_0_load(p, tl.minimum(step + 1, n_in // 64 - 1))
+            w = q8_0_decode(q, a, BLOCK_N)
+            q, a = q8_0_load(p, tl.minimum(step + 1, n_in // 64 - 1))
             acc = _dot(w, tl.load(x_rows + step * 64 + tl.arange(0, 64)[None, :]), acc, BLOCK_M)
+    elif FAST and TYPE == "BF16":
+        k = tl.arange(0, 64)[None, :]
+        rows = tl.multiple_of(tl.reshape(p, [BLOCK_N, 1]).to(tl.pointer_type(tl.bfloat16)), (16, 16))
+        for step in range(n_in // 64):
+            acc = _dot(tl.load(rows + step * 64 + k), tl.load(x_rows + step * 64 + k), acc, BLOCK_M)
     elif BLOCK_SIZE == 1:
         for k0 in range(0, n_in, 64):
             k = k0 + tl.arange(0, 64)
             s = tl.minimum(k, n_in - 1)[None, :, None]  # finite numbers, which meet zeros of x
-            low = _flat(unpack_blocks(p, s, tl.arange(0, 1)[None, None, :], table, TYPE), BLOCK_N)
+            low = flat(unpack_blocks(p, s, tl.arange(0, 1)[None, None, :], table, TYPE), BLOCK_N)
             acc = _dot(low, tl.load(x_rows + k[None, :], mask=k[None, :] < n_in, other=0.0), acc, BLOCK_M)
     else:
         K: tl.constexpr = 32 if BLOCK_SIZE == 32 else 64

@@ -1,9 +1,9 @@
 """The mixture of experts for prompts: tokens sorted by expert, times quantized matrices that lie in slots.
 
 Two ways. `fused` dequantizes weight tiles on their way to the tensor cores. `dequantized` writes the experts that
-have tokens out as bf16 and multiplies with `torch._grouped_mm`. `moe_prompt` takes the one that is faster for the
-type. Nothing here waits for the device. Without a GPU the kernels run in Triton's interpreter, which must
-be switched on (TRITON_INTERPRET=1) before the first use; where it is not, call `moe_prompt_reference`.
+have tokens out as bf16, some at a time, and multiplies those. `moe_prompt` takes the one that is faster for the type.
+Nothing here waits for the device. Without a GPU the kernels run in Triton's interpreter, which must be switched on
+(TRITON_INTERPRET=1) before the first use; where it is not, call `moe_prompt_reference`.
 """
 
 from dataclasses import dataclass
@@ -13,47 +13,15 @@ import torch
 from torch import Tensor
 
 from moe_engine.kernels import reference
-from moe_engine.kernels.dequantize import _is_interpreted, _table, tile_constants
+from moe_engine.kernels.dequantize import _is_interpreted, _table
+from moe_engine.kernels.grouped_expand import check_pool, expanded, expanded_part
+from moe_engine.kernels.grouped_sort import Groups, Sorted, sort_by_expert
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
 
+__all__ = ["Groups", "Sorted", "choose_method", "grouped_down", "grouped_gate_up", "moe_prompt", "sort_by_expert"]
+
 Method = Literal["fused", "dequantized"]
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Rows sorted by expert. Group g holds rows `offsets[g]` to `offsets[g + 1]` and multiplies the matrix in
-    `slots[g]`; where that is -1 its rows are not computed."""
-
-    offsets: Tensor  # int32 [n_group + 1]
-    slots: Tensor  # int32 [n_group]
-
-    def __post_init__(self) -> None:
-        assert self.offsets.dtype == self.slots.dtype == torch.int32, (self.offsets.dtype, self.slots.dtype)
-        assert self.offsets.numel() == self.slots.numel() + 1, (self.offsets.shape, self.slots.shape)
-
-    def __len__(self) -> int:
-        return self.slots.numel()
-
-
-@dataclass(frozen=True)
-class Sorted:
-    """(token, choice) pairs in the order of their experts, pairs of one expert in the order of tokens."""
-
-    groups: Groups
-    token: Tensor  # int32 [n_token * top_k]: the token of each row
-    place: Tensor  # int32 [n_token, top_k]: the row of each pair
-
-
-def sort_by_expert(ids: Tensor, slots: Tensor) -> Sorted:
-    """ids: int `[n_token, top_k]`; slots: int32 `[n_expert]`, the slot of each expert or -1."""
-    experts, order = torch.sort(ids.reshape(-1), stable=True)
-    bounds = torch.arange(slots.numel() + 1, device=ids.device, dtype=experts.dtype)
-    offsets = torch.searchsorted(experts, bounds, out_int32=True)
-    place = torch.empty_like(order, dtype=torch.int32)
-    place[order] = torch.arange(order.numel(), device=ids.device, dtype=torch.int32)
-    token = (order // ids.shape[1]).to(torch.int32)
-    return Sorted(Groups(offsets, slots), token, place.view(ids.shape))
 
 
 @dataclass(frozen=True)
@@ -82,7 +50,7 @@ def _tiling(n_row: int, n_group: int) -> _Tiling:
 
 def _is_fast(part: SlotPart, pool: Tensor) -> bool:
     """Whether the type has a decoder of its own and blocks are aligned as it needs."""
-    alignment = {"Q4_K": 4, "Q6_K": 2, "Q8_0": 2}.get(part.type.name)
+    alignment = {"Q4_K": 4, "Q6_K": 2, "Q8_0": 2, "BF16": 16}.get(part.type.name)
     if alignment is None or part.n_in % 128:
         return False
     return (pool.data_ptr() | pool.stride(0) | part.offset) % alignment == 0
@@ -116,37 +84,32 @@ def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n}
     constants["FAST"] = _is_fast(part, pool)
     constants |= {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, "enable_fp_fusion": True}
-    if tiling.maxnreg is not None and not _is_interpreted():
+    if part.type.name == "BF16":  # tiles in shared memory for two programs a core, and few registers for decoding
+        constants["num_stages"] = min(3, tiling.num_stages)
+    elif tiling.maxnreg is not None and not _is_interpreted():
         constants["maxnreg"] = tiling.maxnreg
     return constants
 
 
-def _check_pool(pool: Tensor, part: SlotPart) -> None:
-    assert pool.dtype == torch.uint8, pool.dtype
-    assert pool.dim() == 2, pool.shape
-    assert pool.stride(1) == 1, pool.stride()
-    assert part.offset + part.nbytes <= pool.shape[1], (part, pool.shape)
-
-
 def grouped_gate_up(
     x: Tensor, row_index: Tensor | None, groups: Groups, pool: Tensor, gate: SlotPart, up: SlotPart,
-    tiling: _Tiling | None = None,
+    tiling: _Tiling | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """silu(gate x) * (up x) for the rows of each group: bf16 `[n_row, n_ff]`.
 
     x: bf16 `[n, n_in]`; row r is `x[row_index[r]]` (int32 `[n_row]`), or `x[r]`. pool: uint8 `[n_slot, slot_bytes]`.
-    Gate and up must be of one type and shape.
+    Gate and up must be of one type and shape. Of `out` only the rows of groups with a slot are written.
     """
     from moe_engine.kernels.grouped_kernels import gate_up_kernel
 
-    _check_pool(pool, gate)
-    _check_pool(pool, up)
+    check_pool(pool, gate)
+    check_pool(pool, up)
     assert (gate.type, gate.n_out, gate.n_in) == (up.type, up.n_out, up.n_in), (gate, up)
     assert x.dtype == torch.bfloat16, x.dtype
     assert x.is_contiguous()
     assert x.shape[1] == gate.n_in, (x.shape, gate)
     n_row = x.shape[0] if row_index is None else row_index.numel()
-    h = x.new_empty(n_row, gate.n_out)
+    h = x.new_empty(n_row, gate.n_out) if out is None else out
     if n_row == 0:
         return h
     tiling = tiling or _tiling(n_row, len(groups))
@@ -177,17 +140,20 @@ def grouped_gate_up(
 
 def grouped_down(
     h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, row_weight: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16, tiling: _Tiling | None = None,
+    dtype: torch.dtype = torch.bfloat16, tiling: _Tiling | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """down h for the rows of each group, times `row_weight` (f32 `[n_row]`) if given: `[n_row, n_out]` of `dtype`."""
+    """down h for the rows of each group, times `row_weight` (f32 `[n_row]`) if given: `[n_row, n_out]` of `dtype`.
+
+    Of `out` only the rows of groups with a slot are written.
+    """
     from moe_engine.kernels.grouped_kernels import down_kernel
 
-    _check_pool(pool, down)
+    check_pool(pool, down)
     assert h.dtype == torch.bfloat16, h.dtype
     assert h.is_contiguous()
     assert h.shape[1] == down.n_in, (h.shape, down)
     n_row = h.shape[0]
-    y = h.new_empty(n_row, down.n_out, dtype=dtype)
+    y = h.new_empty(n_row, down.n_out, dtype=dtype) if out is None else out
     if n_row == 0:
         return y
     tiling = tiling or _tiling(n_row, len(groups))
@@ -228,56 +194,26 @@ def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: 
     return out
 
 
-def dequantize_groups(groups: Groups, pool: Tensor, part: SlotPart, out: Tensor) -> None:
-    """Writes the part of every group with rows to `out[g]`: bf16 `[n_group, n_out, n_in]`, matrices contiguous."""
-    from moe_engine.kernels.grouped_kernels import dequantize_groups_kernel
-
-    _check_pool(pool, part)
-    constants = tile_constants(part.type)
-    n_block = part.n_out * part.n_in // part.type.block_size
-    dequantize_groups_kernel[-(-n_block // constants["TILE_BLOCKS"]), len(groups)](
-        pool,
-        groups.offsets,
-        groups.slots,
-        _table(part.type.id, pool.device),
-        out,
-        pool.stride(0),
-        part.offset,
-        n_block,
-        out.stride(0),
-        enable_fp_fusion=False,
-        **constants,
-    )
-
-
-def _grouped_mm(x: Tensor, weights: Tensor, groups: Groups) -> Tensor:
-    """x W^T by groups. x: bf16 `[n_row, n_in]`, weights: bf16 `[n_group, n_out, n_in]`."""
-    if x.is_cuda:
-        return torch._grouped_mm(x, weights.transpose(1, 2), offs=groups.offsets[1:])
-    bounds = groups.offsets.tolist()
-    y = [x[bounds[g] : bounds[g + 1]] @ weights[g].T for g in range(len(groups))]
-    return torch.cat(y)
-
-
 def _dequantized_gate_up(x: Tensor, pairs: Sorted, pool: Tensor, gate: SlotPart, up: SlotPart) -> Tensor:
-    weights = x.new_empty(len(pairs.groups), gate.n_out + up.n_out, gate.n_in)
-    dequantize_groups(pairs.groups, pool, gate, weights[:, : gate.n_out])
-    dequantize_groups(pairs.groups, pool, up, weights[:, gate.n_out :])
-    both = _grouped_mm(x[pairs.token], weights, pairs.groups)
-    return torch.nn.functional.silu(both[:, : gate.n_out]) * both[:, gate.n_out :]
+    h = x.new_empty(pairs.token.numel(), gate.n_out)
+    parts = expanded_part(gate), expanded_part(up, 2 * gate.n_out * gate.n_in)
+    for groups, scratch in expanded(pairs.groups, pool, (gate, up)):
+        grouped_gate_up(x, pairs.token, groups, scratch, *parts, out=h)
+    return h
 
 
 def _dequantized_down(h: Tensor, pairs: Sorted, pool: Tensor, down: SlotPart) -> Tensor:
-    weights = h.new_empty(len(pairs.groups), down.n_out, down.n_in)
-    dequantize_groups(pairs.groups, pool, down, weights)
-    return _grouped_mm(h, weights, pairs.groups)
+    y = h.new_empty(len(h), down.n_out)
+    for groups, scratch in expanded(pairs.groups, pool, (down,)):
+        grouped_down(h, groups, scratch, expanded_part(down), out=y)
+    return y
 
 
 def choose_method(part: SlotPart, pool: Tensor) -> Method:
     """The faster way for a part of a slot.
 
     Measured on an H200 with Qwen3-30B-A3B, 64 and 2048 tokens, all of `moe_prompt` in ms, fused or dequantized:
-    Q4_K 0.29 or 0.92, 0.68 or 1.21; Q6_K 0.97 or 0.98, 2.86 or 1.26; Q8_0 1.36 or 0.95, 2.48 or 1.24.
+    Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12.
     """
     return "fused" if part.type.name == "Q4_K" and _is_fast(part, pool) else "dequantized"
 
@@ -291,7 +227,7 @@ def moe_prompt(
     x: `[n_token, n_embd]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
     weights: f32 of that shape. slots: int32 `[n_expert]`, the slot of each expert; those with -1 contribute nothing.
     pool: uint8 `[n_slot, slot_bytes]`. Results do not depend on which slots the experts are in. The method
-    `dequantized` takes device memory for the bf16 weights of all experts: of gate and up, then of down.
+    `dequantized` takes up to grouped_expand.SCRATCH_BYTES for bf16 weights (at least for one expert's gate and up).
     """
     x = x.to(torch.bfloat16).contiguous()
     pairs = sort_by_expert(ids, slots)

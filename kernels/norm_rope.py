@@ -4,42 +4,17 @@ Positions are read from a device tensor, so that a CUDA graph can be replayed at
 written. Sources: Zhang and Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary embedding); ggml (Q8_0).
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
+from moe_engine.kernels.decode_activations import RUN, Activations
+from moe_engine.kernels.decode_overlap import overlap_options
+from moe_engine.kernels.norm_rope_cache import FLOATS, Cache, Q8Cache, cached_floats, planes, quantize_reference
 from moe_engine.kernels.norm_rope_kernel import latent_kernel, qk_kernel, rms_norm_kernel
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class Q8Cache(NamedTuple):
-    """Cached rows in Q8_0 as two planes: in 34-byte blocks no wide load would find the integers aligned."""
-
-    values: Tensor  # int8 [..., d]
-    scales: Tensor  # f16 [..., d / 32]
-
-    @classmethod
-    def zeros(cls, *shape: int, device: torch.device | str | None = None) -> "Q8Cache":
-        assert shape[-1] % 32 == 0, f"rows of {shape[-1]} values are not whole blocks of 32"
-        values = torch.zeros(shape, dtype=torch.int8, device=device)
-        return cls(values, torch.zeros(*shape[:-1], shape[-1] // 32, dtype=torch.float16, device=device))
-
-
-Cache = Tensor | Q8Cache
-"""One of a layer's cached tensors (f16, bf16, f32 or Q8_0), contiguous `[capacity, n_kv_head, d]`, or with a dimension
-`n_sequence` in front. MLA's has no dimension for heads."""
-
-
-def planes(cache: Cache) -> tuple[Tensor, Tensor]:
-    """Values and scales; without scales the values stand in for them and are never read."""
-    values, scales = cache if isinstance(cache, Q8Cache) else (cache, cache)
-    assert values.is_contiguous()
-    assert scales.is_contiguous()
-    assert isinstance(cache, Q8Cache) or values.dtype in _FLOATS, values.dtype
-    return values, scales
+__all__ = ["Cache", "Q8Cache", "cached_floats", "latent_norm_rope_append", "planes", "qk_norm_rope_append"]
+__all__ += ["quantize_reference", "rms_norm", "rms_norm_reference", "rope_reference"]
 
 
 def rms_norm(
@@ -50,21 +25,26 @@ def rms_norm(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     residual_out: Tensor | None = None,
+    activations: Activations | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(normed, new residual)`: the new residual is x, or x + residual, and it is what is normed.
 
     x: f32, f16 or bf16 `[n_token, n]`, rows contiguous. weight: f32 `[n]`. residual: `[n_token, n]`, contiguous.
     out: default f32. residual_out: default like `residual`, which it may also be. Sums are f32; the norm is taken
-    before the residual is rounded to its dtype.
+    before the residual is rounded to its dtype. activations: gets the normed rows in 8 bits as well, `[n_token, n]`
+    with n a multiple of 16, for the products that follow.
     """
     n_token, n = x.shape
     assert x.stride(1) == 1, x.stride()
-    assert x.dtype in _FLOATS, x.dtype
+    assert x.dtype in FLOATS, x.dtype
     _checked(weight, (n,), torch.float32)
     out = x.new_empty(n_token, n, dtype=torch.float32) if out is None else _checked(out, (n_token, n))
     if residual is not None:
         _checked(residual, (n_token, n))
         residual_out = torch.empty_like(residual) if residual_out is None else _checked(residual_out, (n_token, n))
+    if activations is not None:
+        assert n % RUN == 0, n
+        assert activations.codes.shape == (n_token, n), (activations.codes.shape, x.shape)
     if n_token == 0:
         return out, x if residual_out is None else residual_out
     block = triton.next_power_of_2(n)
@@ -75,12 +55,16 @@ def rms_norm(
             weight,
             out,
             out if residual_out is None else residual_out,
+            out if activations is None else activations.codes,
+            out if activations is None else activations.pairs,
             n,
             x.stride(0),
             eps,
             ADD=residual is not None,
+            QUANTIZE=activations is not None,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),  # not tuned, as below
+            **overlap_options(x.device),
         )
     return out, x if residual_out is None else residual_out
 
@@ -113,7 +97,7 @@ def qk_norm_rope_append(
     n_kv = k.shape[1]
     assert k.shape == v.shape == (n_token, n_kv, d), (q.shape, k.shape, v.shape)
     for part in (q, k, v):
-        assert part.dtype in _FLOATS, part.dtype
+        assert part.dtype in FLOATS, part.dtype
         assert part.stride()[1:] == (d, 1) or part.shape[1] == part.stride(2) == 1, part.stride()
     (k_values, k_scales), (v_values, v_scales) = planes(k_cache), planes(v_cache)
     assert k_values.shape == v_values.shape, (k_values.shape, v_values.shape)
@@ -164,6 +148,7 @@ def qk_norm_rope_append(
             TOKENS=per_sequence,
             PER_POSITION=per_position,
             num_warps=1,
+            **overlap_options(q.device),
         )
     return out
 
@@ -179,17 +164,21 @@ def latent_norm_rope_append(
     *,
     eps: float,
     out: Tensor,
+    q_nope: Tensor | None = None,
+    activations: Activations | None = None,
 ) -> Tensor:
     """MLA: rotates queries (interleaved) into `out`; the normed latent and the rotated key go into the cache.
 
     q_pe: `[n_token, n_head, n_rot]`, any strides but the last. kv: `[n_token, kv_lora + n_rot]`. weight: f32
     `[kv_lora]`, the latent's norm. cos, sin, positions: as in `qk_norm_rope_append`. cache: `[(n_sequence,)
     capacity, kv_lora + n_rot]`. out: like q_pe, say the end of the rows that `decode_attention` takes. One launch.
+    q_nope: `[n_token, n_head, n_nope]`, the queries' other part, n_nope a multiple of 16: activations gets it in 8
+    bits, `[n_head * n_token, n_nope]`, for the product with the keys' matrices, `matvec(q_nope.transpose(0, 1), k_b)`.
     """
     n_token, n_head, n_rot = q_pe.shape
     kv_lora = weight.shape[0]
-    assert q_pe.dtype in _FLOATS, q_pe.dtype
-    assert kv.dtype in _FLOATS, kv.dtype
+    assert q_pe.dtype in FLOATS, q_pe.dtype
+    assert kv.dtype in FLOATS, kv.dtype
     assert kv.shape == (n_token, kv_lora + n_rot), (kv.shape, kv_lora, n_rot)
     assert out.shape == q_pe.shape, (out.shape, q_pe.shape)
     assert q_pe.stride(2) == kv.stride(1) == out.stride(2) == 1
@@ -199,13 +188,24 @@ def latent_norm_rope_append(
     capacity = values.shape[-2]
     per_sequence, per_position = _tokens_per(n_token, values.shape[:-2], positions)
     assert _rotated(cos, sin, capacity, n_rot) == n_rot, (cos.shape, n_rot)
+    n_nope = 0
+    if q_nope is not None:
+        assert activations is not None
+        n_nope = q_nope.shape[2]
+        assert q_nope.shape == (n_token, n_head, n_nope), (q_nope.shape, q_pe.shape)
+        assert q_nope.stride(2) == 1, q_nope.stride()
+        assert n_nope % RUN == 0, n_nope
+        assert activations.codes.shape == (n_head * n_token, n_nope), (activations.codes.shape, q_nope.shape)
     if n_token == 0:
         return out
     with torch.cuda.device_of(q_pe):
         latent_kernel[n_head + 1, n_token](
             q_pe,
             kv,
+            kv if q_nope is None else q_nope,  # stand-ins that are never used
             out,
+            out if activations is None else activations.codes,
+            out if activations is None else activations.pairs,
             values,
             scales,
             weight,
@@ -217,17 +217,22 @@ def latent_norm_rope_append(
             out.stride(0),
             out.stride(1),
             kv.stride(0),
+            0 if q_nope is None else q_nope.stride(0),
+            0 if q_nope is None else q_nope.stride(1),
             capacity,
             eps,
             N_HEAD=n_head,
             KV_LORA=kv_lora,
             N_ROT=n_rot,
+            N_NOPE=n_nope,
+            NOPE_BLOCK=max(16, triton.next_power_of_2(n_nope)),
             Q_BLOCK=triton.next_power_of_2(n_rot),
             KV_BLOCK=max(32, triton.next_power_of_2(kv_lora + n_rot)),
             QUANTIZED=isinstance(cache, Q8Cache),
             TOKENS=per_sequence,
             PER_POSITION=per_position,
             num_warps=2,
+            **overlap_options(q_pe.device),
         )
     return out
 
@@ -257,7 +262,7 @@ def _rotated(cos: Tensor, sin: Tensor, capacity: int, d: int) -> int:
 
 def _checked(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     assert tensor.shape == shape, (tensor.shape, shape)
-    assert tensor.dtype == dtype if dtype is not None else tensor.dtype in _FLOATS, tensor.dtype
+    assert tensor.dtype == dtype if dtype is not None else tensor.dtype in FLOATS, tensor.dtype
     assert tensor.is_contiguous()
     return tensor
 
@@ -280,20 +285,3 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, inter
     pair = (a * c - b * s, b * c + a * s)
     rotated = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat([rotated, rest], dim=-1)
-
-
-def quantize_reference(x: Tensor) -> Q8Cache:
-    """Q8_0 of f32 `[..., d]`: the largest magnitude of 32 values becomes 127, halves are rounded away from zero."""
-    blocks = x.unflatten(-1, (-1, 32))
-    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
-    scaled = blocks * torch.where(scale > 0, 1 / scale, 0.0)
-    whole = (scaled.abs() + 0.5).floor().copysign(scaled)
-    return Q8Cache(whole.to(torch.int8).flatten(-2), scale[..., 0].half())
-
-
-def cached_floats(cache: Cache) -> Tensor:
-    """What a cache holds, f32."""
-    if isinstance(cache, Q8Cache):
-        blocks: Tensor = cache.values.unflatten(-1, (-1, 32)) * cache.scales[..., None].float()
-        return blocks.flatten(-2)
-    return cache.float()

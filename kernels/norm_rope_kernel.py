@@ -5,22 +5,45 @@
 import triton
 import triton.language as tl
 
+from moe_engine.kernels.decode_activations_kernel import rounded, step_of, store_run
+from moe_engine.kernels.decode_overlap import let_next_kernel_start, wait_for_previous_kernel
 from moe_engine.kernels.dequantize_kernel import round_to
 
 
 @triton.jit
-def rms_norm_kernel(x, residual, weight, out, residual_out, n, x_stride, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    residual_out,
+    codes,
+    pairs,
+    n,
+    x_stride,
+    eps,
+    ADD: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """Program t norms row t, after adding the residual's row."""
-    row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < n
     w = tl.load(weight + lane, mask=inside, other=0.0)
+    row = tl.program_id(0).to(tl.int64) + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     v = tl.load(x + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         v += tl.load(residual + row * n + lane, mask=inside, other=0.0).to(tl.float32)
         tl.store(residual_out + row * n + lane, round_to(v, residual_out.dtype.element_ty), mask=inside)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / n + eps) * w
     tl.store(out + row * n + lane, round_to(v, out.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        v = tl.reshape(v, [BLOCK // 16, 16])
+        scale, inverse = step_of(v)
+        run = tl.arange(0, BLOCK // 16)
+        store_run(codes, pairs, rounded(v * inverse[:, None]), scale, row * (n // 16) + run, run < n // 16)
 
 
 @triton.jit
@@ -127,10 +150,12 @@ def qk_kernel(
     QUANTIZED: tl.constexpr,
     TOKENS: tl.constexpr,
     PER_POSITION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (h, t): query head h of token t, then the key heads, then the value heads."""
     h = tl.program_id(0)
-    t = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     lane = tl.arange(0, BLOCK)
     position = tl.load(positions + t // PER_POSITION).to(tl.int64) + t % PER_POSITION
     valid = (position >= 0) & (position < capacity)
@@ -163,7 +188,10 @@ def qk_kernel(
 def latent_kernel(
     q,
     kv,
+    q_nope,
     q_out,
+    codes,
+    pairs,
     values,
     scales,
     weight,
@@ -175,20 +203,28 @@ def latent_kernel(
     out_token_stride,
     out_head_stride,
     kv_stride,
+    nope_token_stride,
+    nope_head_stride,
     capacity,
     eps,
     N_HEAD: tl.constexpr,
     KV_LORA: tl.constexpr,
     N_ROT: tl.constexpr,
+    N_NOPE: tl.constexpr,
+    NOPE_BLOCK: tl.constexpr,
     Q_BLOCK: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     QUANTIZED: tl.constexpr,
     TOKENS: tl.constexpr,
     PER_POSITION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Program (h, t): the rotated part of query head h of token t; the last h is the latent and the shared key."""
+    """Program (h, t): query head h of token t, its rotated part and the 8-bit form of the other one; the last h is the
+    latent and the shared key.
+    """
     h = tl.program_id(0)
-    t = tl.program_id(1).to(tl.int64)
+    t = tl.program_id(1).to(tl.int64) + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     position = tl.load(positions + t // PER_POSITION).to(tl.int64) + t % PER_POSITION
     valid = (position >= 0) & (position < capacity)
     position = tl.where(valid, position, 0)
@@ -200,6 +236,14 @@ def latent_kernel(
         )  # fmt: skip
         out = q_out + t * out_token_stride + h * out_head_stride + lane
         tl.store(out, round_to(y, q_out.dtype.element_ty), mask=lane < N_ROT)
+        if N_NOPE > 0:
+            run = tl.arange(0, NOPE_BLOCK // 16)
+            inside = run < N_NOPE // 16
+            source = q_nope + t * nope_token_stride + h * nope_head_stride + run[:, None] * 16
+            x = tl.load(source + tl.arange(0, 16)[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+            scale, inverse = step_of(x)
+            first = (h * tl.num_programs(1) + t) * (N_NOPE // 16)
+            store_run(codes, pairs, rounded(x * inverse[:, None]), scale, first + run, inside)
     elif valid:
         lane = tl.arange(0, KV_BLOCK)
         D: tl.constexpr = KV_LORA + N_ROT

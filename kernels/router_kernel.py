@@ -4,7 +4,7 @@
 differ by more than the rounding of the last bit (exponentials round differently); weights to 1e-6. Sources as there.
 
 One launch for both, in which the last program to finish the product routes, was measured and is slower (H200, one
-token: 5.3, 4.6 and 7.9 us for Qwen3-30B-A3B, DeepSeek-V2-Lite and V3; in two launches 3.9, 4.0 and 7.5).
+token: 5.3, 4.6 and 7.9 us for Qwen3-30B-A3B, DeepSeek-V2-Lite and V3; in two launches 3.1, 2.8 and 4.6).
 """
 
 from typing import NamedTuple
@@ -13,14 +13,15 @@ import torch
 import triton
 from torch import Tensor
 
+from moe_engine.kernels.decode_overlap import overlap_options
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kernels.router_triton import choose_kernel, logits_kernel
 
 # Tokens that share one read of the router matrix. V3's product for 8 tokens takes 7.5 us with 4, 5.7 with 8.
 _TOKEN_TILE = 8
 # Elements of a router row that a program takes at a time, and its warps, for one token and for more. V3's product takes
-# 4.1 us with (512, 8), 5.3 with (512, 4), 4.4 with (2048, 8); for 8 tokens 5.7 with (2048, 4), 6.9 with (512, 4).
-_ONE_TOKEN, _MORE_TOKENS = (512, 8), (2048, 4)
+# 2.7 us with (8192, 16), 3.0 with 8 warps, 3.4 with (512, 8); for 8 tokens 5.7 with (2048, 4), 6.9 with (512, 4).
+_ONE_TOKEN, _MORE_TOKENS = (8192, 16), (2048, 4)
 
 
 class Routing(NamedTuple):
@@ -61,7 +62,8 @@ def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
             HIDDEN=hidden,
             TOKENS=tokens,
             HIDDEN_TILE=min(hidden_tile, triton.next_power_of_2(hidden)),
-            num_warps=num_warps,
+            num_warps=min(num_warps, max(1, triton.next_power_of_2(hidden) // 512)),
+            **overlap_options(x.device),
         )
     return out
 
@@ -115,6 +117,7 @@ def route_and_lookup(
             GROUPS=triton.next_power_of_2(config.n_group),
             MEMBERS=triton.next_power_of_2(group_size),
             num_warps=1,  # reduces without barriers
+            **overlap_options(x.device),
         )
     return out
 

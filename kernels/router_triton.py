@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from moe_engine.kernels.decode_overlap import let_next_kernel_start, wait_for_previous_kernel
+
 _SMALLEST_SUM = tl.constexpr(6.103515625e-05)  # router.route clamps the sum of weights to it
 _TAKEN = tl.constexpr(-(1 << 31))  # below the order of any score, minus infinity included
 
@@ -82,21 +84,25 @@ def choose_kernel(
     TOP2: tl.constexpr,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program t routes token t. Its tile is [group, member]; one group of all experts if there are no limits."""
-    token = tl.program_id(0)
     group_size: tl.constexpr = N_EXPERT // N_GROUP
     group = tl.arange(0, GROUPS)[:, None]
     member = tl.arange(0, MEMBERS)[None, :]
     expert = group * group_size + member
     real = (group < N_GROUP) & (member < group_size)
+    if HAS_BIAS:
+        added = tl.load(bias + expert, mask=real, other=0.0)
+    token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     row = logits + token * N_EXPERT
     logit = tl.load(row + expert, mask=real, other=float("-inf"))
     largest = tl.max(tl.max(logit, 1), 0)
     total = tl.sum(tl.sum(tl.exp(logit - largest), 1), 0)
     selection = _gate(logit, largest, total, GATING)
     if HAS_BIAS:
-        selection += tl.load(bias + expert, mask=real, other=0.0)
+        selection += added
     order = tl.where(real, _order(selection), _TAKEN)
     if N_GROUP > 1:
         keep = _limit_groups(order, N_GROUP, N_USED, GROUPS, TOP2)
@@ -142,16 +148,22 @@ def logits_kernel(
     HIDDEN: tl.constexpr,
     TOKENS: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (e, i) multiplies row e of the router matrix with tokens `TOKENS * i` and following."""
     expert = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
     lane = tl.arange(0, HIDDEN_TILE)[None, :]
-    values = x + token.to(tl.int64) * HIDDEN + lane
     row = weight + expert.to(tl.int64) * HIDDEN + lane
+    if HIDDEN_TILE >= HIDDEN:  # a row is small enough to load before the wait
+        w = tl.load(row, mask=lane < HIDDEN, other=0.0)
+    zero = wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
+    token = tl.program_id(1) * TOKENS + zero + tl.arange(0, TOKENS)[:, None]
+    values = x + token.to(tl.int64) * HIDDEN + lane
     sums = tl.zeros([TOKENS, HIDDEN_TILE], tl.float32)
     for start in tl.static_range(0, HIDDEN, HIDDEN_TILE):  # unrolled: all loads are in flight at once
         inside = start + lane < HIDDEN
-        w = tl.load(row + start, mask=inside, other=0.0)
+        if HIDDEN_TILE < HIDDEN:
+            w = tl.load(row + start, mask=inside, other=0.0)
         sums += w * tl.load(values + start, mask=inside & (token < n_token), other=0.0)
     tl.store(logits + token * N_EXPERT + expert, tl.sum(sums, 1)[:, None], mask=token < n_token)

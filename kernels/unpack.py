@@ -27,7 +27,7 @@ RUN_WIDTHS |= dict.fromkeys(("Q8_0", "Q4_K", "Q5_K", "TQ2_0"), 32)
 RUN_WIDTHS |= dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S"), 8)
 RUN_WIDTHS |= dict.fromkeys(("IQ3_XXS", "IQ3_S"), 4)
 
-_IQ4 = tl.constexpr(codebooks.codebook(BY_NAME["IQ4_NL"].id).ravel().view("<i8").tolist())
+_IQ4_LOW, _IQ4_HIGH = (tl.constexpr(w) for w in codebooks.codebook(BY_NAME["IQ4_NL"].id).ravel().view("<i8").tolist())
 _TWO_127 = tl.constexpr(2.0**127)
 
 
@@ -125,7 +125,7 @@ def q8_0(p, s, w):
 @triton.jit
 def iq4_value(q):
     """Entry q of the table of IQ4_NL and IQ4_XS: eight bytes a word, which is cheaper than a load."""
-    word = tl.where(q < 8, _IQ4[0], _IQ4[1]) >> (8 * (q & 7))
+    word = tl.where(q < 8, _IQ4_LOW, _IQ4_HIGH) >> (8 * (q & 7))
     return word.to(tl.int8).to(tl.float32)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moe_engine.errors import (
         CapacityError,
         ConfigError,
+        DecodeError,
         ModelFormatError,
         MoeEngineError,
         NativeLibraryError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "CapacityError": "errors",
     "ConfigError": "errors",
+    "DecodeError": "errors",
     "Engine": "engine",
     "EngineConfig": "config",
     "GGUFFile": "gguf_file",
@@ -46,6 +48,7 @@ _HOMES = {
 __all__ = [
     "CapacityError",
     "ConfigError",
+    "DecodeError",
     "Engine",
     "EngineConfig",
     "GGUFFile",

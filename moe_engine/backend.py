@@ -4,6 +4,7 @@ A backend turns the quantized tensors of the file into callables; the model neve
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,8 +13,10 @@ from torch import Tensor
 from moe_engine.errors import ConfigError
 from moe_engine.kernels import dequantize as device_kernels
 from moe_engine.kernels.cpu import CpuKernels
-from moe_engine.kernels.decode_product import DECODE_TOKENS, matvec
+from moe_engine.kernels.decode_activations import RUN
+from moe_engine.kernels.decode_product import DECODE_TOKENS, Activations, matvec
 from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.slot_layout import SlotLayout
 
 Linear = Callable[[Tensor], Tensor]
 """`x` f32 `[n_token, n_in]` to `[n_token, n_out]`, or batched `[n, n_token, n_in]` to `[n, n_token, n_out]`."""
@@ -27,11 +30,23 @@ class Backend(Protocol):
 
     def linear(self, weight: QuantTensor) -> Linear: ...
 
+    def feed_forward(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> "FeedForwardWeights": ...
+
     def embedding(self, weight: QuantTensor) -> Embedding: ...
 
     def dequantize(self, weight: QuantTensor) -> Tensor:
         """All elements as f32 on the backend's device."""
         ...
+
+
+@dataclass(frozen=True)
+class FeedForwardWeights:
+    """The three matrices of a dense feed-forward. packed: where they lie together, for `moe_decode` (slot 0)."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    packed: tuple[SlotLayout, Tensor] | None = None
 
 
 class CpuBackend:
@@ -43,6 +58,9 @@ class CpuBackend:
 
     def linear(self, weight: QuantTensor) -> Linear:
         return lambda x: self.cpu.linear(x, weight)
+
+    def feed_forward(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> FeedForwardWeights:
+        return FeedForwardWeights(self.linear(gate), self.linear(up), self.linear(down))
 
     def embedding(self, weight: QuantTensor) -> Embedding:
         return lambda ids: self.cpu.gather(weight, ids)
@@ -62,15 +80,13 @@ class AcceleratorBackend:
         self.device, self.int8_activations = device, int8_activations
         self.scratch = torch.empty(scratch_elements, dtype=torch.float32, device=device)
 
-    def linear(self, weight: QuantTensor) -> Linear:
-        resident = weight.to(self.device)
+    def linear(self, weight: QuantTensor) -> "DeviceLinear":
+        return DeviceLinear(weight.to(self.device), self.scratch, self.int8_activations)
 
-        def product(x: Tensor) -> Tensor:
-            if self.int8_activations and x.shape[-2] <= DECODE_TOKENS:
-                return matvec(x.contiguous(), resident)
-            return device_kernels.linear(x, resident, self.scratch)
-
-        return product
+    def feed_forward(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> FeedForwardWeights:
+        layout, pool = SlotLayout.pack(*(weight.to(self.device) for weight in (gate, up, down)))
+        gate, up, down = layout.parts(pool[0])
+        return FeedForwardWeights(self.linear(gate), self.linear(up), self.linear(down), (layout, pool))
 
     def embedding(self, weight: QuantTensor) -> Embedding:
         resident = weight.to(self.device)
@@ -78,6 +94,31 @@ class AcceleratorBackend:
 
     def dequantize(self, weight: QuantTensor) -> Tensor:
         return device_kernels.dequantize(weight.to(self.device))
+
+
+@dataclass(frozen=True)
+class DeviceLinear:
+    """A product with a matrix, or a stack of them, in VRAM."""
+
+    weight: QuantTensor
+    scratch: Tensor
+    int8_activations: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.int8_activations and x.shape[-2] <= DECODE_TOKENS:
+            return matvec(x.contiguous(), self.weight)
+        return device_kernels.linear(x, self.weight, self.scratch)
+
+
+def decode_weight(linear: Linear) -> QuantTensor:
+    """The matrix of a model's product on an `AcceleratorBackend`, for the kernels of the decode step."""
+    assert isinstance(linear, DeviceLinear), linear
+    return linear.weight
+
+
+def empty_activations(n_row: int, n: int, device: torch.device) -> Activations | None:
+    """Room for rows rounded to 8 bits; None where rows are not whole runs, and products take floats."""
+    return Activations.empty(n_row, n, device) if n % RUN == 0 else None
 
 
 def choose_device(name: str) -> tuple[torch.device, bool]:

@@ -8,6 +8,7 @@ from moe_engine.config import EngineConfig, format_size, parse_size
 from moe_engine.errors import CapacityError, ConfigError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels.attention import SCORE_BYTES
+from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import element_bytes
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
@@ -16,6 +17,8 @@ CUDA_CONTEXT_BYTES = 704 << 20  # seen: 689 MiB on an H200, CUDA 13 (bench/resul
 DEFAULT_SHARE = 0.9  # of the free VRAM, when no budget is given
 SIMULATED_BYTES = 1 << 30  # the default budget of the simulated device
 LOGIT_BYTES = 64 << 20  # one chunk of logits
+GRAPH_BYTES = 160 << 20  # for the captured steps of a model
+ATTENTION_BYTES = 16 << 20  # partial results of one token's attention over splits of the context
 SCRATCH_ELEMENTS = 16 << 20  # one chunk of dequantized weights: 64 MiB keep a 7168-wide matrix to few chunks
 
 
@@ -49,15 +52,17 @@ def plan_vram(
     file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int, device: torch.device
 ) -> VramPlan:
     """Raises `CapacityError`, with the terms, when the model does not fit; `ConfigError` for a bad budget."""
-    least_slots = _least_slot_bytes(file, meta)
+    least_slots = _least_slot_bytes(file, meta, config)
     matrices = [torch.Size(info.shape[-2:]).numel() for info in file.tensors.values() if len(info.shape) > 1]
     scratch_elements = min(SCRATCH_ELEMENTS, max(matrices, default=1))
     plan = VramPlan(
         budget=_budget(config, device),
         context=CUDA_CONTEXT_BYTES if device.type == "cuda" else 0,
         dense=_dense_bytes(file, meta),
-        kv_cache=family.kv_values(meta) * n_layer(meta) * ctx * element_bytes(config.kv_dtype),
-        workspace=4 * scratch_elements + _workspace_bytes(file, meta, family, config, ctx),
+        kv_cache=config.n_sequence * family.kv_values(meta) * n_layer(meta) * ctx * element_bytes(config.kv_dtype),
+        workspace=4 * scratch_elements
+        + _workspace_bytes(file, meta, family, config, ctx)
+        + _decode_bytes(file, meta, config, device),
         caches_experts=config.experts != "cpu",
         scratch_elements=scratch_elements,
     )
@@ -102,16 +107,26 @@ def _dense_bytes(file: GGUFFile, meta: Metadata) -> int:
     return total
 
 
-def _least_slot_bytes(file: GGUFFile, meta: Metadata) -> int:
-    """One token's experts in every slot class (see expert_cache.py)."""
+def _least_slot_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig) -> int:
+    """The slots that every pool needs at least (see expert_cache.py)."""
     top_k, n_expert = meta.integer("expert_used_count"), meta.integer("expert_count")
     layers: dict[str, list[tuple[str, int, int]]] = {}
     for info in file.tensors.values():
         if _is_expert(info.name):
             block, part = info.name.rsplit(".", 2)[0], info.name.rsplit(".", 2)[1]
             layers.setdefault(block, []).append((part, info.type_id, info.nbytes // n_expert))
-    classes = {tuple(sorted(parts)) for parts in layers.values()}
-    return sum(nbytes * min(top_k, n_expert) for parts in classes for _, _, nbytes in parts)
+    pools = {tuple(sorted(parts)) for parts in layers.values()}
+    n_slot = min(config.slots_at_once(top_k), n_expert) + config.staging_slots(top_k)
+    return n_slot * sum(aligned(nbytes) for parts in pools for _, _, nbytes in parts)
+
+
+def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: torch.device) -> int:
+    """What captured decode steps hold: PyTorch's pool for their tensors, and the graphs themselves."""
+    if config.eager or device.type != "cuda":
+        return 0
+    embedding = file.tensors.get("token_embd.weight")
+    n_vocab = embedding.shape[0] if embedding is not None else 0
+    return GRAPH_BYTES + config.n_sequence * (32 * n_vocab + ATTENTION_BYTES)
 
 
 def _workspace_bytes(file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int) -> int:

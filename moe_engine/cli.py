@@ -34,6 +34,8 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or simulated (the CUDA path on the CPU).")]
 VramBudget = Annotated[str | None, typer.Option(help="All VRAM to use, such as 6GiB. Default: 90 % of what is free.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
+Miss = Annotated[str, typer.Option(help="Experts not in VRAM: cpu computes them, fetch copies them, auto divides.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Output does not depend on the cache: fetch every miss.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -57,11 +59,14 @@ def generate(
     vram_budget: VramBudget = None,
     threads: Threads = None,
     ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
+    miss: Miss = "auto",
+    exact: Exact = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     text = _prompt_text(prompt, prompt_file)
-    with _engine(model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx) as engine:
+    options = {"device": device, "vram_budget": vram_budget, "threads": threads, "ctx": ctx}
+    with _engine(model, **options, miss=miss, exact=exact) as engine:
         generation = engine.stream(
             [{"role": "user", "content": text}] if chat else text,
             max_tokens=max_tokens,

@@ -10,6 +10,9 @@ from moe_engine.errors import ConfigError
 ExpertHome = Literal["auto", "cpu", "cache"]
 Activations = Literal["int8", "float"]
 KVType = Literal["f16", "bf16", "f32"]
+MissMode = Literal["auto", "cpu", "fetch"]
+
+MAX_SEQUENCES = 8  # that decode together
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -70,6 +73,11 @@ class EngineConfig(_Options):
     experts      where routed experts are computed: "cpu", "cache" (fetched into VRAM slots and computed
                  there), or "auto": "cache" if the budget has room for at least top_k experts.
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
+    miss         what a decode step does with experts that are in no slot: "cpu" computes them on the CPU, "fetch"
+                 copies them into slots first, "auto" divides them so that both finish together.
+    exact        tokens do not depend on the cache's size, contents or timing, bit for bit: every miss is fetched.
+    n_sequence   sequences that can decode together (`generate_batch`); each has a KV cache of its own.
+    eager        decode without a CUDA graph, one kernel at a time and without the native worker: the reference.
     threads      CPU threads of the kernels; default: all this process may use.
     ctx          tokens of context the KV cache holds; default: 4096, or less if the model was trained for less.
     activations  "int8": the CPU kernels, and on a GPU those for few tokens, round activations to 8 bits in blocks,
@@ -82,6 +90,10 @@ class EngineConfig(_Options):
     vram_budget: int | str | None = None
     experts: ExpertHome = "auto"
     cache_slots: int | None = None
+    miss: MissMode = "auto"
+    exact: bool = False
+    n_sequence: int = 1
+    eager: bool = False
     threads: int | None = None
     ctx: int | None = None
     activations: Activations = "int8"
@@ -95,16 +107,28 @@ class EngineConfig(_Options):
             self.device,
             "auto, cpu, cuda, cuda:N or simulated",
         )
-        for name, kind in (("experts", ExpertHome), ("activations", Activations), ("kv_dtype", KVType)):
+        choices = {"experts": ExpertHome, "activations": Activations, "kv_dtype": KVType, "miss": MissMode}
+        for name, kind in choices.items():
             value = getattr(self, name)
             _check(value in get_args(kind), name, value, f"one of: {', '.join(get_args(kind))}")
         for name in ("cache_slots", "threads", "ctx"):
             value = getattr(self, name)
             _check(value is None or _is_integer(value, 1), name, value, "an integer >= 1")
         _check(_is_integer(self.ubatch, 1), "ubatch", self.ubatch, "an integer >= 1")
+        in_range = _is_integer(self.n_sequence, 1) and self.n_sequence <= MAX_SEQUENCES
+        _check(in_range, "n_sequence", self.n_sequence, f"an integer from 1 to {MAX_SEQUENCES}")
+        _check(not (self.exact and self.miss == "cpu"), "miss", self.miss, "'auto' or 'fetch' with exact")
         _check(self.threads is None or self.threads <= 1024, "threads", self.threads, "at most 1024")
         if self.vram_budget is not None:
             parse_size(self.vram_budget)
+
+    def slots_at_once(self, top_k: int) -> int:
+        """Slots that the experts of one layer of a step may need."""
+        return top_k * (self.n_sequence if self.exact else 1)
+
+    def staging_slots(self, top_k: int) -> int:
+        """Slots for experts that are used once and not kept."""
+        return top_k * self.n_sequence if self.eager else 1
 
     @property
     def n_threads(self) -> int:

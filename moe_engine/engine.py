@@ -8,6 +8,7 @@ decode    one token at a time: forward, sample, stop?
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +20,15 @@ from torch import Tensor
 from moe_engine.backend import AcceleratorBackend, Backend, CpuBackend, choose_device
 from moe_engine.budget import LOGIT_BYTES, VramPlan, plan_vram
 from moe_engine.config import EngineConfig, SamplingParams
+from moe_engine.decode_step import DecodeStep, Running
+from moe_engine.decoder import Decoder, EagerDecoder, GraphDecoder, StagedDecoder, can_use_step
 from moe_engine.errors import CapacityError, ConfigError, ModelFormatError
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.experts import CpuExperts, Experts
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.hardware import Bound, Hardware, measure
 from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.sampling_kernel import SamplerState
 from moe_engine.kv_cache import KVCache
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer
@@ -81,6 +86,12 @@ class Engine:
         self.model, self.cache, self.vram_plan = model, cache, vram_plan
         self.rope = model.make_rope(cache.capacity)
         self.device = model.output_norm.device
+        self._in_cache: list[list[int]] = [[] for _ in range(cache.n_sequence)]  # tokens of each KV cache
+        self.decoder: Decoder = EagerDecoder(self._decode_step, experts)
+        if isinstance(experts, CachedExperts) and can_use_step(config, model):
+            sampler = SamplerState(cache.n_sequence, tokenizer.n_vocab, self.device, tokenizer.suppress_ids)
+            step = DecodeStep(model, experts, cache, self.rope, sampler)
+            self.decoder = StagedDecoder(step) if config.eager else GraphDecoder.start(step, config)
 
     @classmethod
     def load(
@@ -105,8 +116,11 @@ class Engine:
         ctx = _context(config, meta)
 
         device, accelerated = choose_device(config.device)
+        held = 0
         if device.type == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
+            held = torch.cuda.memory_reserved(device)  # by others of this process
         if not accelerated and config.experts == "cache":
             raise ConfigError("experts is 'cache', but device 'cpu' has no VRAM: use a CUDA device or 'simulated'")
         cpu = CpuKernels(config.n_threads, float_activations=config.activations == "float")
@@ -115,10 +129,9 @@ class Engine:
         plan = None
         if accelerated:
             plan = plan_vram(file, meta, family, config, ctx, device)
-            int8_activations = config.activations == "int8"
-            backend = AcceleratorBackend(device, plan.scratch_elements, int8_activations)
-            if plan.caches_experts:
-                experts = CachedExperts(device, backend.scratch, int8_activations)
+            backend = AcceleratorBackend(device, plan.scratch_elements, config.activations == "int8")
+            n_stage = config.staging_slots(meta.integer("expert_used_count")) if plan.caches_experts else 0
+            experts = CachedExperts(device, backend.scratch, cpu, n_stage)
         with torch.inference_mode():
             model = family(meta, Weights(file, backend), experts, progress)
             if tokenizer.n_vocab > model.n_vocab:
@@ -126,10 +139,24 @@ class Engine:
                     f"{source}: the tokenizer has {tokenizer.n_vocab} tokens, but 'token_embd.weight' only "
                     f"{model.n_vocab} rows"
                 )
-            cache = KVCache(model.kv_shapes, ctx, config.kv_dtype, device)
+            cache = KVCache(model.kv_shapes, config.n_sequence, ctx, config.kv_dtype, device)
             if plan is not None and isinstance(experts, CachedExperts):
-                experts.allocate(_slot_budget(plan, device), model.router.top_k, config.cache_slots)
+                n_choice = min(config.slots_at_once(model.router.top_k), model.router.n_expert)
+                if config.exact and plan.caches_experts and (config.cache_slots or n_choice) < n_choice:
+                    raise ConfigError(f"cache_slots is {config.cache_slots}, but exact needs at least {n_choice}")
+                experts.allocate(_slot_budget(plan, device, held), n_choice, config.cache_slots)
             return cls(config, file, tokenizer, model, experts, cache, plan)
+
+    @staticmethod
+    def plan(path: str | Path | None = None, **options: Any) -> VramPlan:
+        """How a VRAM budget would be divided, without loading anything. Raises as `load`."""
+        config = EngineConfig.of(**options)
+        file = GGUFFile(bundled_model() if path is None else path)
+        meta = Metadata(file.metadata, file.architecture, str(file.path))
+        family, (device, accelerated) = model_class(file.architecture, str(file.path)), choose_device(config.device)
+        if not accelerated:
+            raise ConfigError("device 'cpu' has no VRAM to plan: use a CUDA device or 'simulated'")
+        return plan_vram(file, meta, family, config, _context(config, meta), device)
 
     # -- text --------------------------------------------------------------------------------------------------
 
@@ -142,7 +169,24 @@ class Engine:
 
     def stream(self, prompt: Prompt, **sampling: Any) -> "Generation":
         """As `generate`, but returns an iterator over pieces of text; its `result()` has the totals."""
-        return Generation(self, self.encode(prompt), SamplingParams.of(**sampling), isinstance(prompt, str))
+        return self._generation(prompt, SamplingParams.of(**sampling))
+
+    def generate_batch(self, prompts: Sequence[Prompt], **sampling: Any) -> list[Result]:
+        """Continues several prompts, which decode together; at most `n_sequence` of them. Results share their `stats`.
+
+        Raises as `generate`; `ConfigError` for too many prompts.
+        """
+        if len(prompts) > self.cache.n_sequence:
+            raise ConfigError(
+                f"{len(prompts)} prompts, but the engine was loaded for {self.cache.n_sequence}: raise n_sequence"
+            )
+        generations = [self._generation(prompt, SamplingParams.of(**sampling)) for prompt in prompts]
+        for _ in self._decode(generations):
+            pass
+        return [generation.result() for generation in generations]
+
+    def _generation(self, prompt: Prompt, params: SamplingParams) -> "Generation":
+        return Generation(self, self.encode(prompt), params, isinstance(prompt, str))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, with the special tokens that the model wants around it."""
@@ -161,23 +205,94 @@ class Engine:
     def forward(self, token_ids: Sequence[int]) -> Tensor:
         """Logits f32 `[n_token, n_vocab]` (on the CPU) after each of the tokens, from an empty context."""
         ids = self._checked_ids(token_ids)
+        self._check_fits(ids)
+        self._in_cache[0] = []
         return torch.cat([self._logits(hidden) for hidden in self._prefill(ids)])
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def _prefill(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """Runs tokens from position 0 on; yields the hidden states `[n, hidden]` of each micro-batch."""
-        if len(ids) > self.cache.capacity:
-            raise CapacityError(
-                f"{len(ids)} tokens do not fit the context of {self.cache.capacity}: shorten them or raise ctx"
-            )
-        for start in range(0, len(ids), self.config.ubatch):
-            yield self._forward(ids[start : start + self.config.ubatch], start)
+    def _decode(self, generations: Sequence["Generation"]) -> Iterator[None]:
+        """Prefill, then decode until each generation is done. Yields whenever all have been given a token.
 
-    def _forward(self, ids: Sequence[int], position: int) -> Tensor:
+        The last token of a prompt is the first that decodes, so what follows a prompt does not depend on how much of it
+        was in the KV cache already.
+        """
+        clock, stats = _Clock(), Stats()
+        running = []
+        for index, generation in enumerate(generations):
+            generation.stats = stats
+            sampler = Sampler(generation.params, self.tokenizer.suppress_ids)
+            running.append(Running(list(generation.prompt_tokens), generation.params, sampler))
+            self._prompt(index, generation.prompt_tokens, stats)
+        stats.prompt_seconds = clock.lap()
+        self.decoder.reset_stats()
+        active = [index for index, generation in enumerate(generations) if not generation.done]
+        room = self.cache.capacity + 1 - min(len(sequence.tokens) for sequence in running)
+        self.decoder.begin(running, min(room, max(generation.params.max_tokens for generation in generations)))
+        if not active:
+            self._complete(stats, running)
+        while active:
+            tokens = self.decoder.next()
+            for index in active:
+                sequence, generation = running[index], generations[index]
+                self._in_cache[index].append(sequence.tokens[-1])
+                sequence.tokens.append(tokens[index])
+                generation.accept(tokens[index], full=len(sequence.tokens) > self.cache.capacity)
+                if generation.done:
+                    self.decoder.drop(index)
+            stats.decode_tokens += len(active)
+            stats.decode_seconds += clock.lap()
+            active = [index for index in active if not generations[index].done]
+            if not active:
+                self._complete(stats, running)
+            yield
+            clock.lap()  # what the caller did meanwhile is not ours
+
+    def _complete(self, stats: Stats, running: Sequence[Running]) -> None:
+        """Adds what a whole generation has cost."""
+        self.decoder.count(stats)
+        stats.peak_vram_bytes, stats.peak_ram_bytes = self._peak_vram_bytes(), peak_ram_bytes()
+        if stats.steps:
+            middle = sum(len(sequence.tokens) for sequence in running) - stats.decode_tokens / 2
+            stats.dense_bytes = stats.steps * int(self.dense_bytes + middle * self.cache.token_bytes)
+            per_step = (stats.dense_bytes + stats.hit_bytes) / stats.steps, stats.miss_bytes / stats.steps
+            stats.bound = Bound.of(self.hardware, *per_step, stats.decode_seconds / stats.steps)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Weights that every decode step reads."""
+        embedding = "token_embd.weight"
+        read = (info for info in self.file.tensors.values() if "_exps." not in info.name and info.name != embedding)
+        tied = 0 if "output.weight" in self.file.tensors else self.file.tensors[embedding].nbytes
+        return sum(info.nbytes for info in read) + tied
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """What the memories deliver; measured at the first use, which takes about half a second."""
+        assert isinstance(self.experts, CachedExperts)
+        return measure(self.device, self.experts.cpu)
+
+    def _prompt(self, index: int, ids: list[int], stats: Stats) -> None:
+        """Brings all but the last token of a prompt into a sequence's KV cache, unless they are there."""
+        self._check_fits(ids)
+        before = self._in_cache[index]
+        reused = min(_common_prefix(ids, before), len(ids) - 1)
+        stats.prompt_tokens += len(ids)
+        stats.reused_tokens += reused
+        self._in_cache[index] = ids[:reused]
+        for _ in self._prefill(ids[:-1], reused, index):
+            pass
+        self._in_cache[index] = ids[:-1]
+
+    @torch.inference_mode()
+    def _prefill(self, ids: Sequence[int], first: int = 0, index: int = 0) -> Iterator[Tensor]:
+        """Runs a sequence's tokens from `first` on; yields the hidden states `[n, hidden]` of each micro-batch."""
+        for start in range(first, len(ids), self.config.ubatch):
+            yield self._forward(ids[start : start + self.config.ubatch], start, index)
+
+    def _forward(self, ids: Sequence[int], position: int, index: int) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        return self.model.forward(tokens, position, self.cache, self.rope)
+        return self.model.forward(tokens, position, self.cache.sequence(index), self.rope)
 
     @torch.inference_mode()
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -186,15 +301,24 @@ class Engine:
         return torch.cat([self.model.logits(rows).cpu() for rows in hidden.split(chunk)])
 
     @torch.inference_mode()
-    def _decode_step(self, token: int, position: int) -> Tensor:
-        """Logits f32 `[n_vocab]` after `token` at `position`."""
+    def _decode_step(self, index: int, token: int, position: int) -> Tensor:
+        """Logits f32 `[n_vocab]` (tokens only, without padding) after a sequence's `token` at `position`."""
         threads = torch.get_num_threads()
         if self.device.type == "cpu" and position < SHORT_CONTEXT:
             torch.set_num_threads(1)
         try:
-            return self._logits(self._forward([token], position))[0]
+            return self._logits(self._forward([token], position, index))[0, : self.tokenizer.n_vocab]
         finally:
             torch.set_num_threads(threads)
+
+    def _check_fits(self, ids: Sequence[int]) -> None:
+        if len(ids) > self.cache.capacity:
+            raise CapacityError(
+                f"{len(ids)} tokens do not fit the context of {self.cache.capacity}: shorten them or raise ctx"
+            )
+
+    def _peak_vram_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
         checked = []
@@ -210,7 +334,10 @@ class Engine:
 
     def close(self) -> None:
         """Frees the weights and caches. The engine cannot be used afterwards."""
-        for name in ("model", "experts", "cache", "rope", "file"):
+        if "decoder" in self.__dict__:
+            self.decoder.close()
+            self.experts.close()
+        for name in ("decoder", "model", "experts", "cache", "rope", "file"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -230,75 +357,58 @@ class Generation:
     def __init__(self, engine: Engine, prompt_tokens: list[int], params: SamplingParams, continues_text: bool) -> None:
         """Use `Engine.stream`. continues_text: a space before the first word belongs to the text."""
         self.prompt_tokens, self.tokens = prompt_tokens, list[int]()
-        self.stats = Stats(prompt_tokens=len(prompt_tokens))
+        self.params, self.stats = params, Stats()
         self.finish_reason: Literal["stop", "length"] = "length"
-        self._engine, self._params, self._continues_text = engine, params, continues_text
-        self._text: list[str] = []
-        self._pieces = self._run()
+        self.done = params.max_tokens == 0
+        self._stop_ids = engine.tokenizer.stop_ids
+        self._text = engine.tokenizer.stream(continuation=continues_text)
+        self._held = ""  # text that may be the beginning of a stop string
+        self._pieces: list[str] = []
+        self._iterator = self._run(engine)
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        piece = next(self._pieces)
-        self._text.append(piece)
-        return piece
+        return next(self._iterator)
 
     def result(self) -> Result:
         """The finished generation; runs it to its end if it has not been iterated."""
-        for _ in self:
-            pass
-        return Result("".join(self._text), self.tokens, self.prompt_tokens, self.finish_reason, self.stats)
+        if not (self.done and self._pieces):
+            for _ in self:
+                pass
+        return Result("".join(self._pieces), self.tokens, self.prompt_tokens, self.finish_reason, self.stats)
 
-    def _run(self) -> Iterator[str]:
-        """Tokens to text, cut at the first stop string."""
-        text = self._engine.tokenizer.stream(continuation=self._continues_text)
-        held = ""  # text that may be the beginning of a stop string
-        for token in self._generate():
-            held += text.push(token)
-            cut = min((i for stop in self._params.stop if (i := held.find(stop)) >= 0), default=-1)
-            if cut >= 0:
-                self.finish_reason = "stop"
-                if held[:cut]:
-                    yield held[:cut]
-                return
-            safe = len(held) - _overlap(held, self._params.stop)
-            if safe:
-                yield held[:safe]
-            held = held[safe:]
-        if held := held + text.flush():
-            yield held
+    def _run(self, engine: Engine) -> Iterator[str]:
+        given = 0
+        for _ in engine._decode([self]):
+            yield from self._pieces[given:]
+            given = len(self._pieces)
 
-    def _generate(self) -> Iterator[int]:
-        """Prefill, then decode until a stop token, `max_tokens` or the end of the context."""
-        engine, params, ids = self._engine, self._params, self.prompt_tokens
-        sampler = Sampler(params, engine.tokenizer.suppress_ids)
-        hits, misses = engine.experts.hits, engine.experts.misses
-        clock = _Clock(engine.device)
-        for hidden in engine._prefill(ids):
-            last_hidden = hidden[-1:]
-        logits = engine._logits(last_hidden)[0]
-        self.stats.prompt_seconds = clock.lap()
-        while len(self.tokens) < params.max_tokens:
-            # Models may have more rows than tokens: the rest is padding that must not be drawn.
-            token = sampler(logits[: engine.tokenizer.n_vocab], [*ids, *self.tokens])
-            if token in engine.tokenizer.stop_ids:
-                self.finish_reason = "stop"
-                break
-            self.tokens.append(token)
-            position = len(ids) + len(self.tokens) - 1
-            last = len(self.tokens) == params.max_tokens or position == engine.cache.capacity
-            if not last:
-                logits = engine._decode_step(token, position)
-                self.stats.decode_tokens += 1
-            self.stats.decode_seconds += clock.lap()
-            self.stats.expert_hits = engine.experts.hits - hits
-            self.stats.expert_misses = engine.experts.misses - misses
-            self.stats.peak_vram_bytes, self.stats.peak_ram_bytes = clock.peak_vram_bytes(), peak_ram_bytes()
-            yield token
-            clock.lap()  # what the caller did meanwhile is not ours
-            if last:
-                break
+    def accept(self, token: int, full: bool) -> None:
+        """Takes the next token, and ends at stop tokens, stop strings, `max_tokens` or where the context is full."""
+        if token in self._stop_ids:
+            self._end("stop", self._held + self._text.flush())
+            return
+        self.tokens.append(token)
+        held = self._held + self._text.push(token)
+        cut = min((i for stop in self.params.stop if (i := held.find(stop)) >= 0), default=-1)
+        if cut >= 0:
+            self._end("stop", held[:cut])
+        elif full or len(self.tokens) == self.params.max_tokens:
+            self._end("length", held + self._text.flush())
+        else:
+            safe = len(held) - _overlap(held, self.params.stop)
+            self._give(held[:safe])
+            self._held = held[safe:]
+
+    def _end(self, reason: Literal["stop", "length"], text: str) -> None:
+        self.finish_reason, self.done = reason, True
+        self._give(text)
+
+    def _give(self, text: str) -> None:
+        if text:
+            self._pieces.append(text)
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
@@ -308,28 +418,26 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 
 
 class _Clock:
-    """Wall-clock laps that wait for the device, and its peak memory."""
+    """Wall-clock laps. Tokens and logits are on the CPU at their ends, so the device is done with them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device if device.type == "cuda" else None
+    def __init__(self) -> None:
         self.last = time.perf_counter()
 
     def lap(self) -> float:
-        if self.cuda is not None:
-            torch.cuda.synchronize(self.cuda)
         now = time.perf_counter()
         elapsed, self.last = now - self.last, now
         return elapsed
 
-    def peak_vram_bytes(self) -> int:
-        return torch.cuda.max_memory_reserved(self.cuda) if self.cuda is not None else 0
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _slot_budget(plan: VramPlan, device: torch.device) -> int:
+def _slot_budget(plan: VramPlan, device: torch.device, held: int) -> int:
     """Bytes for expert slots: by the plan, or less where loading took more than planned."""
     if device.type != "cuda":
         return plan.slots
-    measured = plan.budget - plan.context - plan.workspace - torch.cuda.memory_reserved(device)
+    measured = plan.budget - plan.context - plan.workspace - (torch.cuda.memory_reserved(device) - held)
     return min(plan.slots, measured)
 
 

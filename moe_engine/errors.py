@@ -5,6 +5,7 @@
     - UnsupportedModelError the file is fine, but this version cannot run it
   - CapacityError           the model, or the request, does not fit the memory or context it was given
   - ConfigError             an option has a value that makes no sense
+  - DecodeError             the decode worker or the GPU has stopped answering: load the engine anew
   - NativeLibraryError      the compiled part is missing or does not fit this machine
 """
 
@@ -31,3 +32,7 @@ class ConfigError(MoeEngineError, ValueError):
 
 class NativeLibraryError(MoeEngineError):
     """The compiled CPU kernels are missing or cannot run on this machine."""
+
+
+class DecodeError(MoeEngineError):
+    """The decode worker has failed or stalled, or the GPU has waited for it in vain."""

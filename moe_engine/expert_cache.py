@@ -1,10 +1,11 @@
-"""Routed experts in VRAM: slots filled on demand, evicted by a policy, computed where they lie.
+"""Routed experts in VRAM: slot pools, the slot table that the GPU's router reads, and the plain path over them.
 
-This is the plain, synchronous version: every expert that a token needs is copied into a slot and computed on the
-device, so results do not depend on the size of the cache or on what it holds.
+Decode steps on a GPU use pools and table through their graph (decode_step.py), and a native worker moves experts in and
+out meanwhile (kernels/worker.py). Calling the object is the path for prompts and the reference for the fast one:
+synchronous, what is not in a slot is copied into a staging slot and computed there, nothing is evicted. Its results do
+not depend on what is cached.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -12,117 +13,140 @@ from torch import Tensor
 
 from moe_engine.config import format_size
 from moe_engine.errors import CapacityError
-from moe_engine.kernels.decode_product import DECODE_TOKENS, moe_decode
+from moe_engine.expert_store import ExpertStore
+from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
+from moe_engine.kernels.decode_product import moe_decode
 from moe_engine.kernels.dequantize import linear
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
-from moe_engine.policies.lru import LRU
 
 Key = tuple[int, int]
-"""(layer, expert)."""
-
-_Parts = tuple[QuantTensor, QuantTensor, QuantTensor]
-"""Gate, up and down of a layer as stacks, in RAM."""
+"""(MoE layer, expert); MoE layers are numbered in order, without the dense ones."""
 
 
 @dataclass
-class SlotClass:
-    """The experts whose parts have the same types and shapes, and the slots they share."""
+class SlotPool:
+    """The slots that all layers with the same layout share, and a few more for staging."""
 
     layout: SlotLayout
-    n_expert: int = 0  # in all layers of the class
+    layers: list[int] = field(default_factory=list)  # MoE layers
     slots: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.uint8))  # [n_slot, slot_bytes]
-    free: list[int] = field(default_factory=list)
-    slot_of: dict[Key, int] = field(default_factory=dict)
-    policy: LRU[Key] = field(default_factory=lambda: LRU(0))
-
-    def allocate(self, n_slot: int, device: torch.device) -> None:
-        self.slots = torch.empty(n_slot, self.layout.slot_bytes, dtype=torch.uint8, device=device)
-        self.free = list(range(n_slot))
-        self.policy = LRU(n_slot)
-
-    def take_slot(self, pinned: Collection[Key]) -> int:
-        """A free slot, or that of a victim which is not pinned."""
-        if self.free:
-            return self.free.pop()
-        victim = self.policy.victim(pinned)
-        assert victim is not None
-        return self.slot_of.pop(victim)
-
-    def check_integrity(self) -> None:
-        """Every slot is free or holds one expert, and the policy knows exactly the resident ones."""
-        held = sorted([*self.free, *self.slot_of.values()])
-        assert held == list(range(len(self.slots))), (held, len(self.slots))
-        assert len(self.policy) == len(self.slot_of)
-        assert all(key in self.policy for key in self.slot_of)
+    staging: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.uint8))  # [n_stage, slot_bytes]
 
 
 class CachedExperts:
-    """Computes all experts on `device` from VRAM slots; see `Experts` for the interface.
+    """See `Experts` for the interface. Without slots everything is computed on the CPU.
 
-    scratch: flat f32, room for dequantized rows. int8_activations: few tokens use the fused decode kernels, which
-    round activations to 8 bits.
+    scratch: flat f32 on `device`, room for dequantized rows. n_stage: staging slots of a pool, 0: there are no slots
+    at all.
     """
 
-    def __init__(self, device: torch.device, scratch: Tensor, int8_activations: bool) -> None:
-        self.device, self.scratch, self.int8_activations = device, scratch, int8_activations
+    def __init__(self, device: torch.device, scratch: Tensor, cpu: CpuKernels, n_stage: int) -> None:
+        self.device, self.scratch, self.cpu, self.n_stage = device, scratch, cpu, n_stage
         self.hits = self.misses = 0
-        self.classes: dict[SlotLayout, SlotClass] = {}
-        self._layers: dict[int, tuple[_Parts, SlotClass]] = {}
+        self.n_expert = 0
+        self.index: dict[int, int] = {}  # MoE layer of a model's layer
+        self.handles: list[ExpertHandle] = []  # in RAM, by MoE layer
+        self.pools: dict[SlotLayout, SlotPool] = {}
+        self.slot_table = torch.empty(0, 0, dtype=torch.int32)  # [n_layer, n_expert]: slot or -1
+        self.layouts: list[SlotLayout] = []  # by MoE layer
+        self._store = ExpertStore()
+
+    @property
+    def caches(self) -> bool:
+        """Whether there are slots."""
+        return self.n_stage > 0
 
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
-        n_expert, n_ff, hidden = gate.shape
+        self.n_expert, n_ff, hidden = gate.shape
         layout = SlotLayout.of(gate.type, up.type, down.type, hidden, n_ff)
-        slot_class = self.classes.setdefault(layout, SlotClass(layout))
-        slot_class.n_expert += n_expert
-        self._layers[layer] = ((gate, up, down), slot_class)
+        if self.caches and self.device.type == "cuda":
+            gate, up, down = self._store.add(layout, (gate, up, down))
+        self.index[layer] = len(self.handles)
+        self.handles.append(self.cpu.register_experts(gate, up, down))
+        self.layouts.append(layout)
+        self.pools.setdefault(layout, SlotPool(layout)).layers.append(self.index[layer])
 
-    def min_bytes(self, top_k: int) -> int:
-        """What `allocate` needs at least: room for one token's experts in every class."""
-        return sum(layout.slot_bytes * min(top_k, c.n_expert) for layout, c in self.classes.items())
+    def slots_of(self, index: int) -> tuple[SlotLayout, Tensor]:
+        """Layout and slots of a MoE layer."""
+        pool = self.pools[self.layouts[index]]
+        return pool.layout, pool.slots
 
-    def allocate(self, budget: int, top_k: int, limit: int | None) -> None:
-        """Takes slots for at most `budget` bytes, at most `limit` a class, shared out by the classes' sizes."""
-        total = sum(layout.slot_bytes * c.n_expert for layout, c in self.classes.items())
-        if budget < self.min_bytes(top_k):
+    def min_bytes(self, n_choice: int) -> int:
+        """What `allocate` needs at least: slots for `n_choice` experts in every pool, and staging."""
+        least = ((layout, self.n_stage + min(n_choice, self._size(pool))) for layout, pool in self.pools.items())
+        return sum(layout.slot_bytes * n_slot for layout, n_slot in least)
+
+    def _size(self, pool: SlotPool) -> int:
+        return len(pool.layers) * self.n_expert
+
+    def allocate(self, budget: int, n_choice: int, limit: int | None) -> None:
+        """Takes slots for at most `budget` bytes, at most `limit` a pool, shared out by the pools' sizes.
+
+        n_choice: experts that one layer of a step may need at once.
+        """
+        if not self.caches:
+            self._allocate(dict.fromkeys(self.pools, 0))
+            return
+        least = self.min_bytes(n_choice)
+        if budget < least:
             raise CapacityError(
-                f"{format_size(max(budget, 0))} of VRAM is left for experts, but one token needs "
-                f"{format_size(self.min_bytes(top_k))}: raise vram_budget, or use experts='cpu'"
+                f"{format_size(max(budget, 0))} of VRAM is left for experts, but one step needs "
+                f"{format_size(least)}: raise vram_budget, or use experts='cpu'"
             )
-        spare = budget - self.min_bytes(top_k)
-        for slot_class in self.classes.values():
-            least = min(top_k, slot_class.n_expert)
-            share = spare * slot_class.n_expert // max(1, total)
-            n_slot = min(least + share, slot_class.n_expert)
-            slot_class.allocate(n_slot if limit is None else min(n_slot, limit), self.device)
+        total = sum(layout.slot_bytes * self._size(pool) for layout, pool in self.pools.items())
+        sizes = {}
+        for layout, pool in self.pools.items():
+            size = self._size(pool)
+            n_slot = min(size, min(n_choice, size) + (budget - least) * size // max(1, total))
+            sizes[layout] = n_slot if limit is None else min(n_slot, limit)
+        self._allocate(sizes)
+
+    def _allocate(self, sizes: dict[SlotLayout, int]) -> None:
+        for layout, n_slot in sizes.items():
+            memory = torch.empty(n_slot + self.n_stage, layout.slot_bytes, dtype=torch.uint8, device=self.device)
+            self.pools[layout].slots, self.pools[layout].staging = memory.split([n_slot, self.n_stage])
+        self.slot_table = torch.full((len(self.handles), self.n_expert), -1, dtype=torch.int32, device=self.device)
 
     @property
     def n_slot(self) -> int:
-        return sum(len(c.slots) for c in self.classes.values())
+        return sum(len(pool.slots) for pool in self.pools.values())
+
+    @property
+    def holds_all(self) -> bool:
+        """Whether there is a slot for every expert."""
+        return all(len(pool.slots) == self._size(pool) for pool in self.pools.values())
+
+    def load(self, key: Key, slot: int) -> None:
+        """Copies an expert into a slot and enters it in the table, in the order of the current stream."""
+        layer, expert = key
+        self._copy(key, self.pools[self.layouts[layer]].slots[slot])
+        self.slot_table[layer, expert] = slot
+
+    def _copy(self, key: Key, slot: Tensor) -> None:
+        layer, expert = key
+        handle = self.handles[layer]
+        for part, view in zip((handle.gate, handle.up, handle.down), self.layouts[layer].parts(slot), strict=True):
+            view.data.copy_(part[expert].data, non_blocking=True)
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
-        """See `Experts`."""
-        slot_class = self._layers[layer][1]
-        rows = expert_ids.tolist()
-        needed = {(layer, e) for row in rows for e in row}
-        fits = len(needed) <= len(slot_class.slots)
-        if not self.int8_activations or len(x) > DECODE_TOKENS or (len(x) == 1 and not fits):
-            return self._one_by_one(layer, x, expert_ids, weights, needed)
-        if fits:
-            slots = {key: self._resident(key, pinned=needed) for key in sorted(needed)}
-            table = torch.tensor([[slots[layer, e] for e in row] for row in rows], dtype=torch.int32)
-            return moe_decode(x, slot_class.slots, slot_class.layout, table.to(x.device), weights)
-        # A small cache takes the tokens in parts; a token's result does not depend on the others.
-        parts = (slice(0, len(x) // 2), slice(len(x) // 2, len(x)))
-        return torch.cat([self(layer, x[part], expert_ids[part], weights[part]) for part in parts])
-
-    def _one_by_one(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor, needed: set[Key]) -> Tensor:
-        """Dequantizes and multiplies expert by expert, residents first: loading others could evict them unused."""
-        slot_class = self._layers[layer][1]
+        """See `Experts`. Expert by expert: dequantizes and multiplies."""
+        index = self.index[layer]
+        if not self.caches:
+            expert_ids = expert_ids.cpu()
+            self.misses += len(expert_ids.unique())
+            return self.cpu.expert_ffn(self.handles[index], x.cpu(), expert_ids, weights.cpu()).to(x.device)
+        pool = self.pools[self.layouts[index]]
+        resident = self.slot_table[index].tolist()
         outputs = x.new_empty(*expert_ids.shape, x.shape[1])  # [n_token, top_k, hidden]
-        for key in sorted(needed, key=lambda key: (key not in slot_class.slot_of, key)):
-            gate, up, down = slot_class.layout.parts(slot_class.slots[self._resident(key, pinned=())])
-            token, choice = (expert_ids == key[1]).nonzero(as_tuple=True)
+        for expert in expert_ids.unique().tolist():
+            slot = resident[expert]
+            self.hits, self.misses = self.hits + (slot >= 0), self.misses + (slot < 0)
+            place = pool.slots[slot] if slot >= 0 else pool.staging[0]
+            if slot < 0:
+                self._copy((index, expert), place)
+            gate, up, down = pool.layout.parts(place)
+            token, choice = (expert_ids == expert).nonzero(as_tuple=True)
             rows = x[token]
             activated = torch.nn.functional.silu(linear(rows, gate, self.scratch)) * linear(rows, up, self.scratch)
             outputs[token, choice] = linear(activated, down, self.scratch)
@@ -130,23 +154,21 @@ class CachedExperts:
         total: Tensor = (outputs * weights[..., None]).sum(dim=1)
         return total
 
-    def _resident(self, key: Key, pinned: Collection[Key]) -> int:
-        """The expert's slot; if it has none, it is copied into one that no pinned expert holds."""
-        layer, expert = key
-        parts, slot_class = self._layers[layer]
-        slot = slot_class.slot_of.get(key)
-        if slot is not None:
-            self.hits += 1
-            slot_class.policy.touch(key)
-            return slot
-        self.misses += 1
-        slot = slot_class.take_slot(pinned)
-        for part, view in zip(parts, slot_class.layout.parts(slot_class.slots[slot]), strict=True):
-            view.data.copy_(part[expert].data)
-        slot_class.slot_of[key] = slot
-        slot_class.policy.insert(key)
-        return slot
+    def staged(self, index: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
+        """The sums of a MoE layer for a few tokens with the kernels of the decode step, all experts in staging slots.
 
-    def check_integrity(self) -> None:
-        for slot_class in self.classes.values():
-            slot_class.check_integrity()
+        expert_ids: int32, -1 for none; otherwise as in `Experts`.
+        """
+        if not self.caches:
+            return self.cpu.expert_ffn(self.handles[index], x.cpu(), expert_ids.cpu(), weights.cpu()).to(x.device)
+        pool, place = self.pools[self.layouts[index]], expert_ids.tolist()
+        chosen = sorted({expert for row in place for expert in row if expert >= 0})
+        for slot, expert in enumerate(chosen):
+            self._copy((index, expert), pool.staging[slot])
+        slots = [[chosen.index(expert) if expert >= 0 else -1 for expert in row] for row in place]
+        return moe_decode(x, pool.staging, pool.layout, torch.tensor(slots, dtype=torch.int32).to(x.device), weights)
+
+    def close(self) -> None:
+        self._store.close()
+        self.handles.clear()
+        self.pools.clear()

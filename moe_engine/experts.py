@@ -27,6 +27,10 @@ class Experts(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Gives back what is not PyTorch's memory."""
+        ...
+
 
 class CpuExperts:
     """All experts on the CPU, wherever the rest of the model is."""
@@ -43,3 +47,6 @@ class CpuExperts:
         expert_ids = expert_ids.cpu()
         self.misses += len(set(expert_ids.flatten().tolist()))
         return self.cpu.expert_ffn(self._layers[layer], x.cpu(), expert_ids, weights.cpu()).to(x.device)
+
+    def close(self) -> None:
+        self._layers.clear()

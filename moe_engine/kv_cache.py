@@ -24,17 +24,28 @@ class LayerCache:
 
 
 class KVCache:
-    """The cache of one sequence, `capacity` tokens long.
+    """The caches of `n_sequence` sequences, each `capacity` tokens long.
 
-    kv_dtype: "f16", "bf16" or "f32".
+    kv_dtype: "f16", "bf16" or "f32". `tensors`: per layer, each `[n_sequence, capacity, *shape]`.
     """
 
-    def __init__(self, shapes: list[TokenShapes], capacity: int, kv_dtype: str, device: torch.device) -> None:
-        self.capacity = capacity
-        self.layers = [
-            LayerCache(tuple(torch.zeros(capacity, *shape, dtype=_TYPES[kv_dtype], device=device) for shape in layer))
+    def __init__(
+        self, shapes: list[TokenShapes], n_sequence: int, capacity: int, kv_dtype: str, device: torch.device
+    ) -> None:
+        self.n_sequence, self.capacity = n_sequence, capacity
+        self.tensors = [
+            tuple(torch.zeros(n_sequence, capacity, *shape, dtype=_TYPES[kv_dtype], device=device) for shape in layer)
             for layer in shapes
         ]
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token in all layers."""
+        return sum(tensor[0, 0].nbytes for layer in self.tensors for tensor in layer)
+
+    def sequence(self, index: int) -> list[LayerCache]:
+        """One sequence's layers (views)."""
+        return [LayerCache(tuple(tensor[index] for tensor in layer)) for layer in self.tensors]
 
 
 def element_bytes(kv_dtype: str) -> int:

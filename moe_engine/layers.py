@@ -4,13 +4,18 @@
 comes out. Shapes: T tokens, H = hidden.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from moe_engine.backend import decode_weight, empty_activations
 from moe_engine.experts import Experts
 from moe_engine.kernels.attention import attention
+from moe_engine.kernels.decode_activations import RUN, Activations
+from moe_engine.kernels.decode_attention import decode_attention
+from moe_engine.kernels.decode_product import matvec, matvecs, moe_decode
+from moe_engine.kernels.norm_rope import qk_norm_rope_append
 from moe_engine.kernels.router import RouterConfig, route
 from moe_engine.kv_cache import LayerCache, TokenShapes
 from moe_engine.metadata import Metadata
@@ -27,9 +32,17 @@ class Attention(Protocol):
     """What a family's attention must offer."""
 
     kv_shapes: TokenShapes
+    can_decode: bool  # whether `decode` takes these dimensions
 
     def __call__(self, x: Tensor, position: int, cache: LayerCache, rope: Rope) -> Tensor:
         """`x` f32 `[T, H]`, the normed hidden states of the tokens from `position` on, to `[T, H]`."""
+        ...
+
+    def decode(self, x: "Normed", residual: Tensor, positions: Tensor, cache: tuple[Tensor, ...], rope: Rope) -> Tensor:
+        """The same for one token of each of T sequences, plus `residual` `[T, H]`, as a CUDA graph can hold it.
+
+        positions: int32 `[T]` on the device; below zero: no token. cache: the sequences' tensors `[T, capacity, ...]`.
+        """
         ...
 
 
@@ -37,6 +50,17 @@ class FeedForward(Protocol):
     def __call__(self, x: Tensor) -> Tensor:
         """`x` f32 `[T, H]`, normed, to `[T, H]`."""
         ...
+
+    def decode(self, x: "Normed", residual: Tensor | None) -> Tensor:
+        """The same for a few tokens, plus `residual` `[T, H]`, as a CUDA graph can hold it."""
+        ...
+
+
+class Normed(NamedTuple):
+    """What a block computes with in a decode step, f32 `[T, H]`, and the same in 8 bits where rows are whole runs."""
+
+    values: Tensor
+    rounded: Activations | None
 
 
 class GroupedQueryAttention:
@@ -51,6 +75,7 @@ class GroupedQueryAttention:
         self.n_head, self.n_kv_head, self.head_dim = gqa_dimensions(meta)
         q_out, kv_out = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         self.kv_shapes: TokenShapes = ((self.n_kv_head, self.head_dim),) * 2
+        self.can_decode = True
         self.eps = meta.number("attention.layer_norm_rms_epsilon")
         sizes = (q_out, kv_out, kv_out)
         if weights.has(prefix + "attn_qkv.weight"):
@@ -68,6 +93,7 @@ class GroupedQueryAttention:
             self.biases = tuple(
                 weights.floats(f"{prefix}attn_{name}.bias", size) for name, size in zip("qkv", sizes, strict=True)
             )
+        self.bias = None if self.biases is None else torch.cat(self.biases)
         self.attn_output = weights.linear(prefix + "attn_output.weight", hidden, q_out)
         self.norms: tuple[Tensor, Tensor] | None = None
         if qk_norm:
@@ -89,6 +115,17 @@ class GroupedQueryAttention:
         mixed = attention(q, keys, values, self.head_dim**-0.5, position)  # [T, n_head, head_dim]
         return self.attn_output(mixed.flatten(1))
 
+    def decode(self, x: Normed, residual: Tensor, positions: Tensor, cache: tuple[Tensor, ...], rope: Rope) -> Tensor:
+        weights = [decode_weight(linear) for linear in (self.attn_q, self.attn_k, self.attn_v)]
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in matvecs(x.values, weights, activations=x.rounded))
+        keys, values = cache
+        q = qk_norm_rope_append(
+            q, k, v, rope.cos, rope.sin, positions, keys, values, norms=self.norms, eps=self.eps, bias=self.bias
+        )
+        rounded = empty_activations(len(q), self.n_head * self.head_dim, q.device) if self.head_dim % RUN == 0 else None
+        mixed = decode_attention(q[:, None], keys, values, positions, self.head_dim**-0.5, activations=rounded)
+        return matvec(mixed.flatten(1), decode_weight(self.attn_output), activations=rounded, residual=residual)
+
 
 def gqa_dimensions(meta: Metadata) -> tuple[int, int, int]:
     """`(n_head, n_kv_head, head_dim)` of a family with grouped-query attention."""
@@ -108,12 +145,24 @@ class SwiGLU:
 
     def __init__(self, weights: Weights, prefix: str, hidden: int, suffix: str = "") -> None:
         n_ff = weights.shape(f"{prefix}ffn_down{suffix}.weight")[-1]
-        self.ffn_gate = weights.linear(f"{prefix}ffn_gate{suffix}.weight", n_ff, hidden)
-        self.ffn_up = weights.linear(f"{prefix}ffn_up{suffix}.weight", n_ff, hidden)
-        self.ffn_down = weights.linear(f"{prefix}ffn_down{suffix}.weight", hidden, n_ff)
+        self.weights = weights.feed_forward(prefix, suffix, n_ff, hidden)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.ffn_down(torch.nn.functional.silu(self.ffn_gate(x)) * self.ffn_up(x))
+        w = self.weights
+        return w.down(torch.nn.functional.silu(w.gate(x)) * w.up(x))
+
+    def decode(self, x: Normed, residual: Tensor | None) -> Tensor:
+        """As an expert that every token chooses."""
+        assert self.weights.packed is not None
+        layout, pool = self.weights.packed
+        slots = torch.zeros(len(x.values), 1, dtype=torch.int32, device=pool.device)
+        return moe_decode(
+            x.values, pool, layout, slots, self._scale(x.values), activations=x.rounded, residual=residual
+        )
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """What the output is multiplied with, f32 `[T, 1]`."""
+        return torch.ones(len(x), 1, device=x.device)
 
 
 class GatedSwiGLU(SwiGLU):
@@ -124,7 +173,10 @@ class GatedSwiGLU(SwiGLU):
         self.ffn_gate_inp_shexp = weights.floats(prefix + "ffn_gate_inp_shexp.weight", hidden)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return super().__call__(x) * torch.sigmoid(x @ self.ffn_gate_inp_shexp)[:, None]
+        return super().__call__(x) * self._scale(x)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x @ self.ffn_gate_inp_shexp)[:, None]
 
 
 class MixtureOfExperts:
@@ -148,6 +200,9 @@ class MixtureOfExperts:
                 self.exp_probs_b = weights.floats(prefix + name, router.n_expert)
         gate, up, down = weights.experts(prefix, router.n_expert, hidden)
         experts.register(layer, gate, up, down)
+
+    def decode(self, x: Normed, residual: Tensor | None) -> Tensor:
+        raise NotImplementedError("the decode step computes mixtures itself, see decode_step.py")
 
     def __call__(self, x: Tensor) -> Tensor:
         expert_ids, expert_weights = route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moe_engine.experts import Experts
 from moe_engine.kernels.router import RouterConfig
-from moe_engine.kv_cache import KVCache, TokenShapes
+from moe_engine.kv_cache import LayerCache, TokenShapes
 from moe_engine.layers import (
     Attention,
     FeedForward,
@@ -106,10 +106,10 @@ class Transformer(ABC):
     def make_rope(self, n_position: int) -> Rope:
         return Rope(self.rope_config, n_position, self.output_norm.device, self.rope_freqs)
 
-    def forward(self, ids: Tensor, position: int, cache: KVCache, rope: Rope) -> Tensor:
-        """Hidden states f32 `[T, hidden]`, normed for the head, of tokens `ids` int64 `[T]` at `position`."""
+    def forward(self, ids: Tensor, position: int, cache: list[LayerCache], rope: Rope) -> Tensor:
+        """Hidden states f32 `[T, hidden]`, normed for the head, of a sequence's tokens int64 `[T]` at `position`."""
         x = self.token_embd(ids)
-        for block, layer_cache in zip(self.blk, cache.layers, strict=True):
+        for block, layer_cache in zip(self.blk, cache, strict=True):
             x = x + block.attn(rms_norm(x, block.attn_norm, self.eps), position, layer_cache, rope)
             x = x + block.ffn(rms_norm(x, block.ffn_norm, self.eps))
         return rms_norm(x, self.output_norm, self.eps)

@@ -1,28 +1,67 @@
 """What a generation cost."""
 
 import resource
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from moe_engine.config import format_size
+from moe_engine.hardware import Bound
+
+if TYPE_CHECKING:
+    from moe_engine.kernels._cpu import WorkerStats
 
 
 @dataclass
 class Stats:
-    """Counts, seconds and bytes of one generation. Rates are tokens per second, None where nothing was timed."""
+    """Counts, seconds and bytes of one generation, or of a batch. Rates are tokens per second, None where nothing was
+    timed. What concerns experts is about decode steps; a choice is one (token, expert) pair of a layer.
+    """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompt's, whose keys and values were in the cache already
     prompt_seconds: float = 0.0
-    decode_tokens: int = 0  # tokens computed one at a time; the first token comes with the prompt
+    decode_tokens: int = 0  # generated, of all sequences
     decode_seconds: float = 0.0
-    expert_hits: int = 0  # experts found in VRAM, each counted once per layer and forward pass
+    expert_hits: int = 0  # choices found in VRAM
     expert_misses: int = 0
+    layer_hits: list[int] = field(default_factory=list)  # by MoE layer
+    layer_misses: list[int] = field(default_factory=list)
+    steps: int = 0  # each computes a token of every sequence
+    dense_bytes: int = 0  # read by the GPU in all steps: weights that are no routed experts, keys and values
+    hit_bytes: int = 0  # of experts, read by the GPU from slots
+    miss_bytes: int = 0  # of experts that were in no slot, each counted once per layer and step
+    cpu_bytes: int = 0  # of experts, read by the CPU
+    pcie_bytes: int = 0  # of experts, copied to slots
+    fetched_now: int = 0  # experts copied for the step that waits for them
+    fetched_ahead: int = 0  # experts the CPU has computed, copied for later steps
+    fetches_used: int = 0  # copies that have been hit since
+    fetches_wasted: int = 0  # copies evicted unused
+    gpu_wait_seconds: float = 0.0  # the GPU has waited for the CPU's share or for copies
+    cpu_seconds: float = 0.0  # the CPU has computed experts
+    bound: Bound | None = None
     peak_vram_bytes: int = 0  # what PyTorch held at most; the CUDA context comes on top
     peak_ram_bytes: int = 0  # the process's largest resident size, mapped file pages included
 
+    def take(self, worker: "WorkerStats", expert_bytes: Sequence[int], waited_seconds: float) -> None:
+        """What the decode worker has counted. expert_bytes: by MoE layer."""
+        self.layer_hits, self.layer_misses = worker.hits, worker.misses
+        self.expert_hits, self.expert_misses = sum(worker.hits), sum(worker.misses)
+        self.cpu_bytes, self.pcie_bytes = worker.cpu_bytes, worker.copied_bytes
+        self.fetched_now, self.fetched_ahead = worker.fetched_now, worker.fetched_background
+        self.fetches_used, self.fetches_wasted = worker.fetched_used, worker.fetched_unused
+        self.cpu_seconds, self.gpu_wait_seconds = worker.cpu_ns * 1e-9, waited_seconds
+        self.hit_bytes = sum(hits * nbytes for hits, nbytes in zip(worker.hits, expert_bytes, strict=True))
+        if worker.steps:
+            # Bytes of what was fetched for the step itself, by the mean size of an expert
+            now = worker.fetched_now * sum(expert_bytes) / len(expert_bytes)
+            self.miss_bytes = worker.cpu_bytes + int(now)
+        self.steps = worker.steps
+
     @property
     def prompt_rate(self) -> float | None:
-        return self.prompt_tokens / self.prompt_seconds if self.prompt_seconds else None
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prompt_seconds if self.prompt_seconds and computed else None
 
     @property
     def decode_rate(self) -> float | None:
@@ -35,7 +74,8 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         rates = {"prompt_rate": self.prompt_rate, "decode_rate": self.decode_rate, "hit_rate": self.hit_rate}
-        return {**asdict(self), **rates}
+        bound = {"bound": {**asdict(self.bound), "share": self.bound.share}} if self.bound else {}
+        return {**asdict(self), **rates, **bound}
 
     def summary(self) -> str:
         """One line for people."""
@@ -46,6 +86,8 @@ class Stats:
             parts.append(f"decode {self.decode_tokens} tokens at {self.decode_rate:.1f} tok/s")
         if self.hit_rate is not None:
             parts.append(f"experts from VRAM {self.hit_rate:.1%}")
+        if self.bound is not None:
+            parts.append(f"{self.bound.share:.0%} of what the hardware allows")
         if self.peak_vram_bytes:
             parts.append(f"peak VRAM {format_size(self.peak_vram_bytes)}")
         parts.append(f"peak RAM {format_size(self.peak_ram_bytes)}")

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor
 
-from moe_engine.backend import Backend, Embedding, Linear
+from moe_engine.backend import Backend, Embedding, FeedForwardWeights, Linear
 from moe_engine.errors import ModelFormatError, UnsupportedModelError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels.quant_tensor import QuantTensor
@@ -47,6 +47,11 @@ class Weights:
 
     def linear(self, name: str, n_out: int, n_in: int) -> Linear:
         return self.backend.linear(self.quantized(name, (n_out, n_in)))
+
+    def feed_forward(self, prefix: str, suffix: str, n_ff: int, hidden: int) -> FeedForwardWeights:
+        gate = self.quantized(f"{prefix}ffn_gate{suffix}.weight", (n_ff, hidden))
+        up = self.quantized(f"{prefix}ffn_up{suffix}.weight", (n_ff, hidden))
+        return self.backend.feed_forward(gate, up, self.quantized(f"{prefix}ffn_down{suffix}.weight", (hidden, n_ff)))
 
     def embedding(self, name: str, n_vocab: int, hidden: int) -> Embedding:
         return self.backend.embedding(self.quantized(name, (n_vocab, hidden)))

@@ -7,8 +7,8 @@ from gguf import GGMLQuantizationType, quants
 from random_blocks import random_blocks
 from torch import Tensor
 
-from moe_engine.kernels import decode_product, reference
-from moe_engine.kernels.decode_product import MoeBuffers, is_fast, matvec, moe_decode, quantize
+from moe_engine.kernels import reference
+from moe_engine.kernels.decode_product import Activations, MoeBuffers, is_fast, matvec, matvecs, moe_decode, quantize
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
 from moe_engine.kernels.slot_layout import SlotLayout
@@ -80,16 +80,26 @@ def test_matvec(type: QuantType, n_token: int, n_out: int, n_block: int, offset:
     assert error(out, exact) < (2 * MATRIX_ERROR if is_fast(type) else FLOAT_ERROR)  # few elements: a wide spread
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "IQ2_S"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ2_S"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matvec_of_many_tokens(name: str, dtype: torch.dtype) -> None:
+    """Within a form (8-bit activations up to four tokens, then bf16) tokens do not depend on each other."""
     weight = random_weight(BY_NAME[name], 21, 768)
     x = random_input(16, 768).to(dtype)
     exact = x.cpu().double() @ values(weight).T
-    y = matvec(x, weight)
-    assert error(y, exact) < (MATRIX_ERROR if is_fast(weight.type) else FLOAT_ERROR)
-    for n_token in (2, 5):
-        assert torch.equal(matvec(x[:n_token], weight), y[:n_token])
+    y, few = matvec(x, weight), matvec(x[:4], weight)
+    for part in (y, few):
+        assert error(part, exact[: len(part)]) < (MATRIX_ERROR if is_fast(weight.type) else FLOAT_ERROR)
+    assert torch.equal(matvec(x[:2], weight), few[:2])
+    assert torch.equal(matvec(x[:5], weight), y[:5])
+
+
+@pytest.mark.parametrize("type", FAST, ids=str)
+def test_matvec_on_tensor_cores(type: QuantType) -> None:
+    weight = random_weight(type, 37, 512)
+    x, residual = random_input(7, 512), random_input(7, 37, seed=1)
+    exact = x.cpu().double() @ values(weight).T + residual.cpu()
+    assert error(matvec(x, weight, residual=residual), exact) < MATRIX_ERROR
 
 
 @pytest.mark.parametrize("type", FAST, ids=str)
@@ -121,6 +131,64 @@ def test_matvec_with_given_activations() -> None:
     assert torch.equal(matvec(x, weight), matvec(x, weight, activations=quantize(x)))
 
 
+def test_quantize_of_strided_stacks() -> None:
+    x = random_input(2, 3, 80)[..., :48]
+    for view in (x, x.transpose(0, 1)):
+        q, flat = quantize(view), quantize(view.reshape(-1, 48))
+        assert torch.equal(q.codes, flat.codes)
+        assert torch.equal(q.pairs, flat.pairs)
+
+
+@pytest.mark.parametrize(("name", "n_token"), [("Q4_K", 1), ("Q8_0", 3), ("IQ2_S", 2)])
+def test_matvec_adds_a_residual_and_quantizes(name: str, n_token: int) -> None:
+    weight = random_weight(BY_NAME[name], 48, 256)
+    x, residual = random_input(n_token, 256), random_input(n_token, 48, seed=1)
+    plain = matvec(x, weight)
+    activations = Activations.empty(n_token, 48, x.device)
+    out = matvec(x, weight, residual=residual, out_activations=activations)
+    assert torch.equal(out, plain + residual)
+    assert_quantized(activations, out)
+    assert matvec(x, weight, residual, residual=residual) is residual
+    assert torch.equal(residual, out)
+
+
+def assert_quantized(activations: Activations, x: Tensor) -> None:
+    """`activations` hold x, up to the last bit of a scale."""
+    expected = quantize(x)
+    assert ((activations.codes.int() - expected.codes.int()).abs() <= 1).all()
+    assert (activations.codes != expected.codes).float().mean() < 1e-2
+    torch.testing.assert_close(activations.pairs, expected.pairs, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_S"])
+def test_matvec_of_heads_that_lie_side_by_side(name: str) -> None:
+    """The batch is the second dimension in memory, before and after, as the heads of attention."""
+    stack = random_weight(BY_NAME[name], 3 * 16, 256).data.view(3, 16, -1)
+    weight = QuantTensor(stack, BY_NAME[name], 256)
+    x = random_input(2, 3, 300)[..., :256].transpose(0, 1)  # [n_batch, n_token, n_in]
+    rows, activations = poisoned(2, 3 * 16), Activations.empty(2, 3 * 16, x.device)
+    out = rows.view(2, 3, 16).transpose(0, 1)
+    matvec(x, weight, out, out_activations=activations)
+    assert torch.equal(out, matvec(x.contiguous(), weight))
+    assert_quantized(activations, rows)
+
+
+@pytest.mark.parametrize(
+    ("names", "n_token"),
+    [(("Q4_K", "Q4_K", "Q6_K"), 1), (("Q5_0", "Q8_0"), 3), (("Q4_K", "IQ2_S", "Q6_K"), 2), (("Q4_0",), 1)],
+    ids=str,
+)
+def test_matvecs(names: tuple[str, ...], n_token: int) -> None:
+    heights = (48, 21, 130)
+    weights = [random_weight(BY_NAME[name], n_out, 256) for name, n_out in zip(names, heights, strict=False)]
+    x = random_input(n_token, 256)
+    parts = matvecs(x, weights)
+    given = matvecs(x, weights, poisoned(n_token, sum(part.shape[1] for part in parts)), quantize(x))
+    for part, same, weight in zip(parts, given, weights, strict=True):
+        assert torch.equal(part, matvec(x, weight))
+        assert torch.equal(part, same)
+
+
 def random_pool(layout: SlotLayout, n_slot: int, offset: int = 0) -> Tensor:
     rng = np.random.default_rng(1)
     slots = []
@@ -128,7 +196,10 @@ def random_pool(layout: SlotLayout, n_slot: int, offset: int = 0) -> Tensor:
         gate = random_blocks(layout.gate.type, layout.n_ff, layout.hidden, rng)
         up = random_blocks(layout.up.type, layout.n_ff, layout.hidden, rng)
         down = random_blocks(layout.down.type, layout.hidden, layout.n_ff, rng)
-        slots.append(np.concatenate([gate.ravel(), up.ravel(), down.ravel()]))
+        slot = np.full(layout.slot_bytes, 0xAA, dtype=np.uint8)
+        for part, blocks in ((layout.gate, gate), (layout.up, up), (layout.down, down)):
+            slot[part.offset : part.offset + part.nbytes] = blocks.ravel()
+        slots.append(slot)
     return place(np.stack(slots), offset)
 
 
@@ -184,7 +255,7 @@ def test_moe_of_many_tokens(types: tuple[str, str, str, int, int]) -> None:
 
 def test_moe_of_sixteen_tokens() -> None:
     layout = layout_of("Q4_0", "Q4_0", "Q8_0", 96, 64)
-    out = check_moe(layout, [[t % 3, (t + 1) % 4, -1 if t % 5 else 2] for t in range(16)])
+    out = check_moe(layout, [[t % 3, -1 if t % 5 else 2] for t in range(16)])
     assert out.shape == (16, 96)
 
 
@@ -198,6 +269,30 @@ def test_token_does_not_depend_on_others() -> None:
     for t in range(3):
         one = slice(t, t + 1)
         assert torch.equal(moe_decode(x[one], pool, layout, slots[one], weights[one]), together[one])
+
+
+@pytest.mark.parametrize("down", ["Q6_K", "IQ2_S"])
+def test_dense_feed_forward(down: str) -> None:
+    """One packed expert; with a residual, and with activations that another kernel left."""
+    weights = [random_weight(BY_NAME[name], 256, 256, seed) for seed, name in enumerate(("Q4_K", "Q4_K", down))]
+    layout, pool = SlotLayout.pack(*weights)
+    assert torch.equal(layout.parts(pool[0])[2].data, weights[2].data)
+    x, residual = random_input(2, 256) / 80, random_input(2, 256, seed=1)
+    slots = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
+    ones = torch.ones(2, 1, device=DEVICE)
+    plain = moe_decode(x, pool, layout, slots, ones)
+    assert error(plain, exact_moe(x, pool, layout, slots, ones)) < 2 * EXPERT_ERROR
+    both = moe_decode(x, pool, layout, slots, ones, activations=quantize(x), residual=residual)
+    assert torch.equal(both, plain + residual)
+    nothing = moe_decode(x, pool[:0], layout, slots - 1, ones, residual=residual)
+    assert torch.equal(nothing, residual)
+
+
+@all_types
+def test_slots_are_aligned(type: QuantType) -> None:
+    layout = SlotLayout.of(type, BY_NAME["MXFP4"], type, 256, 256)
+    assert layout.up.offset % 16 == layout.down.offset % 16 == layout.slot_bytes % 16 == 0
+    assert layout.up.offset - layout.gate.nbytes < 16
 
 
 def test_nothing_chosen() -> None:
@@ -241,7 +336,7 @@ def test_replayed_in_a_graph() -> None:
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a GPU nor the interpreter: the reference answers."""
-    monkeypatch.setattr(decode_product, "_run_kernels", lambda tensor: False)
+    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
     layout = layout_of("Q4_K", "Q4_K", "Q6_K", 256, 256)
     pool = random_pool(layout, 2).cpu()
     x = random_input(2, 256).cpu()

@@ -44,13 +44,26 @@ def random_weight(name: str, n_rows: int, n_blocks: int, seed: int = 0) -> tuple
 
 
 @pytest.fixture
+def runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of unpack.py, which other kernels use too, where a faster way exists."""
+    monkeypatch.setattr(dequantize, "_reads_words", lambda type: False)
+
+
+@pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The functions of unpack_words*.py, also in the interpreter; there in several programs."""
+    monkeypatch.setattr(dequantize, "_reads_words", lambda type: type.name in dequantize.WORD_TYPES)
+    monkeypatch.setattr(dequantize, "_INTERPRETER_TILE", 64 * 256)
+
+
+@pytest.fixture
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several programs, the last one partly filled, also in the interpreter."""
     monkeypatch.setattr(dequantize, "_INTERPRETER_TILE", 2048)
 
 
 @all_types
-@pytest.mark.usefixtures("small_tile")
+@pytest.mark.usefixtures("small_tile", "runs_only")
 @pytest.mark.parametrize(
     ("n_rows", "n_blocks", "offset"),
     [(1, 1, 0), (1, 3, 1), (3, 1, 2), (3, 3, 3), (7, 1, 5), (7, 3, 16), (33, 1, 6), (33, 3, 13)],
@@ -62,6 +75,28 @@ def test_equals_gguf(type: QuantType, n_rows: int, n_blocks: int, offset: int) -
     assert same_bits(dequantize.dequantize(weight), values)
     for dtype in (torch.float16, torch.bfloat16):
         assert same_bits(dequantize.dequantize(weight, dtype=dtype), values.to(dtype))
+
+
+@pytest.mark.usefixtures("words")
+@pytest.mark.parametrize("name", sorted(dequantize.WORD_TYPES))
+@pytest.mark.parametrize(("n_rows", "n_blocks", "offset"), [(33, 3, 16), (7, 1, 4), (3, 3, 6), (5, 1, 13)])
+def test_words_equal_gguf(name: str, n_rows: int, n_blocks: int, offset: int) -> None:
+    data, type, n_in = random_weight(name, n_rows, n_blocks, seed=offset)
+    weight = QuantTensor(place(data, offset), type, n_in)
+    values = expected(data, type)
+    assert same_bits(dequantize.dequantize(weight), values)
+    if offset == 6:
+        for dtype in (torch.float16, torch.bfloat16):
+            assert same_bits(dequantize.dequantize(weight, dtype=dtype), values.to(dtype))
+
+
+@pytest.mark.usefixtures("words")
+@pytest.mark.parametrize("name", ["Q4_K", "IQ3_S"])
+def test_words_of_a_stack(name: str) -> None:
+    data, type, n_in = random_weight(name, 2 * 3, 2)
+    stack = QuantTensor(place(data.reshape(2, 3, -1), 1), type, n_in)
+    values = expected(data, type).view(2, 3, n_in)
+    assert same_bits(dequantize.dequantize(stack.rows(1, 3)), values[:, 1:3])
 
 
 # Where the 16-bit scales of a block lie, for types whose other bytes may be anything.

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filled_slots import fill_slots
 from tiny_models import EOS, VARIANTS, WRITABLE, TinyModel, TypeOf, in_turn, make, wide
 
 from moe_engine import Engine
+from moe_engine.decoder import StagedDecoder
 
 TOLERANCE = 1e-4  # of logits with a standard deviation of 1
 
@@ -80,11 +82,13 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
     return ids
 
 
-def clear_prompt(model: TinyModel, n_prompt: int = 12, n_new: int = 8) -> tuple[list[int], list[int]]:
+def clear_prompt(
+    model: TinyModel, n_prompt: int = 12, n_new: int = 8, lead: float = 0.01
+) -> tuple[list[int], list[int]]:
     """A prompt whose greedy continuation by transformers is a matter of more than rounding, and that one."""
     for seed in range(200):
         prompt = random_ids(n_prompt, seed)
-        tokens = model.greedy(prompt, n_new, lead=0.01)
+        tokens = model.greedy(prompt, n_new, lead)
         if tokens is not None and EOS not in tokens:
             return prompt, tokens
     raise AssertionError("no clear prompt found")
@@ -219,10 +223,10 @@ SIMULATED: dict[str, Any] = {"device": "simulated", "experts": "cache", "vram_bu
 )
 def test_simulated_device_equals_transformers(tiny: Maker, name: str, types: str) -> None:
     model, ids = tiny(name, types, num_hidden_layers=2), random_ids(6)
-    prompt, expected = clear_prompt(model, n_prompt=6, n_new=4)
+    prompt, expected = clear_prompt(model, n_prompt=4, n_new=2)
     with load(model, **SIMULATED) as engine:
         error = worst_by_position(engine.forward(ids), model.reference(ids)).max()
-        tokens = engine.generate(prompt, max_tokens=4, temperature=0).tokens
+        tokens = engine.generate(prompt, max_tokens=2, temperature=0).tokens
     assert error < TOLERANCE
     assert tokens == expected
 
@@ -234,14 +238,36 @@ def test_simulated_device_with_experts_on_the_cpu(tiny: Maker, name: str) -> Non
         assert worst_by_position(engine.forward(ids), model.reference(ids)).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("slots", [3, 4, 6, 8])
+@pytest.mark.parametrize(
+    ("name", "types", "lead"),
+    [
+        ("qwen2moe/plain", "F16", 0.02),
+        ("qwen3moe/gqa-3", "BF16", 0.02),
+        ("deepseek2/v3", "F16", 0.02),
+        # products of 8-bit integers
+        ("deepseek2/v2-lite-legacy-yarn", "Q8_0", 0.3),
+        ("qwen2moe/fused", "mixed", 0.3),
+    ],
+)
+def test_decode_step_equals_transformers(tiny: Maker, name: str, types: str, lead: float) -> None:
+    """Its kernels one by one, with what they add to the path above: rotation, attention, router, sampling."""
+    model = tiny(name, types, num_hidden_layers=2)
+    prompt, expected = clear_prompt(model, n_prompt=4, n_new=3, lead=lead)
+    with load(model, **SIMULATED, activations="int8", eager=True) as engine:
+        assert isinstance(engine.decoder, StagedDecoder)
+        assert engine.generate(prompt, max_tokens=3, temperature=0).tokens == expected
+
+
+@pytest.mark.parametrize("slots", [1, 5])
 @pytest.mark.parametrize("name", ["qwen3moe/plain", "deepseek2/v3"])
-def test_greedy_tokens_do_not_depend_on_the_cache_size(tiny: Maker, name: str, slots: int) -> None:
-    """From as many slots as one token needs to one for every expert of a layer."""
+def test_greedy_tokens_do_not_depend_on_what_is_in_slots(tiny: Maker, name: str, slots: int) -> None:
     model = tiny(name, num_hidden_layers=2)
     prompt, expected = clear_prompt(model, n_prompt=6, n_new=4)
     with load(model, **SIMULATED, cache_slots=slots) as engine:
-        assert engine.generate(prompt, max_tokens=4, temperature=0).tokens == expected
+        fill_slots(engine)
+        result = engine.generate(prompt, max_tokens=4, temperature=0)
+    assert result.tokens == expected
+    assert result.stats.expert_misses > 0
 
 
 @pytest.mark.parametrize(("name", "types"), [("qwen3moe/plain", "F32"), ("deepseek2/v3", "mixed")])
@@ -249,7 +275,11 @@ def test_logits_do_not_depend_on_the_cache_bit_for_bit(tiny: Maker, name: str, t
     """Neither on its size nor on what it holds. Mixed types make several classes of slots."""
     model, ids = tiny(name, types, num_hidden_layers=2), random_ids(6)
     results = []
-    for slots in (3, 5, 16):
+    for slots in (3, 16):
         with load(model, **SIMULATED, cache_slots=slots) as engine:
-            results += [engine.forward(ids), engine.forward(ids)]
+            results.append(engine.forward(ids))
+            experts = fill_slots(engine)
+            assert experts.hits == 0
+            results.append(engine.forward(ids))
+            assert experts.hits > 0
     assert all(torch.equal(result, results[0]) for result in results)

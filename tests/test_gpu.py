@@ -1,13 +1,16 @@
-"""The CUDA path against the CPU's, on a machine with a GPU: `pytest -m gpu`."""
+"""The CUDA path against the CPU's, and decoding by a graph against decoding kernel by kernel: `pytest -m gpu`."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from check_models import FLIP, Recorded, logit_differences
+from check_models import FLIP, Recorded, greedy_agreement, logit_differences
+from filled_slots import fill_slots
 
 from moe_engine import Engine
+from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.perplexity import perplexity
 
@@ -15,6 +18,30 @@ pytestmark = pytest.mark.gpu
 
 DATA = Path(__file__).parent / "data"
 EXACT: dict[str, Any] = {"activations": "float", "kv_dtype": "f32", "vram_budget": "4GiB"}
+PROMPTS = ["Once upon a time", "The captain looked at the sea and said", "Hello, world!"]
+LONG = 256  # tokens: far more than a cache of 9 slots keeps
+
+
+def load(**options: Any) -> Engine:
+    return Engine.load(**({"device": "cuda", "vram_budget": "4GiB"} | options))
+
+
+def greedy(engine: Engine, prompt: str, n: int = LONG) -> list[int]:
+    return engine.generate(prompt, temperature=0, max_tokens=n).tokens
+
+
+def check_books(engine: Engine) -> None:
+    assert isinstance(engine.decoder, GraphDecoder)
+    engine.decoder.worker.settle()
+    engine.decoder.worker.check_integrity()
+
+
+@cache
+def eager_tokens(prompt: str) -> list[int]:
+    """What the decode step's kernels give without graph, worker and mailbox."""
+    with load(eager=True) as engine:
+        assert isinstance(engine.decoder, StagedDecoder)
+        return greedy(engine, prompt)
 
 
 @pytest.mark.parametrize("experts", ["cache", "cpu"])
@@ -36,26 +63,109 @@ def test_kernels_for_few_tokens_keep_the_perplexity(experts: str) -> None:
     """With micro-batches of 16 tokens every product goes through the decode kernels."""
     text = (DATA / "heldout-4k.txt").read_text(encoding="utf-8")
     recorded = Recorded.load(DATA, "stories-deepseek-Q4_K_M")
-    with Engine.load(device="cuda", experts=experts, vram_budget="4GiB", ubatch=16) as engine:
+    with load(experts=experts, ubatch=16) as engine:
         ppl = perplexity(engine, text).ppl
     assert min(abs(ppl / recorded.ppl_exact - 1), abs(ppl / recorded.ppl_llama_cpp - 1)) < 0.007
 
 
-@pytest.mark.parametrize(("activations", "sizes"), [("float", (1, 4, 9, None)), ("int8", (4, 9, None))])
-def test_greedy_tokens_do_not_depend_on_the_cache(activations: str, sizes: tuple[int | None, ...]) -> None:
+def test_without_the_decode_step_tokens_do_not_depend_on_what_is_in_slots() -> None:
     outputs = []
-    for slots in sizes:
-        options = EXACT | {"activations": activations, "cache_slots": slots}
-        with Engine.load(device="cuda", experts="cache", **options) as engine:
-            assert isinstance(engine.experts, CachedExperts)
-            outputs.append(engine.generate("Once upon a time", temperature=0, max_tokens=48).tokens)
-            engine.experts.check_integrity()
-    assert all(tokens == outputs[0] for tokens in outputs)
+    for slots in (1, 9, None):
+        with Engine.load(device="cuda", experts="cache", cache_slots=slots, **EXACT) as engine:
+            assert isinstance(engine.decoder, EagerDecoder)
+            fill_slots(engine)
+            outputs.append(greedy(engine, PROMPTS[0], 48))
+    assert outputs[0] == outputs[1] == outputs[2]
 
 
-def test_the_budget_is_kept() -> None:
-    with Engine.load(device="cuda", experts="cache", vram_budget="2GiB") as engine:
+# -- decoding by a graph -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [4, 9, 40, None])
+def test_exact_tokens_are_the_eager_ones(slots: int | None) -> None:
+    with load(exact=True, cache_slots=slots) as engine:
+        tokens = greedy(engine, PROMPTS[0])
+        check_books(engine)
+        assert greedy(engine, PROMPTS[0]) == tokens  # from another state of the cache
+    assert tokens == eager_tokens(PROMPTS[0])
+
+
+def test_exact_keys_and_values_are_the_eager_ones_bit_for_bit() -> None:
+    kept = []
+    for options in ({"eager": True}, {"exact": True, "cache_slots": 4}, {"exact": True}):
+        with load(kv_dtype="f32", ctx=512, **options) as engine:
+            greedy(engine, PROMPTS[1])
+            n = len(engine._in_cache[0])
+            kept.append([tensor[0, :n].cpu() for layer in engine.cache.tensors for tensor in layer])
+    assert all(map(torch.equal, kept[1], kept[0]))
+    assert all(map(torch.equal, kept[2], kept[0]))
+
+
+@pytest.mark.parametrize("slots", [12, 40, None])
+def test_an_exact_batch_gives_what_its_prompts_give_alone(slots: int | None) -> None:
+    with load(exact=True, cache_slots=slots, n_sequence=3) as engine:
+        results = engine.generate_batch(PROMPTS, temperature=0, max_tokens=LONG)
+        check_books(engine)
+    assert [result.tokens for result in results] == [eager_tokens(prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"experts": "cpu"},
+        {"miss": "cpu", "cache_slots": 9},
+        {"miss": "fetch", "cache_slots": 9},
+        {"miss": "auto", "cache_slots": 9},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_whoever_computes_a_miss_greedy_tokens_are_the_recorded_ones(options: dict[str, Any]) -> None:
+    """Up to the first small margin: sums are rounded differently."""
+    recorded = Recorded.load(DATA, "stories-deepseek-Q4_K_M")
+    with load(**options) as engine:
+        for i in range(len(recorded.llama_cpp)):
+            equal, sure = greedy_agreement(engine, recorded, i)
+            assert equal >= sure
+        check_books(engine)
+
+
+def test_statistics_add_up() -> None:
+    with load(cache_slots=9) as engine:
+        stats = engine.generate(PROMPTS[0], temperature=0, max_tokens=32).stats
+        assert isinstance(engine.experts, CachedExperts)
+        n_choice = len(engine.experts.handles) * engine.model.router.top_k
+    assert stats.steps == stats.decode_tokens == 32
+    assert stats.expert_hits + stats.expert_misses == 32 * n_choice
+    assert stats.hit_bytes > 0
+    assert stats.miss_bytes > 0
+    assert stats.bound is not None
+    assert 0 < stats.bound.share < 1
+
+
+def test_an_abandoned_text_does_not_disturb_the_next() -> None:
+    with load(exact=True, cache_slots=9) as engine:
+        for _ in range(3):
+            next(engine.stream(PROMPTS[1], temperature=0.9, seed=1, max_tokens=100))
+            assert greedy(engine, PROMPTS[0], 20) == eager_tokens(PROMPTS[0])[:20]
+        check_books(engine)
+
+
+def test_sampling_follows_its_seed() -> None:
+    """With a variant of sampling for each, and each in a graph of its own."""
+    with load(exact=True, cache_slots=9) as engine, load(eager=True) as eager:
+        for options in ({"top_k": 40}, {"top_k": 0, "top_p": 1.0}, {"top_k": 1}):
+            sampled = {"seed": 5, "temperature": 1.0, "max_tokens": 40} | options
+            expected = eager.generate(PROMPTS[0], **sampled).tokens
+            assert [engine.generate(PROMPTS[0], **sampled).tokens for _ in range(2)] == [expected] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"n_sequence": 4}], ids=lambda options: "-".join(options))
+def test_the_budget_is_kept(options: dict[str, Any]) -> None:
+    with load(experts="cache", vram_budget="2GiB", **options) as engine:
         assert engine.vram_plan is not None
-        result = engine.generate("Once upon a time", max_tokens=32, seed=1)
+        prompts = PROMPTS[: engine.cache.n_sequence]
+        for temperature in (0.0, 0.8):  # a graph for each
+            result = engine.generate_batch(prompts, max_tokens=32, seed=1, temperature=temperature)[0]
+        check_books(engine)
         assert torch.cuda.max_memory_reserved() <= engine.vram_plan.budget - engine.vram_plan.context
         assert 0 < result.stats.peak_vram_bytes <= engine.vram_plan.budget

@@ -1,6 +1,7 @@
 """The grouped product against float64 products of the gguf package's values: on a GPU, else in the interpreter."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS: tuple[gp.Method, ...] = ("fused", "dequantized")
 all_types = pytest.mark.parametrize("type", QUANT_TYPES.values(), ids=str)
 fast_types = pytest.mark.parametrize("type", [BY_NAME[name] for name in ("Q4_K", "Q6_K", "Q8_0")], ids=str)
+
+
+def fewer_programs(tiling: gp._Tiling) -> gp._Tiling:
+    """Every program of the grid costs the interpreter time."""
+    return replace(tiling, block_n=256) if DEVICE == "cpu" else tiling
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiling = gp._tiling
+    monkeypatch.setattr(gp, "_tiling", lambda n_row, n_group: fewer_programs(tiling(n_row, n_group)))
 
 
 def layout_of(names: Sequence[str], n_embd: int, n_ff: int) -> SlotLayout:
@@ -95,7 +107,9 @@ def widths(type: QuantType) -> tuple[int, int]:
 def test_every_type(type: QuantType) -> None:
     n_embd, n_ff = widths(type)
     layout = SlotLayout.of(type, type, type, n_embd, n_ff)
-    check_products(layout, random_pool(layout, 2, seed=type.id, shift=1), [3, 0, 18], gp._Tiling(16, 64, 4, 2))
+    check_products(
+        layout, random_pool(layout, 2, seed=type.id, shift=1), [3, 0, 18], fewer_programs(gp._Tiling(16, 64, 4, 2))
+    )
 
 
 @fast_types
@@ -106,7 +120,7 @@ def test_fast_types(type: QuantType, tiling: gp._Tiling) -> None:
     pool = random_pool(layout, 3, seed=1)
     assert all(gp._is_fast(part, pool) for part in (layout.gate, layout.up, layout.down))
     m = tiling.block_m
-    check_products(layout, pool, [m + 1, 0, m // 2], tiling)
+    check_products(layout, pool, [m + 1, 0, m // 2], fewer_programs(tiling))
 
 
 @fast_types
@@ -176,11 +190,23 @@ def test_all_tokens_to_the_same_experts(method: gp.Method) -> None:
     assert error(out, gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)) < 1e-2
 
 
+def test_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch memory for two of them, then for none: there is always room for one."""
+    layout = layout_of(("Q8_0", "Q8_0", "Q8_0"), 128, 128)
+    pool = random_pool(layout, 5, seed=7)
+    ids, weights = routing(9, 2, 5)
+    x, slots = random_x(9, 128), torch.tensor([4, 0, -1, 3, 1], dtype=torch.int32, device=DEVICE)
+    expected = gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)
+    for limit in (4 * 2 * 128 * 128, 0):
+        monkeypatch.setattr("moe_engine.kernels.grouped_expand.SCRATCH_BYTES", limit)
+        assert error(gp.moe_prompt(x, ids, weights, slots, pool, layout, "dequantized"), expected) < 1e-2
+
+
 def test_same_bits_in_other_slots_and_each_time() -> None:
     layout = layout_of(("Q4_K", "Q4_K", "Q6_K"), 256, 256)
     pool = random_pool(layout, 5, seed=7)
-    ids, weights = routing(40, 2, 5)
-    x = random_x(40, 256)
+    ids, weights = routing(20, 2, 5)
+    x = random_x(20, 256)
     slots = torch.arange(5, dtype=torch.int32, device=DEVICE)
     out = gp.moe_prompt(x, ids, weights, slots, pool, layout)
     assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots, pool, layout))

@@ -1,10 +1,12 @@
 """The compiled CPU kernels against the `gguf` package's decoder and float64 arithmetic."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import gguf.quants
 import numpy as np
@@ -262,6 +264,37 @@ def test_fused_gate_up_view() -> None:
     x, ids, weights = random_routing(4, 2, rng)
     apart = kernels.expert_ffn(kernels.register_experts(views[0], views[1], down), x, ids, weights)
     assert same_bits(apart, kernels.expert_ffn(kernels.register_experts(copies[0], copies[1], down), x, ids, weights))
+
+
+def test_experts_in_a_host_buffer() -> None:
+    rng = np.random.default_rng(14)
+    kernels = POOLS[3, False]
+    handle = random_experts(kernels, MIXES[0], rng)
+    moved = []
+    for weight in (handle.gate, handle.up, handle.down):
+        data = cpu.host_buffer(weight.nbytes).view(weight.data.shape)
+        data.copy_(weight.data)
+        moved.append(QuantTensor(data, weight.type, weight.n_in))
+    job = random_routing(4, 2, rng)
+    assert same_bits(kernels.expert_ffn(kernels.register_experts(*moved), *job), kernels.expert_ffn(handle, *job))
+    with pytest.raises(ValueError, match="byte"):
+        cpu.host_buffer(0)
+    with pytest.raises(MemoryError):
+        cpu.host_buffer(1 << 60)
+
+
+def test_a_host_buffer_is_freed_with_its_tensor() -> None:
+    n_bytes = 64 << 20
+    for _ in range(3):
+        before = resident_bytes()
+        part = cpu.host_buffer(n_bytes).fill_(1)[:10]  # a view keeps all of it
+        assert resident_bytes() - before > n_bytes // 2
+        del part
+        assert resident_bytes() - before < n_bytes // 2
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_no_pairs_give_zeros() -> None:

@@ -38,13 +38,13 @@ def grid(n_token: int, n_expert: int, seed: int, step: float = 0.25) -> Tensor:
     return (logits * 2 / step).round().mul(step).to(DEVICE)
 
 
-@pytest.mark.parametrize("n_expert", [8, 60, 64, 128, 160, 256, 384, 512])
+@pytest.mark.parametrize("n_expert", [8, 60, 128, 384, 512])
 @pytest.mark.parametrize("gating", GATINGS)
 def test_equals_the_reference(n_expert: int, gating: Gating) -> None:
-    for n_token, top_k, normalize in ((1, 8, True), (5, 6, False), (16, 1, False)):
+    for n_token, top_k, normalize in ((1, 8, True), (2, 6, False), (1, 1, False)):
         config = RouterConfig(n_expert, top_k, gating, normalize, scale=2.5)
         check(grid(n_token, n_expert, seed=top_k), config)
-        check(torch.randn(n_token, n_expert, generator=torch.Generator().manual_seed(1)).to(DEVICE), config)
+    check(torch.randn(2, n_expert, generator=torch.Generator().manual_seed(1)).to(DEVICE), config)
 
 
 @pytest.mark.parametrize(("n_expert", "n_group", "n_used"), GROUPS)
@@ -53,12 +53,12 @@ def test_equals_the_reference(n_expert: int, gating: Gating) -> None:
 def test_group_limits_and_bias(n_expert: int, n_group: int, n_used: int, gating: Gating, rule: GroupRule) -> None:
     config = RouterConfig(n_expert, 8, gating, True, 1.5, n_group, n_used, rule)
     # An irrational step: no two different pairs of the grid have the same sum
-    check(grid(3, n_expert, seed=0, step=2**0.5 / 3), config)
+    check(grid(2, n_expert, seed=0, step=2**0.5 / 3), config)
     bias = torch.randn(n_expert, generator=torch.Generator().manual_seed(2)).to(DEVICE) / 10
-    check(torch.randn(3, n_expert, generator=torch.Generator().manual_seed(3)).to(DEVICE), config, bias)
+    check(torch.randn(2, n_expert, generator=torch.Generator().manual_seed(3)).to(DEVICE), config, bias)
 
 
-@settings(max_examples=100 if DEVICE == "cpu" else 15, deadline=None)
+@settings(max_examples=40 if DEVICE == "cpu" else 15, deadline=None)
 @given(data=st.data(), gating=st.sampled_from(GATINGS), rule=st.sampled_from(RULES), normalize=st.booleans())
 def test_any_grid_of_ties(data: st.DataObject, gating: Gating, rule: GroupRule, normalize: bool) -> None:
     n_group = data.draw(st.sampled_from([1, 2, 3, 5]))

@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from moe_engine import ConfigError, ModelFormatError, SamplingParams
-from moe_engine.sampling import REPEAT_WINDOW, Sampler
+from moe_engine.sampling import REPEAT_WINDOW, Sampler, philox, uniform
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
 
 
 def draws(n: int = 400, logits: torch.Tensor = LOGITS, history: tuple[int, ...] = (), **options: Any) -> list[int]:
+    """Of one seed at `n` positions."""
     sampler = Sampler(SamplingParams.of(**{"seed": 1, "repeat_penalty": 1.0, **options}))
-    return [sampler(logits, history) for _ in range(n)]
+    return [sampler(logits, (*[history[0] if history else 0] * i, *history)) for i in range(n)]
 
 
 def test_greedy_takes_the_best_and_leaves_the_logits_alone() -> None:
@@ -54,6 +55,54 @@ def test_repeat_penalty_acts_on_recent_tokens_of_either_sign() -> None:
     assert draws(1, logits[2:], (0,), temperature=0, repeat_penalty=1.2) == [1]
     old = (0, *[1] * REPEAT_WINDOW)
     assert draws(1, torch.tensor([2.0, 1.0]), old, temperature=0, repeat_penalty=3.0) == [0]
+
+
+def test_a_draw_depends_on_seed_position_and_logits_alone() -> None:
+    sampler = Sampler(SamplingParams(seed=3, repeat_penalty=1.0, temperature=2.0))
+    tokens = [sampler(LOGITS, [0] * i) for i in range(20)]
+    assert [sampler(LOGITS, [1] * i) for i in reversed(range(20))] == tokens[::-1]
+
+
+def test_seeds_are_new_ones_by_default() -> None:
+    assert len({Sampler(SamplingParams()).seed for _ in range(8)}) == 8
+
+
+def test_ties_go_to_the_lowest_tokens() -> None:
+    logits = torch.tensor([-1.0, 2.0, 2.0, -0.0, 2.0, 0.0])
+    assert Sampler(SamplingParams(temperature=0))(logits, []) == 1
+    assert set(draws(60, logits, top_k=2, top_p=1.0, temperature=9.0)) == {1, 2}
+    assert set(draws(200, logits, top_k=4, top_p=1.0, temperature=50.0)) == {1, 2, 3, 4}
+
+
+def test_top_p_of_one_keeps_the_least_probable() -> None:
+    """At temperature 1 their probability is less than rounding, at 100 it is not."""
+    logits = torch.tensor([60.0, 0.0, 0.0])
+    assert set(draws(200, logits, temperature=100.0, top_k=0, top_p=1.0)) == {0, 1, 2}
+
+
+def test_padding_in_the_prompt_is_ignored() -> None:
+    assert Sampler(SamplingParams(temperature=0, repeat_penalty=1.5))(LOGITS, [7, 5]) == 0
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_words_that_random123_publishes(counter: str, key: str, words: str) -> None:
+    c0, c1, c2, c3 = (int(word, 16) for word in counter.split())
+    k0, k1 = (int(word, 16) for word in key.split())
+    assert philox((c0, c1, c2, c3), (k0, k1)) == tuple(int(word, 16) for word in words.split())
+
+
+def test_random_numbers_are_uniform_over_positions_and_seeds() -> None:
+    """Chi-square over 16 cells: 37.7 is exceeded once in a thousand."""
+    for numbers in ([uniform(5, i) for i in range(4000)], [uniform(i, 5) for i in range(4000)]):
+        counts = torch.tensor(numbers).histc(16, 0, 1)
+        assert float(((counts - 250) ** 2 / 250).sum()) < 37.7
 
 
 def test_suppressed_tokens_are_never_chosen() -> None:

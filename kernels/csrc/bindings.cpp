@@ -2,10 +2,13 @@
 // the GIL.
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bindings_worker.h"
 #include "cpu_order.h"
+#include "host_memory.h"
 #include "moe_cpu.h"
 #include "read_memory.h"
 
@@ -26,6 +29,18 @@ NB_MODULE(_cpu, m) {
     const nb::call_guard<nb::gil_scoped_release> no_gil;
 
     m.def("cpu_order", &moe::cpu_order, "allowed"_a, "system"_a = "/sys/devices/system");
+    m.def("memory_nodes", &moe::memory_nodes, "system"_a = "/sys/devices/system");
+    m.def(
+        "host_buffer",
+        [](int64_t n_bytes, const std::string& system) {
+            if (n_bytes < 1) throw nb::value_error("memory needs at least one byte");
+            auto* memory = new moe::HostMemory(n_bytes, system);
+            const nb::capsule owner(memory,
+                                    [](void* p) noexcept { delete static_cast<moe::HostMemory*>(p); });
+            const size_t size = static_cast<size_t>(n_bytes);
+            return nb::ndarray<nb::pytorch, uint8_t, nb::ndim<1>>(memory->data(), {size}, owner);
+        },
+        "n_bytes"_a, "system"_a = "/sys/devices/system");
     m.def(
         "read_memory",
         [](ThreadPool& pool, uintptr_t address, int64_t n_bytes, int prefetch) {
@@ -111,4 +126,6 @@ NB_MODULE(_cpu, m) {
         },
         "pool"_a, "layer"_a, "x"_a, "n_tokens"_a, "expert_ids"_a, "top_k"_a, "weights"_a, "out"_a,
         "float_activations"_a, no_gil);
+
+    bind_worker(m);
 }

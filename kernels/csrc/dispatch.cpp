@@ -14,8 +14,6 @@
 
 namespace moe {
 
-Codebooks g_codebooks;
-
 namespace {
 
 const char* const kNames[] = {"scalar", "avx2", "avx512", "amx"};
@@ -121,46 +119,9 @@ void set_tier(const std::string& name) {
 
 const TierKernels& kernels() { return table(tier_in_use()); }
 
-void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
-    for (int bits = 0; bits < 256; ++bits) {
-        uint64_t bytes = 0;
-        for (int k = 0; k < 8; ++k)
-            if (bits >> k & 1) bytes |= uint64_t{0xff} << (8 * k);
-        g_codebooks.sign_bytes[bits] = bytes;
-    }
-    for (int code = 0; code < 128; ++code)
-        g_codebooks.even_signs[code] = static_cast<uint8_t>(code | (__builtin_popcount(code) & 1) << 7);
-
-    void* target = nullptr;
-    size_t size = 0;
-    switch (type_id) {
-        case IQ2_XXS:
-            target = g_codebooks.iq2_xxs, size = sizeof(g_codebooks.iq2_xxs);
-            break;
-        case IQ2_XS:
-            target = g_codebooks.iq2_xs, size = sizeof(g_codebooks.iq2_xs);
-            break;
-        case IQ2_S:
-            target = g_codebooks.iq2_s, size = sizeof(g_codebooks.iq2_s);
-            break;
-        case IQ3_XXS:
-            target = g_codebooks.iq3_xxs, size = sizeof(g_codebooks.iq3_xxs);
-            break;
-        case IQ3_S:
-            target = g_codebooks.iq3_s, size = sizeof(g_codebooks.iq3_s);
-            break;
-        case IQ1_S:
-            target = g_codebooks.iq1, size = sizeof(g_codebooks.iq1);
-            break;
-        default:
-            throw std::invalid_argument("type " + std::to_string(type_id) + " has no codebook");
-    }
-    if (static_cast<int64_t>(size) != n_bytes) throw std::invalid_argument("the codebook has the wrong size");
-    std::memcpy(target, grid, size);
-    if (type_id == IQ1_S) {
-        uint8_t* bytes = static_cast<uint8_t*>(target);
-        for (size_t i = 0; i < size; ++i) bytes[i] = static_cast<uint8_t>(8 * grid[i] + 9);
-    }
+// Where the turned plane has elements 32 b + 4 k and the next three.
+static uint8_t* turned_place(uint8_t* turned, int64_t b, int64_t k) {
+    return turned + b / 8 * kChunk + 128 * (k / 4) + 64 * (k % 2) + 8 * (b % 8) + 4 * (k / 2 % 2);
 }
 
 void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record) {
@@ -169,6 +130,10 @@ void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_i
     float* s = d + n_pad / 32;
     kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first,
                               s + 2 * first);
+    uint8_t* turned = record + turned_offset(n_pad);
+    for (int64_t b = first; b < first + n_blocks; ++b)
+        for (int64_t k = 0; k < 8; ++k)
+            std::memcpy(turned_place(turned, b, k), record + 32 * b + 4 * k, 4);
 }
 
 void clear_padding(int64_t n_in, uint8_t* record) {
@@ -178,6 +143,9 @@ void clear_padding(int64_t n_in, uint8_t* record) {
     std::fill(record + n_in, record + n_pad, uint8_t{0});
     std::fill(d + n_in / 32, d + n_pad / 32, 0.0f);
     std::fill(s + n_in / 16, s + n_pad / 16, 0.0f);
+    for (int64_t b = n_in / 32; b < n_pad / 32; ++b)
+        for (int64_t k = 0; k < 8; ++k)
+            std::fill_n(turned_place(record + turned_offset(n_pad), b, k), 4, uint8_t{0});
 }
 
 void quantize_activations(const float* x, int64_t n_in, uint8_t* record) {
@@ -197,27 +165,30 @@ void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t 
             const uint8_t* group[kTokenGroup];
             for (int64_t t = 0; t < count; ++t)
                 group[t] = acts.quantized + (tokens ? tokens[start + t] : start + t) * activation_bytes(n_in);
-            for (int64_t r = 0; r < n_rows; ++r)
-                kernel.dot(rows + r * row_stride, n_in, group, count, products + r * n + start);
+            kernel.dot(rows, row_stride, n_rows, n_in, group, count, products + start, n);
         }
         return;
     }
+    // Rows of floats serve as they are; many tokens take them decoded, like the others.
+    const bool as_they_are = kernel.dot_floats != nullptr && n <= kFloatRows;
+    const DotFloatsFn dot_floats = (as_they_are ? kernel : tier.types[F32]).dot_floats;
     const int64_t at_once = n >= kFloatRows ? kFloatRows : 1;
     for (int64_t r = 0; r < n_rows; r += at_once) {
         const int64_t n_here = std::min(n_rows - r, at_once);
-        const float* weights[kFloatRows];
+        const uint8_t* weights[kFloatRows];
         for (int64_t i = 0; i < n_here; ++i) {
-            const uint8_t* row = rows + (r + i) * row_stride;
+            weights[i] = rows + (r + i) * row_stride;
+            if (as_they_are || type_id == F32) continue;
             float* decoded = reinterpret_cast<float*>(scratch) + i * n_in;
-            if (type_id != F32) kernel.dequantize(row, n_in, decoded);
-            weights[i] = type_id != F32 ? decoded : reinterpret_cast<const float*>(row);
+            kernel.dequantize(weights[i], n_in, decoded);
+            weights[i] = reinterpret_cast<const uint8_t*>(decoded);
         }
         for (int64_t start = 0; start < n; start += kTokenGroup) {
             const int64_t count = std::min(n - start, kTokenGroup);
             const float* group[kTokenGroup];
             for (int64_t t = 0; t < count; ++t)
                 group[t] = acts.x + (tokens ? tokens[start + t] : start + t) * n_in;
-            tier.dot_f32(weights, n_here, n_in, group, count, products + r * n + start, n);
+            dot_floats(weights, n_here, n_in, group, count, products + r * n + start, n);
         }
     }
 }

@@ -25,14 +25,21 @@ inline bool uses_integers(int type_id, bool float_activations) {
     return !float_activations && !kTypeInfo[type_id].is_float;
 }
 
+// For threads that wait: fetches the beginning of rows, as far as the kernels' own prefetches leave it out.
+inline void fetch(const uint8_t* rows, int64_t n_bytes) {
+    for (int64_t line = 0; line < n_bytes && line < kPrefetchDistance; line += 64)
+        __builtin_prefetch(rows + line);
+}
+
 // Writes one record of activation_bytes(n_in): all of it, or blocks of 32 [first, first + n_blocks) of it.
 void quantize_activations(const float* x, int64_t n_in, uint8_t* record);
 void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record);
 void clear_padding(int64_t n_in, uint8_t* record);
 
 // From this many tokens on (of one expert, of one matrix) integer products take the many-token form. Fewer
-// leave too many of its 16 lanes empty: measured, the two forms are about equal at 7 or 8.
-constexpr int64_t kManyTokens = 7;
+// leave too many of its 16 lanes empty: measured, the two forms are about equal at 7 or 8 for types with
+// scales of 32 elements; the others scale twice as many sums.
+constexpr int64_t many_threshold(int type_id) { return has_scales_of_32(type_id) ? 7 : 9; }
 
 // How many activation rows are multiplied with a weight row at a time: they fit the cache beside it.
 constexpr int64_t kTokenGroup = 32;

@@ -1,5 +1,6 @@
-// The feed-forward network of a layer's experts: pairs sorted by expert, then two parallel loops.
+// The feed-forward network of a layer's experts: pairs sorted by expert, then a chain of parallel loops.
 //
+// 0. The inputs are quantized, those of experts with many tokens packed.
 // 1. For every expert and range of its n_ff rows: gate and up products of the expert's tokens, h = silu(gate)
 //    * up, quantized at once (a range is whole blocks of 32) where the down projection takes integers.
 // 2. For every range of output rows: down products of one expert after the other, added in ascending order.
@@ -18,6 +19,8 @@ namespace {
 constexpr int64_t kPairsAtOnce = 64;  // bounds the products buffers of a unit
 constexpr int64_t kManyStride = product_stride(kPairsAtOnce);
 
+constexpr int64_t kStreams = 16;  // of waiting threads: what they fetch must stay in the second-level cache
+
 // One call. What the loops share: the sorted pairs, and the activations in every form that a product reads.
 class Call {
  public:
@@ -31,7 +34,8 @@ class Call {
     void run();
 
  private:
-    void prepare_inputs();
+    void find_memory();
+    void pack_unit(int64_t index);
 
     // Each takes the place among the active experts and a range of the product's rows.
     void gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread);
@@ -79,31 +83,13 @@ class Call {
     PanelChunk* h_panels_ = nullptr;
 };
 
-// Quantizes the inputs, packs those of experts with many tokens, and finds memory for h.
-void Call::prepare_inputs() {
-    const int64_t record = activation_bytes(hidden_), panels = routing_.panel[routing_.n_active];
+// Finds memory for every form of the inputs and of h.
+void Call::find_memory() {
+    const int64_t panels = routing_.panel[routing_.n_active];
     if (integers(layer_.gate) || integers(layer_.up)) {
-        const int64_t records_bytes = round_up(job_.n_tokens * record, 64);
+        const int64_t records_bytes = round_up(job_.n_tokens * activation_bytes(hidden_), 64);
         x_records_ = pool_.shared(ThreadPool::kActivations, records_bytes + panels * panel_bytes(hidden_));
         x_panels_ = reinterpret_cast<PanelChunk*>(x_records_ + records_bytes);
-        const int64_t per_unit = std::max<int64_t>(1, 16384 / hidden_);
-        pool_.run((job_.n_tokens + per_unit - 1) / per_unit, [&](int64_t unit, int) {
-            const int64_t stop = std::min(job_.n_tokens, (unit + 1) * per_unit);
-            for (int64_t t = unit * per_unit; t < stop; ++t)
-                quantize_activations(job_.x + t * hidden_, hidden_, x_records_ + t * record);
-        });
-        if (panels > 0)
-            pool_.run(routing_.n_active, [&](int64_t index, int) {
-                if (!many_up(index)) return;
-                for (int64_t t = 0; t < round_up(n_tokens(index), kLanes); ++t) {
-                    PanelChunk* panel = x_panels(index) + t / kLanes * n_chunks(hidden_);
-                    if (t < n_tokens(index))
-                        pack_record(x_records_ + routing_.token[routing_.start[index] + t] * record, hidden_,
-                                    t % kLanes, panel);
-                    else
-                        pack_zeros(0, hidden_ / 32, t % kLanes, panel);
-                }
-            });
     }
     if (integers(layer_.down)) {
         const int64_t records_bytes = round_up(routing_.n_pairs * activation_bytes(n_ff_), 64);
@@ -111,6 +97,18 @@ void Call::prepare_inputs() {
         h_panels_ = reinterpret_cast<PanelChunk*>(h_records_ + records_bytes);
     } else {
         h_ = reinterpret_cast<float*>(pool_.shared(ThreadPool::kHidden, routing_.n_pairs * n_ff_ * 4));
+    }
+}
+
+void Call::pack_unit(int64_t index) {
+    if (!many_up(index)) return;
+    for (int64_t t = 0; t < round_up(n_tokens(index), kLanes); ++t) {
+        PanelChunk* panel = x_panels(index) + t / kLanes * n_chunks(hidden_);
+        if (t < n_tokens(index))
+            pack_record(x_records_ + routing_.token[routing_.start[index] + t] * activation_bytes(hidden_),
+                        hidden_, t % kLanes, panel);
+        else
+            pack_zeros(0, hidden_ / 32, t % kLanes, panel);
     }
 }
 
@@ -224,10 +222,7 @@ void Call::gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread
     const int64_t scratch_bytes = many ? 2 * tiles_bytes(n_rows, hidden_) : row_scratch_bytes(hidden_);
     const int64_t columns = many ? 2 * kManyStride + kPairsAtOnce : 2 * kPairsAtOnce + 3;
     uint8_t* scratch = pool_.local(thread, scratch_bytes + columns * round_up(n_rows, kTileRows) * 4);
-    if (many)
-        gate_up_many(index, first, n_rows, scratch);
-    else
-        gate_up_few(index, first, n_rows, scratch);
+    many ? gate_up_many(index, first, n_rows, scratch) : gate_up_few(index, first, n_rows, scratch);
 }
 
 void Call::down_unit(int64_t first, int64_t n_rows, int thread) {
@@ -235,14 +230,10 @@ void Call::down_unit(int64_t first, int64_t n_rows, int thread) {
     const int64_t few_bytes = row_scratch_bytes(n_ff_) + kPairsAtOnce * n_rows * 4;
     const int64_t many_bytes = tiles_bytes(n_rows, n_ff_) +
                                (kManyStride + kPairsAtOnce) * round_up(n_rows, kTileRows) * 4;
-    uint8_t* scratch =
-        pool_.local(thread, any_many() ? std::max(few_bytes, many_bytes) : few_bytes);
-    for (int64_t index = 0; index < routing_.n_active; ++index) {
-        if (many_down(index))
-            down_many(index, first, n_rows, scratch);
-        else
-            down_few(index, first, n_rows, scratch);
-    }
+    uint8_t* scratch = pool_.local(thread, any_many() ? std::max(few_bytes, many_bytes) : few_bytes);
+    for (int64_t index = 0; index < routing_.n_active; ++index)
+        many_down(index) ? down_many(index, first, n_rows, scratch)
+                         : down_few(index, first, n_rows, scratch);
 }
 
 void Call::run() {
@@ -250,23 +241,52 @@ void Call::run() {
         std::fill(job_.out, job_.out + job_.n_tokens * hidden_, 0.0f);
         return;
     }
-    prepare_inputs();
+    find_memory();
     const int n_threads = pool_.n_threads();
+
+    const int64_t blocks = hidden_ / 32, blocks_per_unit = std::clamp<int64_t>(blocks / n_threads, 16, 512);
+    const int64_t parts = (blocks + blocks_per_unit - 1) / blocks_per_unit;
+    const auto quantize = [&](int64_t unit, int) {
+        const int64_t token = unit / parts, first = unit % parts * blocks_per_unit;
+        uint8_t* record = x_records_ + token * activation_bytes(hidden_);
+        quantize_range(job_.x + token * hidden_ + 32 * first, first, std::min(blocks_per_unit, blocks - first),
+                       hidden_, record);
+        if (first == 0) clear_padding(hidden_, record);
+    };
+    const auto pack = [&](int64_t index, int) { pack_unit(index); };
+
     const int64_t tile = std::clamp<int64_t>(round_up(routing_.n_active * n_ff_ / (12 * n_threads), 32), 32,
                                              any_many() ? rows_in_cache(hidden_, 2) : 128);
     const int64_t tiles = (n_ff_ + tile - 1) / tile;
-    pool_.run(routing_.n_active * tiles, [&](int64_t unit, int thread) {
+    const auto gate_up = [&](int64_t unit, int thread) {
         const int64_t first = unit % tiles * tile;
         gate_up_unit(unit / tiles, first, std::min(tile, n_ff_ - first), thread);
-    });
+    };
+    const auto fetch_gate_up = [&](int64_t unit, int64_t, int part) {
+        const int64_t first = unit % tiles * tile, n_rows = std::min(tile, n_ff_ - first);
+        const ExpertStack& stack = part == 0 ? layer_.gate : layer_.up;
+        fetch(rows(stack, unit / tiles, first, hidden_), n_rows * row_bytes(stack.type_id, hidden_));
+        return part == 0;
+    };
+
     // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
     const int64_t out_tile =
         any_many() ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
-                 : std::clamp<int64_t>(round_up(hidden_ / (12 * n_threads), 16), 16, 128);
-    pool_.run((hidden_ + out_tile - 1) / out_tile, [&](int64_t unit, int thread) {
+                 : std::clamp<int64_t>(round_up(hidden_ / (16 * n_threads), 8), 8, 128);
+    const auto down = [&](int64_t unit, int thread) {
         const int64_t first = unit * out_tile;
         down_unit(first, std::min(out_tile, hidden_ - first), thread);
-    });
+    };
+    const auto fetch_down = [&](int64_t unit, int64_t stop, int part) {
+        const int64_t n_rows = std::min(hidden_, stop * out_tile) - unit * out_tile;
+        fetch(rows(layer_.down, part, unit * out_tile, n_ff_),
+              n_rows * row_bytes(layer_.down.type_id, n_ff_));
+        return part + 1 < std::min<int64_t>(routing_.n_active, kStreams);
+    };
+    pool_.run({Loop(x_records_ != nullptr ? job_.n_tokens * parts : 0, quantize),
+               Loop(any_many() ? routing_.n_active : 0, pack),
+               Loop(routing_.n_active * tiles, gate_up, fetch_gate_up),
+               Loop((hidden_ + out_tile - 1) / out_tile, down, fetch_down)});
 }
 
 }  // namespace

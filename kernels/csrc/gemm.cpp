@@ -19,7 +19,7 @@ void put_block(const int8_t* q, float d, const float* s, int64_t block, int64_t 
 }  // namespace
 
 bool takes_many(int type_id, int64_t n_tokens, bool float_activations) {
-    return n_tokens >= kManyTokens && uses_integers(type_id, float_activations) &&
+    return n_tokens >= many_threshold(type_id) && uses_integers(type_id, float_activations) &&
            kernels().types[type_id].expand != nullptr;
 }
 

@@ -78,6 +78,7 @@ struct Chunk {
 #include "chunks_avx2.inc"
 #include "chunks_iq_avx2.inc"
 #include "gemm_avx2.inc"
+#include "floats_avx2.inc"
 
 template <int T, int N>
 inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, float* out) {
@@ -118,10 +119,13 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* act
 }
 
 template <int T>
-void dot(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts, float* out) {
-    int64_t t = 0;
-    for (; t + 2 <= n_acts; t += 2) dot_rows<T, 2>(row, n_in, acts + t, out + t);
-    if (t < n_acts) dot_rows<T, 1>(row, n_in, acts + t, out + t);
+void dot(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in, const uint8_t* const* acts,
+         int64_t n_acts, float* out, int64_t out_stride) {
+    for (int64_t r = 0; r < n_rows; ++r, rows += row_stride, out += out_stride) {
+        int64_t t = 0;
+        for (; t + 2 <= n_acts; t += 2) dot_rows<T, 2>(rows, n_in, acts + t, out + t);
+        if (t < n_acts) dot_rows<T, 1>(rows, n_in, acts + t, out + t);
+    }
 }
 
 template <int T>
@@ -149,60 +153,6 @@ void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
             }
         }
     });
-}
-
-// R rows times N tokens. A product is four sums, added up at the end; a large block makes one after the
-// other, so that they fit the registers, and gives the same bits.
-template <int R, int N>
-inline void dot_f32_block(const float* const* rows, int64_t n_in, const float* const* acts, float* out,
-                          int64_t out_stride) {
-    __m256 part[4][R][N];
-    const int64_t whole = n_in / 32 * 32;
-    constexpr int at_once = R * N <= 2 ? 4 : 1;
-    for (int k0 = 0; k0 < 4; k0 += at_once) {
-        __m256 acc[at_once][R][N];
-        for (int k = 0; k < at_once; ++k)
-            for (int r = 0; r < R; ++r)
-                for (int t = 0; t < N; ++t) acc[k][r][t] = _mm256_setzero_ps();
-        for (int64_t i = 8 * k0; i < whole; i += 32)
-            for (int k = 0; k < at_once; ++k) {
-                __m256 w[R];
-                for (int r = 0; r < R; ++r) w[r] = _mm256_loadu_ps(rows[r] + i + 8 * k);
-                for (int t = 0; t < N; ++t) {
-                    const __m256 x = _mm256_loadu_ps(acts[t] + i + 8 * k);
-                    for (int r = 0; r < R; ++r) acc[k][r][t] = _mm256_fmadd_ps(w[r], x, acc[k][r][t]);
-                }
-            }
-        for (int k = 0; k < at_once; ++k)
-            for (int r = 0; r < R; ++r)
-                for (int t = 0; t < N; ++t) part[k0 + k][r][t] = acc[k][r][t];
-    }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < N; ++t) {
-            float sum = total(_mm256_add_ps(_mm256_add_ps(part[0][r][t], part[1][r][t]),
-                                            _mm256_add_ps(part[2][r][t], part[3][r][t])));
-            for (int64_t i = whole; i < n_in; ++i) sum += rows[r][i] * acts[t][i];
-            out[r * out_stride + t] = sum;
-        }
-}
-
-void dot_f32(const float* const* rows, int64_t n_rows, int64_t n_in, const float* const* acts, int64_t n_acts,
-             float* out, int64_t out_stride) {
-    int64_t r = 0;
-    for (; r + 4 <= n_rows; r += 4) {
-        int64_t t = 0;
-        for (; t + 2 <= n_acts; t += 2)
-            dot_f32_block<4, 2>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-        for (; t < n_acts; ++t)
-            dot_f32_block<4, 1>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-    }
-    for (; r < n_rows; ++r) {
-        int64_t t = 0;
-        for (; t + 2 <= n_acts; t += 2)
-            dot_f32_block<1, 2>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-        for (; t < n_acts; ++t)
-            dot_f32_block<1, 1>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-    }
 }
 
 inline int total_i32(__m256i v) {
@@ -268,7 +218,6 @@ void silu_mul(const float* gate, const float* up, int64_t n, float* h) {
 
 constexpr TierKernels make() {
     TierKernels k = type_kernels();
-    k.dot_f32 = dot_f32;
     k.quantize_blocks = quantize_blocks;
     k.silu_mul = silu_mul;
     return k;

@@ -47,11 +47,15 @@ struct Chunk {
 };
 
 #include "chunks_avx512.inc"
+#include "chunks_ternary_avx512.inc"
 #include "chunks_iq_avx512.inc"
+#include "grids_avx512.inc"
 #include "gemm_avx512.inc"
+#include "floats_avx512.inc"
 
 template <int T, int N>
-inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, float* out) {
+__attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t n_in,
+                                                    const uint8_t* const* acts, float* out) {
     const int64_t n_pad = padded(n_in);
     __m512 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm512_setzero_ps();
@@ -85,15 +89,38 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* act
         out[t] = _mm512_reduce_add_ps(_mm512_sub_ps(_mm512_add_ps(acc[t][0], acc[t][1]), low[t]));
 }
 
-template <int T>
-void dot(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts, float* out) {
-    int64_t t = 0;
-    for (; t + 4 <= n_acts; t += 4) dot_rows<T, 4>(row, n_in, acts + t, out + t);
-    if (n_acts - t >= 2) {
-        dot_rows<T, 2>(row, n_in, acts + t, out + t);
-        t += 2;
+template <int T, bool Gather, int N>
+__attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t n_in,
+                                                    const uint8_t* const* acts, float* out) {
+    if constexpr (Gather)
+        dot_grid<T, N>(row, n_in, acts, out);
+    else
+        dot_rows<T, N>(row, n_in, acts, out);
+}
+
+template <int T, bool Gather>
+inline void dot_by(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in,
+                   const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
+    if (n_acts == 1) {
+        for (int64_t r = 0; r < n_rows; ++r, rows += row_stride, out += out_stride)
+            dot_best<T, Gather, 1>(rows, n_in, acts, out);
+        return;
     }
-    if (t < n_acts) dot_rows<T, 1>(row, n_in, acts + t, out + t);
+    for (int64_t r = 0; r < n_rows; ++r, rows += row_stride, out += out_stride) {
+        int64_t t = 0;
+        for (; t + 4 <= n_acts; t += 4) dot_best<T, Gather, 4>(rows, n_in, acts + t, out + t);
+        for (; t + 2 <= n_acts; t += 2) dot_best<T, Gather, 2>(rows, n_in, acts + t, out + t);
+        if (t < n_acts) dot_best<T, Gather, 1>(rows, n_in, acts + t, out + t);
+    }
+}
+
+template <int T>
+void dot(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in, const uint8_t* const* acts,
+         int64_t n_acts, float* out, int64_t out_stride) {
+    if constexpr (has_grid(T))
+        if (gathers_well())
+            return dot_by<T, true>(rows, row_stride, n_rows, n_in, acts, n_acts, out, out_stride);
+    dot_by<T, false>(rows, row_stride, n_rows, n_in, acts, n_acts, out, out_stride);
 }
 
 template <int T>
@@ -119,65 +146,6 @@ void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
             }
         }
     });
-}
-
-// R rows times N tokens. A product is four sums, added up at the end; a large block makes one after the
-// other, so that they fit the registers, and gives the same bits.
-template <int R, int N>
-inline void dot_f32_block(const float* const* rows, int64_t n_in, const float* const* acts, float* out,
-                          int64_t out_stride) {
-    __m512 part[4][R][N];
-    const int64_t whole = n_in / 64 * 64;
-    constexpr int at_once = R * N <= 4 ? 4 : 1;
-    for (int k0 = 0; k0 < 4; k0 += at_once) {
-        __m512 acc[at_once][R][N];
-        for (int k = 0; k < at_once; ++k)
-            for (int r = 0; r < R; ++r)
-                for (int t = 0; t < N; ++t) acc[k][r][t] = _mm512_setzero_ps();
-        for (int64_t i = 16 * k0; i < whole; i += 64)
-            for (int k = 0; k < at_once; ++k) {
-                __m512 w[R];
-                for (int r = 0; r < R; ++r) w[r] = _mm512_loadu_ps(rows[r] + i + 16 * k);
-                for (int t = 0; t < N; ++t) {
-                    const __m512 x = _mm512_loadu_ps(acts[t] + i + 16 * k);
-                    for (int r = 0; r < R; ++r) acc[k][r][t] = _mm512_fmadd_ps(w[r], x, acc[k][r][t]);
-                }
-            }
-        for (int64_t i = k0 == 0 ? whole : n_in; i < n_in; i += 16) {
-            const __mmask16 mask = n_in - i >= 16 ? 0xffff : static_cast<__mmask16>((1u << (n_in - i)) - 1);
-            for (int t = 0; t < N; ++t)
-                for (int r = 0; r < R; ++r)
-                    acc[0][r][t] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, rows[r] + i),
-                                                   _mm512_maskz_loadu_ps(mask, acts[t] + i), acc[0][r][t]);
-        }
-        for (int k = 0; k < at_once; ++k)
-            for (int r = 0; r < R; ++r)
-                for (int t = 0; t < N; ++t) part[k0 + k][r][t] = acc[k][r][t];
-    }
-    for (int r = 0; r < R; ++r)
-        for (int t = 0; t < N; ++t)
-            out[r * out_stride + t] =
-                _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(part[0][r][t], part[1][r][t]),
-                                                   _mm512_add_ps(part[2][r][t], part[3][r][t])));
-}
-
-void dot_f32(const float* const* rows, int64_t n_rows, int64_t n_in, const float* const* acts, int64_t n_acts,
-             float* out, int64_t out_stride) {
-    int64_t r = 0;
-    for (; r + 4 <= n_rows; r += 4) {
-        int64_t t = 0;
-        for (; t + 4 <= n_acts; t += 4)
-            dot_f32_block<4, 4>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-        for (; t < n_acts; ++t)
-            dot_f32_block<4, 1>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-    }
-    for (; r < n_rows; ++r) {
-        int64_t t = 0;
-        for (; t + 4 <= n_acts; t += 4)
-            dot_f32_block<1, 4>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-        for (; t < n_acts; ++t)
-            dot_f32_block<1, 1>(rows + r, n_in, acts + t, out + r * out_stride + t, out_stride);
-    }
 }
 
 void quantize_blocks(const float* x, int64_t n_blocks, int8_t* q, float* d, float* s) {
@@ -226,7 +194,6 @@ void silu_mul(const float* gate, const float* up, int64_t n, float* h) {
 
 constexpr TierKernels make() {
     TierKernels k = type_kernels();
-    k.dot_f32 = dot_f32;
     k.quantize_blocks = quantize_blocks;
     k.silu_mul = silu_mul;
     k.transpose = transpose;

@@ -24,7 +24,7 @@ void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
 }
 
 template <int T>
-void dot(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts, float* out) {
+void dot_row(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts, float* out) {
     const int64_t n_pad = padded(n_in);
     for (int64_t t = 0; t < n_acts; ++t) out[t] = 0.0f;
     for_each_chunk<T>(row, n_in, [&](const uint8_t* chunk, int64_t first) {
@@ -47,6 +47,13 @@ void dot(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n
     });
 }
 
+template <int T>
+void dot(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in, const uint8_t* const* acts,
+         int64_t n_acts, float* out, int64_t out_stride) {
+    for (int64_t r = 0; r < n_rows; ++r)
+        dot_row<T>(rows + r * row_stride, n_in, acts, n_acts, out + r * out_stride);
+}
+
 // No many-token form: nothing here is fast.
 template <int T>
 constexpr ExpandFn expand_function() {
@@ -57,17 +64,27 @@ constexpr MultiplyFn multiply_function() {
     return nullptr;
 }
 
-void dot_f32(const float* const* rows, int64_t n_rows, int64_t n_in, const float* const* acts, int64_t n_acts,
-             float* out, int64_t out_stride) {
+template <int T>
+inline float load_float(const uint8_t* row, int64_t i) {
+    if (T == F32) return load<float>(row + 4 * i);
+    if (T == F16) return load_f16(row + 2 * i);
+    return float_from_bits(static_cast<uint32_t>(load<uint16_t>(row + 2 * i)) << 16);
+}
+
+template <int T>
+void dot_floats(const uint8_t* const* rows, int64_t n_rows, int64_t n_in, const float* const* acts,
+                int64_t n_acts, float* out, int64_t out_stride) {
     constexpr int kWidth = 32;
     for (int64_t r = 0; r < n_rows; ++r)
         for (int64_t t = 0; t < n_acts; ++t) {
-            const float *weight = rows[r], *x = acts[t];
+            const uint8_t* row = rows[r];
+            const float* x = acts[t];
             float acc[kWidth] = {};
             int64_t i = 0;
             for (; i + kWidth <= n_in; i += kWidth)
-                for (int lane = 0; lane < kWidth; ++lane) acc[lane] += weight[i + lane] * x[i + lane];
-            for (int lane = 0; i < n_in; ++i, ++lane) acc[lane] += weight[i] * x[i];
+                for (int lane = 0; lane < kWidth; ++lane)
+                    acc[lane] += load_float<T>(row, i + lane) * x[i + lane];
+            for (int lane = 0; i < n_in; ++i, ++lane) acc[lane] += load_float<T>(row, i) * x[i];
             for (int width = kWidth / 2; width > 0; width /= 2)
                 for (int lane = 0; lane < width; ++lane) acc[lane] += acc[lane + width];
             out[r * out_stride + t] = acc[0];
@@ -103,7 +120,6 @@ void silu_mul(const float* gate, const float* up, int64_t n, float* h) {
 
 constexpr TierKernels make() {
     TierKernels k = type_kernels();
-    k.dot_f32 = dot_f32;
     k.quantize_blocks = quantize_blocks;
     k.silu_mul = silu_mul;
     return k;

@@ -7,15 +7,15 @@
 // Arguments   Python checks them (kernels/cpu.py); here they are trusted.
 // Threads     A call runs on all threads of its pool; calls on one pool from several threads wait in turn.
 //             Where memory has several nodes, the threads are spread over them (cpu_order.h), but a thread takes
-//             units wherever their weights lie. Near reading needs each expert's rows split over the nodes when
-//             they are loaded, in the proportion of the runs that ThreadPool gives to each thread; a mapped file
-//             cannot be, its pages lie where they were first read.
+//             units wherever their weights lie. HostMemory (host_memory.h) deals its pages out to the nodes in
+//             turn, so that all memory channels serve a call; with two nodes half of the reads cross over. A
+//             mapped file's pages lie where they were first read.
 // Results     A token's result is the same bits whatever else is in the call and however many threads run, as
 //             long as the tier and the form of each product are the same: a dot product is one fixed sequence
 //             of operations, and the sum over experts runs in ascending expert order.
 // Forms       Integer products have two, which differ by the rounding of float32 sums (about 1e-7 of the
 //             result; where a hidden activation then rounds to the next 8-bit step, more): row by row, and,
-//             from kManyTokens (dispatch.h) tokens on, in tiles of rows and panels of tokens. matmul()
+//             from many_threshold() (dispatch.h) on, in tiles of rows and panels of tokens. matmul()
 //             counts its tokens, expert_ffn() those of each expert, for gate and up together (both must
 //             take integers) and for down. Float products have one form. The scalar and avx2 tiers only
 //             work row by row; amx gives the bits of avx512.

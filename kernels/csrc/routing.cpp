@@ -20,13 +20,15 @@ Routing sort_by_expert(ThreadPool& pool, const ExpertLayer& layer, const ExpertF
     std::fill(count, count + layer.n_expert, 0);
     for (int64_t p = 0; p < job.n_pairs; ++p)
         if (job.expert_ids[p] >= 0) ++count[job.expert_ids[p]];
+    const int64_t many = std::min({many_threshold(layer.gate.type_id), many_threshold(layer.up.type_id),
+                                   many_threshold(layer.down.type_id)});
     int32_t place = 0, panel = 0;
     for (int64_t e = 0; e < layer.n_expert; ++e) {
         if (count[e] == 0) continue;
         routing.active[routing.n_active] = static_cast<int32_t>(e);
         routing.panel[routing.n_active] = panel;
         routing.start[routing.n_active++] = place;
-        if (count[e] >= kManyTokens) panel += static_cast<int32_t>(n_panels(count[e]));
+        if (count[e] >= many) panel += static_cast<int32_t>(n_panels(count[e]));
         place += std::exchange(count[e], place);  // the count becomes the next place
     }
     routing.start[routing.n_active] = place;

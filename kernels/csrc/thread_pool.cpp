@@ -3,15 +3,9 @@
 #include <climits>
 #include <cstdlib>
 #include <new>
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <pthread.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #include "cpu_order.h"
+#include "system_threads.h"
 
 namespace moe {
 
@@ -19,58 +13,15 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Flags of joined_: there is no open loop; the caller sleeps until the last worker has left.
-constexpr uint32_t kClosed = 1u << 31, kCallerSleeps = 1u << 30, kCount = kCallerSleeps - 1;
+// A worker's presence; kAwaited: inside, and the caller sleeps until it has left.
+constexpr uint32_t kOutside = 0, kInside = 1, kAwaited = 2;
 
 // Giving way takes less than a microsecond, unless another thread was waiting for this processor.
 constexpr auto kTakenAway = std::chrono::microseconds(50);
 // Then the thread does not spin for so long.
 constexpr auto kQuiet = std::chrono::milliseconds(2);
-constexpr auto kCallerSpin = std::chrono::microseconds(100);
-
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-}
-
-#if defined(__linux__)
-long futex(std::atomic<uint32_t>& word, int operation, uint32_t value) {
-    static_assert(sizeof(word) == 4, "the system looks at the bare word");
-    return syscall(SYS_futex, &word, operation | FUTEX_PRIVATE_FLAG, value, nullptr, nullptr, 0);
-}
-
-// Sleeps while word == value; may return early.
-void sleep_on(std::atomic<uint32_t>& word, uint32_t value) { futex(word, FUTEX_WAIT, value); }
-void wake(std::atomic<uint32_t>& word, int n) { futex(word, FUTEX_WAKE, static_cast<uint32_t>(n)); }
-
-std::vector<int> allowed_cpus() {
-    cpu_set_t set;
-    std::vector<int> cpus;
-    if (sched_getaffinity(0, sizeof(set), &set) != 0) return cpus;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-        if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
-    return cpus;
-}
-
-// Not allowed everywhere, and not needed: failures do not matter.
-void keep_on(std::thread& thread, const std::vector<int>& cpus) {
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    for (int cpu : cpus) CPU_SET(cpu, &set);
-    pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
-}
-
-int current_cpu() { return sched_getcpu(); }
-#else
-void sleep_on(std::atomic<uint32_t>&, uint32_t) {
-    std::this_thread::sleep_for(std::chrono::microseconds(100));
-}
-void wake(std::atomic<uint32_t>&, int) {}
-std::vector<int> allowed_cpus() { return {}; }
-void keep_on(std::thread&, const std::vector<int>&) {}
-int current_cpu() { return -1; }
-#endif
+// How long a thread that waits for others inside a chain spins before it sleeps.
+constexpr auto kWaitSpin = std::chrono::microseconds(100);
 
 }  // namespace
 
@@ -94,7 +45,7 @@ ThreadPool::ThreadPool(int n_threads, PoolOptions options)
       spin_(options.spin_microseconds),
       allowed_(allowed_cpus()),
       runs_(static_cast<size_t>(n_threads)),
-      joined_(kClosed) {
+      presence_(static_cast<size_t>(n_threads)) {
     std::vector<int> order;
     if (options.pin && n_threads > 1 && static_cast<size_t>(n_threads) <= allowed_.size()) {
         order = cpu_order(allowed_, "/sys/devices/system");
@@ -119,31 +70,39 @@ ThreadPool::~ThreadPool() { stop(); }
 
 void ThreadPool::stop() {
     stop_.store(true);
-    epoch_.fetch_add(1);
+    epoch_.fetch_add(2);
     wake(epoch_, INT_MAX);
     for (auto& thread : workers_) thread.join();
 }
 
-void ThreadPool::run_erased(int64_t n_units, Function fn, void* ctx) {
-    if (n_units <= 0) return;
-    fn_ = fn;
-    ctx_ = ctx;
-    const int64_t n_runs = n_threads();
-    for (int64_t i = 0; i < n_runs; ++i) {
-        Run& run = runs_[static_cast<size_t>(i)];
-        run.next.store(i * n_units / n_runs, std::memory_order_relaxed);
-        run.stop = (i + 1) * n_units / n_runs;
+void ThreadPool::run(std::initializer_list<Loop> loops) {
+    n_loops_ = 0;
+    bool is_shared = false;
+    for (const Loop& loop : loops) {
+        if (loop.n_units <= 0) continue;
+        n_done_[n_loops_].value.store(0, std::memory_order_relaxed);
+        loops_[n_loops_++] = loop;
+        is_shared = is_shared || loop.n_units > 1;
     }
-    const bool shared = n_units > 1 && !workers_.empty();
-    if (shared) {
+    is_shared = is_shared && !workers_.empty();
+    // Tickets only grow, and start again before they could overflow.
+    if (ticket_ > 1u << 30) {
+        ticket_ = 0;
+        for (Line& run : runs_) run.value.store(0, std::memory_order_relaxed);
+    }
+    ticket_ += kLoops;
+    loops_done_.store(0, std::memory_order_relaxed);
+    if (is_shared) {
         make_way();
-        joined_.store(0, std::memory_order_release);
         epoch_.fetch_add(1);
         // Waking takes the caller microseconds for each thread: the first two wake the next ones.
         if (sleepers_.load() > 0) wake(epoch_, 2);
     }
     work(0);
-    if (shared) wait_for_workers();
+    if (is_shared) {
+        epoch_.fetch_add(1);
+        wait_for_workers();
+    }
     if (error_) {
         std::exception_ptr error = error_;
         error_ = nullptr;
@@ -163,47 +122,107 @@ void ThreadPool::make_way() {
     }
 }
 
+// A worker shows itself before it looks whether the chain is open, the caller closes the chain before it looks
+// for workers: one of the two sees the other.
 void ThreadPool::wait_for_workers() {
-    uint32_t joined = joined_.fetch_or(kClosed, std::memory_order_acq_rel) | kClosed;
-    const auto all_left = [&] {
-        joined = joined_.load(std::memory_order_acquire);
-        return (joined & kCount) == 0;
-    };
-    const auto start = Clock::now();
-    while ((joined & kCount) != 0 && Clock::now() - start < kCallerSpin)
-        for (int i = 0; i < 32 && !all_left(); ++i) pause();
-    while (!all_left()) {
-        joined = joined_.fetch_or(kCallerSleeps, std::memory_order_acq_rel) | kCallerSleeps;
-        if ((joined & kCount) != 0) sleep_on(joined_, joined);
+    for (Presence& presence : presence_) {
+        std::atomic<uint32_t>& state = presence.state;
+        if (state.load() == kOutside) continue;
+        const auto start = Clock::now();
+        while (state.load() != kOutside && Clock::now() - start < kWaitSpin)
+            for (int i = 0; i < 32 && state.load(std::memory_order_relaxed) != kOutside; ++i) pause();
+        uint32_t inside = kInside;
+        if (state.compare_exchange_strong(inside, kAwaited))
+            while (state.load() == kAwaited) sleep_on(state, kAwaited);
     }
 }
 
 void ThreadPool::work(int thread) {
-    const size_t n_runs = runs_.size();
-    for (size_t i = 0; i < n_runs; ++i) {
-        Run& run = runs_[(static_cast<size_t>(thread) + i) % n_runs];
-        for (;;) {
-            // Looking first keeps the line shared among those who only find the run finished.
-            if (run.next.load(std::memory_order_relaxed) >= run.stop) break;
-            const int64_t unit = run.next.fetch_add(1, std::memory_order_relaxed);
-            if (unit >= run.stop) break;
-            try {
-                fn_(ctx_, unit, thread);
-            } catch (...) {
-                std::lock_guard<std::mutex> lock(error_mutex_);
-                if (!error_) error_ = std::current_exception();
-            }
+    for (int i = 0; i < n_loops_; ++i) {
+        const auto done = static_cast<uint64_t>(do_units(i, thread));
+        if (i + 1 == n_loops_) break;  // the caller waits until all have left
+        if (done > 0 && n_done_[i].value.fetch_add(done, std::memory_order_acq_rel) + done ==
+                            static_cast<uint64_t>(loops_[i].n_units)) {
+            loops_done_.store(static_cast<uint32_t>(i) + 1);
+            if (loop_sleepers_.load() > 0) wake(loops_done_, INT_MAX);
+        } else {
+            warm_up(i + 1, thread);
+            wait_for_loop(i);
         }
     }
 }
 
-// Waits for another epoch than `seen`; false if somebody else got the processor meanwhile.
+// Does units until none is left to take; returns how many.
+int64_t ThreadPool::do_units(int loop, int thread) {
+    const int64_t n = n_threads(), n_units = loops_[loop].n_units;
+    const uint32_t ticket = ticket_ + static_cast<uint32_t>(loop);
+    int64_t n_done = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int64_t owner = (thread + i) % n, stop = (owner + 1) * n_units / n;
+        std::atomic<uint64_t>& run = runs_[static_cast<size_t>(owner)].value;
+        uint64_t place = run.load(std::memory_order_relaxed);
+        for (;;) {
+            // The first to come begins the run; a later ticket means that the loop is long over.
+            const auto behind = static_cast<int32_t>(static_cast<uint32_t>(place >> 32) - ticket);
+            const int64_t unit = behind < 0 ? owner * n_units / n : static_cast<int64_t>(place & 0xffffffff);
+            if (behind > 0 || unit >= stop) break;
+            const uint64_t next = uint64_t{ticket} << 32 | static_cast<uint64_t>(unit + 1);
+            if (!run.compare_exchange_weak(place, next, std::memory_order_relaxed)) continue;
+            place = next;
+            try {
+                loops_[loop].body(unit, thread);
+            } catch (...) {
+                std::lock_guard<std::mutex> lock(error_mutex_);
+                if (!error_) error_ = std::current_exception();
+            }
+            ++n_done;
+        }
+    }
+    return n_done;
+}
+
+bool ThreadPool::is_over(int loop) const {
+    return loops_done_.load(std::memory_order_acquire) > static_cast<uint32_t>(loop);
+}
+
+void ThreadPool::warm_up(int loop, int thread) {
+    const int64_t n = n_threads(), n_units = loops_[loop].n_units;
+    const int64_t first = thread * n_units / n, stop = (thread + 1) * n_units / n;
+    if (first == stop) return;
+    for (int part = 0; !is_over(loop - 1) && loops_[loop].warm(first, stop, part); ++part) continue;
+}
+
+// Waits until all units of a loop are done. Whoever holds one may wait for this processor.
+void ThreadPool::wait_for_loop(int loop) {
+    for (int i = 0; i < 64; ++i) {
+        if (is_over(loop)) return;
+        pause();
+    }
+    const auto start = Clock::now();
+    while (Clock::now() - start < kWaitSpin) {
+        for (int i = 0; i < 32; ++i) {
+            if (is_over(loop)) return;
+            pause();
+        }
+        std::this_thread::yield();
+    }
+    loop_sleepers_.fetch_add(1);
+    for (uint32_t done; (done = loops_done_.load()) <= static_cast<uint32_t>(loop);)
+        sleep_on(loops_done_, done);
+    loop_sleepers_.fetch_sub(1);
+}
+
+// Whether a chain is open that the thread has not been in.
+static bool is_new(uint32_t epoch, uint32_t seen) { return epoch % 2 == 1 && epoch != seen; }
+
+// Waits for a new chain; false if somebody else got the processor meanwhile.
 bool ThreadPool::spin(uint32_t seen) {
     auto now = Clock::now();
     const auto deadline = now + spin_;
     while (now < deadline) {
-        for (int i = 0; i < 32; ++i) {
-            if (epoch_.load() != seen) return true;
+        for (int i = 0; i < 128; ++i) {
+            if (is_new(epoch_.load(std::memory_order_acquire), seen) || stop_.load(std::memory_order_relaxed))
+                return true;
             pause();
         }
         const auto before = Clock::now();
@@ -215,26 +234,27 @@ bool ThreadPool::spin(uint32_t seen) {
 }
 
 void ThreadPool::worker(int thread) {
+    std::atomic<uint32_t>& presence = presence_[static_cast<size_t>(thread)].state;
     auto quiet_until = Clock::now();
-    for (uint32_t seen = 0; !stop_;) {
-        if (Clock::now() >= quiet_until && !spin(seen)) quiet_until = Clock::now() + kQuiet;
+    for (uint32_t seen = 0;;) {
+        uint32_t epoch = epoch_.load();
+        if (!is_new(epoch, seen) && Clock::now() >= quiet_until && !spin(seen))
+            quiet_until = Clock::now() + kQuiet;
         bool slept = false;
-        while (epoch_.load() == seen) {
+        while (!is_new(epoch = epoch_.load(), seen)) {
+            if (stop_) return;
             slept = true;
             sleepers_.fetch_add(1);
-            sleep_on(epoch_, seen);
+            sleep_on(epoch_, epoch);
             sleepers_.fetch_sub(1);
         }
-        seen = epoch_.load();
-        uint32_t joined = joined_.load(std::memory_order_acquire);
-        while ((joined & kClosed) == 0) {
-            if (!joined_.compare_exchange_weak(joined, joined + 1, std::memory_order_acq_rel)) continue;
+        seen = epoch;
+        presence.store(kInside);
+        if (epoch_.load() == epoch) {
             if (slept && sleepers_.load() > 0) wake(epoch_, 2);
             work(thread);
-            joined = joined_.fetch_sub(1, std::memory_order_acq_rel) - 1;
-            if (joined == (kClosed | kCallerSleeps)) wake(joined_, 1);
-            break;
         }
+        if (presence.exchange(kOutside) == kAwaited) wake(presence, 1);
     }
 }
 

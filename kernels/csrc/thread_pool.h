@@ -1,14 +1,15 @@
-// A fixed team of threads for short parallel loops, with reusable scratch memory.
+// A fixed team of threads for chains of short parallel loops, with reusable scratch memory.
 //
 // The calling thread works as thread 0, so a pool of n holds n - 1 threads of its own. Every thread has a
 // run of neighbouring units, which it takes one by one, and then takes single ones of the others' runs:
 // neighbours in memory stay with one thread, whose prefetches then reach its own next unit, and a thread
 // that the system takes off its processor delays a loop by no more than the unit it holds.
 //
-// Between loops the threads spin for a while (the next loop of a layer follows at once), then sleep. They
-// offer their processor to others while they spin, and stop spinning where somebody takes it: other threads
-// of the process (PyTorch's) and other processes go first. A thread that wakes too late for a loop misses
-// it: the caller never waits for a sleeper.
+// The loops of a chain follow each other without the caller: the threads go on as soon as all units of a
+// loop are done, and may fetch what they need next while they wait. Between chains the threads spin for a
+// while (the next layer follows soon), then sleep. They offer their processor to others while they spin, and
+// stop spinning where somebody takes it: other threads of the process (PyTorch's) and other processes go
+// first. A thread that wakes too late for a chain misses it: the caller never waits for a sleeper.
 
 #pragma once
 
@@ -16,6 +17,7 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
+#include <initializer_list>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -45,6 +47,38 @@ struct PoolOptions {
     bool pin = true;
 };
 
+// body(unit, thread) for every unit in [0, n_units), in no fixed order. warm(first, stop, part) is called on
+// threads that have to wait before the loop, with the run of units that will be theirs, to fetch a part of
+// it into their cache: with part = 0, 1 and so on, until it returns false or the loop begins. Both are
+// referred to, not copied.
+class Loop {
+ public:
+    template <typename Body>
+    Loop(int64_t n_units, const Body& body)
+        : n_units(n_units), body_(&body), call_body_([](const void* body, int64_t unit, int thread) {
+              (*static_cast<const Body*>(body))(unit, thread);
+          }) {}
+    template <typename Body, typename Warm>
+    Loop(int64_t n_units, const Body& body, const Warm& warm) : Loop(n_units, body) {
+        warm_ = &warm;
+        call_warm_ = [](const void* warm, int64_t first, int64_t stop, int part) {
+            return (*static_cast<const Warm*>(warm))(first, stop, part);
+        };
+    }
+    Loop() = default;
+
+    void body(int64_t unit, int thread) const { call_body_(body_, unit, thread); }
+    bool warm(int64_t first, int64_t stop, int part) const {
+        return warm_ != nullptr && call_warm_(warm_, first, stop, part);
+    }
+    int64_t n_units = 0;
+
+ private:
+    const void *body_ = nullptr, *warm_ = nullptr;
+    void (*call_body_)(const void*, int64_t, int) = nullptr;
+    bool (*call_warm_)(const void*, int64_t, int64_t, int) = nullptr;
+};
+
 class ThreadPool {
  public:
     explicit ThreadPool(int n_threads, PoolOptions options = {});
@@ -57,23 +91,28 @@ class ThreadPool {
     // Hold this during a whole computation: it guards run() and both kinds of scratch memory.
     std::mutex& mutex() { return call_mutex_; }
 
-    // Calls body(unit, thread) for every unit in [0, n_units), in no fixed order; returns when all are done.
-    // The first exception thrown by a body is thrown again here, after the other units have run.
+    // Runs the loops, at most kLoops, one after the other: a loop begins when all units of the last one are
+    // done, and sees what they wrote. Returns when all are done. The first exception thrown by a body is
+    // thrown again here, after all other units have run.
+    void run(std::initializer_list<Loop> loops);
     template <typename Body>
-    void run(int64_t n_units, Body&& body) {
-        run_erased(
-            n_units, [](void* ctx, int64_t unit, int thread) { (*static_cast<Body*>(ctx))(unit, thread); },
-            const_cast<void*>(static_cast<const void*>(&body)));
+    void run(int64_t n_units, const Body& body) {
+        run({Loop(n_units, body)});
     }
+    static constexpr int kLoops = 4;
 
     enum Slot { kActivations, kHidden, kHiddenQuantized, kIndex, kSlots };
     uint8_t* shared(Slot slot, int64_t n_bytes) { return shared_[slot].reserve(n_bytes); }
-    uint8_t* local(int thread, int64_t n_bytes) { return local_[thread].reserve(n_bytes); }
+    uint8_t* local(int thread, int64_t n_bytes) {
+        return local_[static_cast<size_t>(thread)].reserve(n_bytes);
+    }
 
  private:
-    using Function = void (*)(void* ctx, int64_t unit, int thread);
-    void run_erased(int64_t n_units, Function fn, void* ctx);
     void work(int thread);
+    int64_t do_units(int loop, int thread);
+    bool is_over(int loop) const;
+    void warm_up(int loop, int thread);
+    void wait_for_loop(int loop);
     void worker(int thread);
     bool spin(uint32_t seen);
     void wait_for_workers();
@@ -87,22 +126,30 @@ class ThreadPool {
     std::chrono::microseconds spin_;
     std::vector<int> allowed_;  // processors of the process
     std::vector<int> pins_;     // the processor of each worker, -1 for any
-    int caller_cpu_ = -1;       // where the last loop was started
+    int caller_cpu_ = -1;       // where the last chain was started
 
-    // The open loop. Written by the caller only while no worker has joined.
-    Function fn_ = nullptr;
-    void* ctx_ = nullptr;
-    struct alignas(64) Run {
-        std::atomic<int64_t> next{0};
-        int64_t stop = 0;
-    };
-    std::vector<Run> runs_;  // one for each thread
+    // The open chain. Written by the caller only while no worker is inside.
+    Loop loops_[kLoops];
+    int n_loops_ = 0;
+    uint32_t ticket_ = 0;  // of the first loop; the next ones follow
     std::exception_ptr error_;
     std::mutex error_mutex_;
 
-    alignas(64) std::atomic<uint32_t> joined_;  // workers inside the loop, and two flags (thread_pool.cpp)
-    alignas(64) std::atomic<uint32_t> epoch_{0};
-    std::atomic<int> sleepers_{0};
+    // What several threads write lies in cache lines of its own.
+    struct alignas(64) Line {
+        std::atomic<uint64_t> value{0};
+    };
+    struct alignas(64) Presence {
+        std::atomic<uint32_t> state{0};
+    };
+    std::vector<Line> runs_;          // by thread: ticket of the loop << 32 | the next unit of its run
+    std::vector<Presence> presence_;  // by thread: whether it is inside the chain (thread_pool.cpp)
+    Line n_done_[kLoops];             // units of each loop
+
+    alignas(64) std::atomic<uint32_t> epoch_{0};  // odd while a chain is open
+    alignas(64) std::atomic<uint32_t> loops_done_{0};
+    alignas(64) std::atomic<int> sleepers_{0};  // on epoch_
+    std::atomic<int> loop_sleepers_{0};         // on loops_done_
     std::atomic<bool> stop_{false};
 };
 

@@ -9,13 +9,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moe_engine.backend import decode_weight, empty_activations
 from moe_engine.errors import UnsupportedModelError
 from moe_engine.kernels.attention import attention
+from moe_engine.kernels.decode_activations import RUN
+from moe_engine.kernels.decode_attention import decode_attention
+from moe_engine.kernels.decode_product import matvec, matvecs
+from moe_engine.kernels.norm_rope import latent_norm_rope_append
+from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kv_cache import LayerCache, TokenShapes
-from moe_engine.layers import Attention, FeedForward, SwiGLU, rms_norm, router_config
+from moe_engine.layers import Attention, FeedForward, Normed, SwiGLU, rms_norm, router_config
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer
 from moe_engine.rope import Rope, RopeConfig
@@ -109,6 +115,7 @@ class LatentAttention:
             )
         self.dimensions = d = dimensions
         self.kv_shapes: TokenShapes = ((d.kv_lora + d.n_rot,),)
+        self.can_decode = d.kv_lora in (1 << i for i in range(5, 11))
         self.scale = softmax_scale(meta, d)
         self.eps = meta.number("attention.layer_norm_rms_epsilon")
         q_out = d.n_head * (d.qk_nope + d.n_rot)
@@ -157,6 +164,49 @@ class LatentAttention:
         (seen,) = cache.append(position, torch.cat([latent, k_pe], dim=-1))  # [n_key, kv_lora + n_rot]
         attend = self._expanded if self._expand_pays(x.shape[0], seen.shape[0]) else self._absorbed
         return self.attn_output(attend(q_nope, q_pe, seen, position).flatten(1))
+
+    def decode(self, x: Normed, residual: Tensor, positions: Tensor, cache: tuple[Tensor, ...], rope: Rope) -> Tensor:
+        d, n, device = self.dimensions, len(residual), residual.device
+        first = self.attn_q if self.attn_q_a_norm is None else self.attn_q_a
+        weights = (decode_weight(first), decode_weight(self.attn_kv_a_mqa))
+        q, kv = matvecs(x.values, weights, activations=x.rounded)
+        if self.attn_q_a_norm is not None:
+            rounded = empty_activations(n, q.shape[1], device)
+            q, _ = rms_norm_kernel(q, self.attn_q_a_norm, self.eps, activations=rounded)
+            q = matvec(q, decode_weight(self.attn_q), activations=rounded)
+        q_nope, q_pe = q.unflatten(1, (d.n_head, -1)).split([d.qk_nope, d.n_rot], dim=-1)
+        rounded = empty_activations(d.n_head * n, d.qk_nope, device)
+        query = torch.empty(n, d.n_head, d.kv_lora + d.n_rot, device=device)
+        (latents,) = cache
+        latent_norm_rope_append(
+            q_pe,
+            kv,
+            self.attn_kv_a_norm,
+            rope.cos,
+            rope.sin,
+            positions,
+            latents,
+            eps=self.eps,
+            out=query[..., d.kv_lora :],
+            q_nope=None if rounded is None else q_nope,
+            activations=rounded,
+        )
+        absorbed = query[..., : d.kv_lora].transpose(0, 1)  # [n_head, n, kv_lora]
+        matvec(q_nope.transpose(0, 1), decode_weight(self.attn_k_b), absorbed, rounded)
+        rounded = empty_activations(d.n_head * n, d.kv_lora, device)
+        mixed = decode_attention(
+            query[:, None], latents, None, positions, self.scale, d_value=d.kv_lora, activations=rounded
+        )
+        heads = torch.empty(n, d.n_head, d.v_dim, device=device)
+        out_rounded = empty_activations(n, d.n_head * d.v_dim, device) if d.v_dim % RUN == 0 else None
+        matvec(
+            mixed[:, 0].transpose(0, 1),
+            decode_weight(self.attn_v_b),
+            heads.transpose(0, 1),
+            rounded,
+            out_activations=out_rounded,
+        )
+        return matvec(heads.flatten(1), decode_weight(self.attn_output), activations=out_rounded, residual=residual)
 
     def _expand_pays(self, n_token: int, n_key: int) -> bool:
         """Whether expanding the keys costs fewer multiplications than the wider dot products it saves."""

@@ -145,6 +145,25 @@ void throw_from_units(moe::ThreadPool& pool) {
     if (done != 50) fail("units were lost");
 }
 
+// Every unit of a loop reads what other units of the last one wrote.
+void run_chain(moe::ThreadPool& pool, int64_t n) {
+    std::vector<int64_t> first(static_cast<size_t>(n)), second(static_cast<size_t>(n));
+    std::lock_guard<std::mutex> lock(pool.mutex());
+    std::atomic<int64_t> sum{0}, warmed{0};
+    const auto write = [&](int64_t unit, int) { first[static_cast<size_t>(unit)] = unit; };
+    const auto turn = [&](int64_t unit, int) {
+        second[static_cast<size_t>(unit)] = first[static_cast<size_t>(n - 1 - unit)];
+    };
+    const auto add = [&](int64_t unit, int) { sum += second[static_cast<size_t>(n - 1 - unit)]; };
+    const auto warm = [&](int64_t begin, int64_t stop, int part) {
+        if (begin < 0 || begin >= stop || stop > n) fail("a run is none");
+        ++warmed;
+        return part < 3;
+    };
+    pool.run({moe::Loop(n, write), moe::Loop(0, turn), moe::Loop(n, turn, warm), moe::Loop(n, add, warm)});
+    if (sum != n * (n - 1) / 2) fail("a loop began too early");
+}
+
 void one_round(unsigned seed) {
     Random random(seed);
     const std::vector<std::string> tiers = moe::available_tiers();
@@ -171,6 +190,7 @@ void one_round(unsigned seed) {
                 const std::vector<float> result = jobs[job]->run(pool);
                 if (std::memcmp(result.data(), expected[job].data(), result.size() * 4) != 0)
                     fail("a result depends on the threads");
+                run_chain(pool, 1 + static_cast<int64_t>(i) * 7);
                 if (caller == 1 && i % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(300));
             }
             throw_from_units(pool);

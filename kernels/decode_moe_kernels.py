@@ -1,127 +1,14 @@
-"""The Triton kernels of the decode product; `decode_product.py` launches them and says what they compute.
-
-Activations come as `(codes, pairs)`: int8 codes in runs of 16, and for each run its f32 scale and that scale times the
-sum of its codes. Types without a fast path (and blobs at odd addresses) take f32 activations instead and are unpacked
-to f32. Sums have a fixed order and every (token, row) its own, so a token's result does not depend on the others.
-"""
+"""The Triton kernels of `moe_decode`: gate and up with SiLU, then down with the sum over the experts."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
 import triton
 import triton.language as tl
 
-from moe_engine.kernels.decode_activations import rounded, step_of, store_run
+from moe_engine.kernels.decode_activations_kernel import rounded, step_of, store_run
+from moe_engine.kernels.decode_dots import fast_dots, unpacked_dots
+from moe_engine.kernels.decode_overlap import let_next_kernel_start, wait_for_previous_kernel
 from moe_engine.kernels.decode_units import unit_dot
-from moe_engine.kernels.decode_words import let_next_kernel_start, wait_for_previous_kernel
-from moe_engine.kernels.dequantize_kernel import unpack_blocks
-
-
-@triton.jit
-def _fast_dots(
-    rows,
-    codes,
-    pairs,
-    TYPE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    N_UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """rows: pointers `[ROWS]`; codes, pairs: the tokens' pointers `[TOKENS]`. Returns f32 `[ROWS, TOKENS]`."""
-    row = rows[:, None, None]
-    x = codes[None, :, None]
-    x_pairs = pairs[None, :, None]
-    lane = tl.arange(0, LANES)[None, None, :]
-    total = tl.zeros([ROWS, TOKENS, LANES], tl.float32)
-    for start in tl.range(0, N_UNIT, LANES, loop_unroll_factor=UNROLL):
-        # Past the end the last unit is read again: no masks on loads
-        y = unit_dot(row, tl.minimum(start + lane, N_UNIT - 1), x, x_pairs, TYPE, ALIGN)
-        if N_UNIT % LANES != 0:
-            y = tl.where(start + lane < N_UNIT, y, 0.0)
-        total += y
-    return tl.sum(total, axis=2)
-
-
-@triton.jit
-def _unpacked_dots(
-    rows,
-    x,
-    table,
-    TYPE: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-    N_RUN: tl.constexpr,
-    RUN_WIDTH: tl.constexpr,
-    N_IN: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """rows: pointers `[ROWS]`; x: pointer to a token's f32 values. Returns f32 `[ROWS]`.
-
-    Blocks of one element come in bundles of N_RUN, the last one filled up with the row's last element.
-    """
-    s = tl.arange(0, N_RUN)[None, :, None]
-    w = tl.arange(0, RUN_WIDTH)[None, None, :]
-    p = rows[:, None, None]
-    total = tl.zeros([ROWS, N_RUN, RUN_WIDTH], tl.float32)
-    for start in range(0, N_IN, N_RUN * RUN_WIDTH):
-        if RUN_WIDTH == 1:
-            inside = start + s < N_IN
-            y = unpack_blocks(p, tl.minimum(start + s, N_IN - 1), w, table, TYPE)
-            total += y * tl.load(x + start + s, mask=inside, other=0.0).to(tl.float32)
-        else:
-            y = unpack_blocks(p + start // (N_RUN * RUN_WIDTH) * BLOCK_BYTES, s, w, table, TYPE)
-            total += y * tl.load(x + start + s * RUN_WIDTH + w).to(tl.float32)
-    return tl.sum(tl.sum(total, axis=2), axis=1)
-
-
-@triton.jit(do_not_specialize=["n_token", "n_out"])
-def matvec_kernel(
-    data,
-    x,
-    codes,
-    pairs,
-    table,
-    out,
-    n_token,
-    n_out,
-    x_stride,
-    batch_stride,
-    TYPE: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-    N_RUN: tl.constexpr,
-    RUN_WIDTH: tl.constexpr,
-    N_UNIT: tl.constexpr,
-    N_IN: tl.constexpr,
-    ROW_BYTES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """Program (i, j, b): tokens `TOKENS * i` and following with rows `ROWS * j` and following of matrix b.
-
-    Programs of the same rows are neighbours, so that all but the first find the rows in the cache.
-    """
-    batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    rows = data + batch * batch_stride + tl.minimum(row, n_out - 1).to(tl.int64) * ROW_BYTES
-    source = batch * n_token + tl.minimum(token, n_token - 1)
-    if OVERLAP:
-        source += wait_for_previous_kernel()
-    if ALIGN > 0:
-        rows = tl.multiple_of(rows, ALIGN)
-        y = _fast_dots(
-            rows, codes + source * N_IN, pairs + source * (N_IN // 8), TYPE, ALIGN, N_UNIT, ROWS, TOKENS, LANES, UNROLL
-        )
-    else:
-        first = x + (batch * n_token + tl.program_id(0)) * x_stride
-        y = _unpacked_dots(rows, first, table, TYPE, BLOCK_BYTES, N_RUN, RUN_WIDTH, N_IN, ROWS)[:, None]
-    target = out + (batch * n_token + token)[None, :] * n_out + row[:, None]
-    tl.store(target, y, mask=(row[:, None] < n_out) & (token[None, :] < n_token))
 
 
 @triton.jit
@@ -168,10 +55,7 @@ def gate_up_kernel(
 
     Pairs of one expert and the same rows run at about the same time: all but the first find the rows in the cache.
     """
-    pair = tl.program_id(0)
-    done = tl.zeros([1], tl.int32)
-    if OVERLAP:
-        done = wait_for_previous_kernel()
+    pair = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
     slot = tl.load(slots + pair)
     weight = tl.load(weights + pair)
     if slot < 0:
@@ -182,7 +66,7 @@ def gate_up_kernel(
     inside = tl.minimum(row, N_FF - 1)
     gate_rows = expert + inside * GATE_ROW_BYTES
     up_rows = expert + UP_START + inside * UP_ROW_BYTES
-    first = token * N_IN + done
+    first = token * N_IN + tl.zeros([1], tl.int32)
     if GATE_ALIGN > 0 and UP_ALIGN > 0 and GATE_UNITS == UP_UNITS:
         # Both in one loop: twice the loads under way, and the activations are loaded once
         row_pointers = gate_rows[:, None, None], up_rows[:, None, None]
@@ -203,21 +87,20 @@ def gate_up_kernel(
         u = tl.reshape(tl.sum(u_total, axis=2), [ROWS])
     else:
         if GATE_ALIGN > 0:
-            g = _fast_dots(
+            g = fast_dots(
                 gate_rows, codes + first, pairs + first // 8, GATE, GATE_ALIGN, GATE_UNITS, ROWS, 1, LANES, UNROLL
             )
             g = tl.reshape(g, [ROWS])
         else:
             own = x + token * x_stride
-            g = _unpacked_dots(gate_rows, own, gate_table, GATE, GATE_BLOCK_BYTES, GATE_RUN, GATE_WIDTH, N_IN, ROWS)
+            g = unpacked_dots(gate_rows, own, gate_table, GATE, GATE_BLOCK_BYTES, GATE_RUN, GATE_WIDTH, N_IN, ROWS)
         if UP_ALIGN > 0:
-            u = _fast_dots(up_rows, codes + first, pairs + first // 8, UP, UP_ALIGN, UP_UNITS, ROWS, 1, LANES, UNROLL)
+            u = fast_dots(up_rows, codes + first, pairs + first // 8, UP, UP_ALIGN, UP_UNITS, ROWS, 1, LANES, UNROLL)
             u = tl.reshape(u, [ROWS])
         else:
             own = x + token * x_stride
-            u = _unpacked_dots(up_rows, own, up_table, UP, UP_BLOCK_BYTES, UP_RUN, UP_WIDTH, N_IN, ROWS)
-    if OVERLAP:  # not sooner: its programs would crowd onto the first multiprocessors with room
-        let_next_kernel_start()
+            u = unpacked_dots(up_rows, own, up_table, UP, UP_BLOCK_BYTES, UP_RUN, UP_WIDTH, N_IN, ROWS)
+    let_next_kernel_start(OVERLAP)  # not sooner: its programs would crowd onto the first multiprocessors with room
     # The sigmoid from the exponential of a negative number: no overflow
     small = tl.exp(-tl.abs(g))
     y = g * (tl.where(g >= 0, 1.0, small) / (1.0 + small)) * u
@@ -245,6 +128,7 @@ def down_kernel(
     slots,
     h_codes,
     h_pairs,
+    residual,
     out,
     n_token,
     SLOT_BYTES: tl.constexpr,
@@ -258,6 +142,7 @@ def down_kernel(
     ROW_BYTES: tl.constexpr,
     OVERLAP: tl.constexpr,
     PLANES: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -267,14 +152,13 @@ def down_kernel(
     Where an expert's row does not fill the lanes, the units of a row in all used experts are one long row, dealt out to
     the lanes.
     """
-    token = tl.program_id(0)
+    token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_offset = (START + tl.minimum(row, N_OUT - 1) * ROW_BYTES).to(tl.int64)[:, None, None]
     lane = tl.arange(0, LANES)[None, None, :]
     total = tl.zeros([ROWS, 1, LANES], tl.float32)
-    done = tl.zeros([1], tl.int32)[:, None, None]
-    if OVERLAP:
-        done = wait_for_previous_kernel()[:, None, None]
+    zero = tl.zeros([1, 1, 1], tl.int32)
     if N_UNIT % LANES == 0:  # all lanes are in the same expert
         for choice in range(TOP_K):
             pair = token * TOP_K + choice
@@ -282,7 +166,7 @@ def down_kernel(
             if slot >= 0:
                 rows = pool + slot.to(tl.int64) * SLOT_BYTES + row_offset
                 for start in tl.range(0, N_UNIT, LANES, loop_unroll_factor=UNROLL):
-                    source = pair + done
+                    source = pair + zero
                     codes, pairs = h_codes + source * N_FF, h_pairs + source * (N_FF // 8)
                     total += unit_dot(rows, start + lane, codes, pairs, DOWN, ALIGN)
                     if PLANES == 2:  # the same weights: they are loaded and decoded once
@@ -309,13 +193,15 @@ def down_kernel(
                 passed += (candidate >= 0).to(tl.int32)
             rows = pool + slot.to(tl.int64) * SLOT_BYTES + row_offset
             u = at % N_UNIT
-            source = pair + done
+            source = pair + zero
             y = unit_dot(rows, u, h_codes + source * N_FF, h_pairs + source * (N_FF // 8), DOWN, ALIGN)
             if PLANES == 2:  # the same weights: they are loaded and decoded once
                 source += n_token * TOP_K
                 y += unit_dot(rows, u, h_codes + source * N_FF, h_pairs + source * (N_FF // 8), DOWN, ALIGN)
             total += tl.where(start + lane < n_unit, y, 0.0)
     y = tl.reshape(tl.sum(total, axis=2), [ROWS])
+    if RESIDUAL:
+        y += tl.load(residual + token * N_OUT + row, mask=row < N_OUT, other=0.0)
     tl.store(out + token * N_OUT + row, y, mask=row < N_OUT)
 
 
@@ -325,6 +211,7 @@ def down_unpacked_kernel(
     slots,
     h,
     table,
+    residual,
     out,
     SLOT_BYTES: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -336,10 +223,13 @@ def down_unpacked_kernel(
     N_RUN: tl.constexpr,
     RUN_WIDTH: tl.constexpr,
     ROW_BYTES: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Program (t, i): rows `ROWS * i` and following of token t's output, unpacked to f32."""
-    token = tl.program_id(0)
+    token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_offset = START + tl.minimum(row, N_OUT - 1) * ROW_BYTES
     total = tl.zeros([ROWS], tl.float32)
@@ -348,5 +238,7 @@ def down_unpacked_kernel(
         slot = tl.load(slots + pair)
         if slot >= 0:
             rows = pool + slot.to(tl.int64) * SLOT_BYTES + row_offset
-            total += _unpacked_dots(rows, h + pair * N_FF, table, DOWN, BLOCK_BYTES, N_RUN, RUN_WIDTH, N_FF, ROWS)
+            total += unpacked_dots(rows, h + pair * N_FF, table, DOWN, BLOCK_BYTES, N_RUN, RUN_WIDTH, N_FF, ROWS)
+    if RESIDUAL:
+        total += tl.load(residual + token * N_OUT + row, mask=row < N_OUT, other=0.0)
     tl.store(out + token * N_OUT + row, total, mask=row < N_OUT)

@@ -1,0 +1,258 @@
+"""Decode speed of full-size models under VRAM budgets, with checks, on a CUDA machine.
+
+    python bench/bench_decode.py --work /tmp/models --out bench/results/decode.json [--only qwen3-30b-a3b] [--tiny]
+
+Writes random models of the real shapes, loads each with a given share of its experts in VRAM, and decodes after a
+512-token prompt. Random weights do not route as trained ones do, so rows marked "trace" follow recorded routing of a
+trained model (data/routing.npz: 12 layers, 64 experts, top-8) in place of the router's choice; see `routing_for`.
+`--tiny` is a dry run on the simulated device with few layers.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from check_gpu import MemoryWatch
+from synth_gguf import write_model
+from torch import Tensor
+
+from moe_engine import Engine
+from moe_engine.config import format_size
+from moe_engine.decoder import GraphDecoder
+from moe_engine.inspection import inspect_file
+from moe_engine.stats import Stats
+
+ROUTING = Path(__file__).parent / "data" / "routing.npz"
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    share: float  # of the experts in VRAM
+    routing: str  # "own" or "trace"
+    target: float | None = None  # tokens/s
+    batch: int = 1
+    layers: int | None = None
+    miss: str = "auto"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.share:.0%} {self.routing} batch {self.batch} {self.miss}"
+
+
+QWEN, LITE, V3 = "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3"
+ROWS = [
+    Row(QWEN, 0.0, "own", 80),
+    Row(QWEN, 0.25, "trace", 135),
+    Row(QWEN, 0.25, "own", 260),
+    Row(QWEN, 0.5, "trace", 215),
+    Row(QWEN, 0.5, "own", 370),
+    Row(QWEN, 1.0, "own", 430),
+    Row(QWEN, 0.0, "own", batch=4),
+    Row(QWEN, 0.0, "own", batch=8),
+    Row(QWEN, 0.5, "trace", batch=4),
+    Row(QWEN, 0.5, "trace", batch=8),
+    Row(QWEN, 1.0, "own", batch=4),
+    Row(QWEN, 1.0, "own", batch=8),
+    Row(QWEN, 0.25, "trace", miss="cpu"),
+    Row(QWEN, 0.25, "trace", miss="fetch"),
+    Row(LITE, 0.0, "own", 90),
+    Row(LITE, 0.25, "trace", 150),
+    Row(LITE, 1.0, "own", 460),
+    Row(LITE, 0.25, "trace", batch=4),
+    Row(LITE, 0.25, "trace", batch=8),
+    Row(V3, 0.0, "own", 105, layers=7),
+]
+
+
+def routing_for(n_layer: int, n_expert: int, top_k: int) -> Tensor:
+    """Recorded choices mapped onto a model: int32 `[n_step, n_layer, top_k]`.
+
+    64 experts: the recorded ones, the best top_k of them. 128: a layer joins two recorded layers, one choice in two
+    from each, so that the share of experts in use and their locality stay those of the recording (LRU over all layers
+    hits 46 % with 25 % of the experts in slots and 77 % with 50 %; the recording itself 46 and 76). Layers beyond the
+    recording's twelve repeat it some hundreds of tokens later.
+    """
+    ids = np.load(ROUTING)["ids"].astype(np.int32)  # [n_step, 12, 8]
+    n_recorded = ids.shape[1]
+    layers = []
+    for layer in range(n_layer):
+        later = np.roll(ids, -(layer // n_recorded) * 640, axis=0)
+        first = later[:, layer % n_recorded]
+        if n_expert > 64:
+            second = 64 + later[:, (layer + 5) % n_recorded]
+            first = np.concatenate([first[:, 0::2], second[:, 1::2]], axis=1)
+        layers.append(first[:, :top_k] % n_expert)
+    return torch.from_numpy(np.stack(layers, axis=1))
+
+
+def vram_budget(path: Path, row: Row, options: dict[str, Any]) -> int:
+    """What the row's share of the experts needs beside everything else."""
+    with_none = Engine.plan(path, **options)
+    found = inspect_file(path)
+    return with_none.budget - with_none.slots + int(row.share * found.routed_bytes) + 2 * sum(found.expert_bytes)
+
+
+def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:
+    """Loads the model as the row says, decodes, checks the books and the peak."""
+    options: dict[str, Any] = {
+        "device": device,
+        "experts": "cpu" if row.share == 0 else "cache",
+        "n_sequence": row.batch,
+        "ctx": n_prompt + n_decode + 8,
+        "miss": row.miss,
+    }
+    budget = vram_budget(path, row, options)
+    watch = MemoryWatch(enabled=device == "cuda")
+    with watch:
+        started = time.perf_counter()
+        with Engine.load(path, vram_budget=budget, **options) as engine:
+            loaded = time.perf_counter() - started
+            decoder = engine.decoder
+            assert isinstance(decoder, GraphDecoder)
+            if row.routing == "trace":
+                n_layer, n_expert = decoder.step.experts.slot_table.shape
+                decoder.step.replay = routing_for(n_layer, n_expert, engine.model.router.top_k).to(engine.device)
+            prompts = [[(i * 7919 + 31 * b) % 400 for i in range(n_prompt)] for b in range(row.batch)]
+            engine.generate_batch(prompts, temperature=0, max_tokens=n_decode)  # compiles, captures, fills the cache
+            results = [engine.generate_batch(prompts, temperature=0, max_tokens=n_decode) for _ in range(repeats)]
+            decoder.worker.settle()
+            decoder.worker.check_integrity()
+            timeline = timeline_of(decoder)
+            hardware = engine.hardware
+            del decoder
+    torch.cuda.empty_cache() if device == "cuda" else None
+    stats = [result[0].stats for result in results]
+    rates = [s.decode_rate or 0.0 for s in stats]
+    middle = stats[rates.index(statistics.median_low(rates))]
+    found = {
+        "row": row.name,
+        "target": row.target,
+        "tokens_per_second": statistics.median(rates),
+        "all": rates,
+        "bound_share": middle.bound.share if middle.bound else None,
+        "budget": budget,
+        "peak_nvidia_smi": watch.peak,
+        "load_seconds": loaded,
+        "hardware": vars(hardware),
+        "timeline": timeline,
+        "stats": {k: v for k, v in middle.as_dict().items() if k not in ("layer_hits", "layer_misses")},
+    }
+    print(summary(found, middle), flush=True)
+    if watch.enabled and watch.peak > budget:
+        print(f"  PEAK OVER BUDGET by {format_size(watch.peak - budget)}", flush=True)
+    return found
+
+
+def summary(found: dict[str, Any], stats: Stats) -> str:
+    steps, bound = max(1, stats.steps), stats.bound
+    assert bound is not None
+    return (
+        f"{found['row']:40} {found['tokens_per_second']:7.1f} tok/s (target {found['target'] or '-'}), hits "
+        f"{stats.hit_rate or 0:.1%}, {bound.share:.0%} of the bound; a step: {bound.step_seconds * 1e3:.2f} ms, VRAM "
+        f"{bound.vram_seconds * 1e3:.2f}, misses {bound.miss_seconds * 1e3:.2f}, GPU waited "
+        f"{stats.gpu_wait_seconds / steps * 1e3:.2f}, CPU {stats.cpu_seconds / steps * 1e3:.2f}; fetched "
+        f"{stats.fetched_now} now, {stats.fetched_ahead} ahead, {stats.fetches_wasted} wasted; peak "
+        f"{format_size(found['peak_nvidia_smi'])} of {format_size(found['budget'])}; {found['timeline']}"
+    )
+
+
+def soak(path: Path, seconds: float) -> dict[str, Any]:
+    """Random prompts on a small cache for a while: no error, and memory must not grow."""
+    row = Row(QWEN, 0.1, "own")
+    options: dict[str, Any] = {"device": "cuda", "experts": "cache", "ctx": 1024}
+    used, ram, tokens = [], [], 0
+    with Engine.load(path, vram_budget=vram_budget(path, row, options), **options) as engine:
+        watch, random = MemoryWatch(enabled=False), np.random.default_rng(0)
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            prompt = random.integers(0, 400, random.integers(1, 40)).tolist()
+            greedy = bool(random.integers(2))
+            result = engine.generate(prompt, max_tokens=int(random.integers(1, 200)), temperature=0 if greedy else 0.8)
+            tokens += len(result.tokens)
+            used.append(watch.used())
+            ram.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+        assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.worker.settle()
+        engine.decoder.worker.check_integrity()
+    third = len(used) // 3
+    found = {
+        "seconds": seconds,
+        "tokens": tokens,
+        "generations": len(used),
+        "vram_growth": max(used[third:]) - max(used[:third]),
+        "ram_growth": max(ram[third:]) - max(ram[:third]),
+    }
+    print(f"soak: {found}", flush=True)
+    return found
+
+
+def timeline_of(decoder: GraphDecoder) -> dict[str, float]:
+    """Medians in microseconds over the last messages."""
+    entries = decoder.worker.timeline()
+    missed = entries[entries["answered"] > 0]
+    gaps = np.diff(entries["seen"])
+    found = {"between_messages": float(np.median(gaps)) * 1e-3}
+    if len(missed):
+        found["answer"] = float(np.median(missed["answered"] - missed["seen"])) * 1e-3
+        after = entries["seen"][1:] - entries["answered"][:-1]
+        found["answered_to_next"] = float(np.median(after[entries["answered"][:-1] > 0])) * 1e-3
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", action="append", help="rows whose name contains this")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--soak", type=float, default=0.0, help="seconds of random prompts on a small cache at the end")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    device = "simulated" if options.tiny else "cuda"
+    rows = [row for row in ROWS if not options.only or any(part in row.name for part in options.only)]
+    results: dict[str, Any] = {
+        "command": "python bench/bench_decode.py",
+        "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rows": [],
+    }
+    for model in dict.fromkeys(row.model for row in rows):
+        path = options.work / f"{model}.gguf"
+        mine = [row for row in rows if row.model == model]
+        if not path.exists():
+            started = time.perf_counter()
+            write_model(model, path, layers=2 if options.tiny else mine[0].layers, skew=0.35)
+            print(
+                f"wrote {path.name} ({format_size(path.stat().st_size)}) in {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
+        for row in mine:
+            try:
+                sizes = (4, 3, 1) if options.tiny else (512, options.tokens, options.repeats)
+                results["rows"].append(run(path, row, device, *sizes))
+            except Exception as error:  # the other rows are still worth having
+                traceback.print_exc(limit=-4)
+                results["rows"].append({"row": row.name, "error": f"{type(error).__name__}: {error}"})
+            gc.collect()
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+        if options.soak and model == QWEN:
+            results["soak"] = soak(path, options.soak)
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main()

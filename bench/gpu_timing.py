@@ -1,0 +1,144 @@
+"""What the benches of GPU kernels share: CUDA graph timing, ceilings, checks and rows of results."""
+
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, quants
+from torch import Tensor
+
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import BY_NAME
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from random_blocks import random_blocks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CACHE_BYTES = 160 << 20
+"""What a graph's calls read in all, at least: three times an H200's last-level cache."""
+
+Row = dict[str, Any]
+Call = Callable[[], object]
+
+
+def copies(n_bytes: int) -> int:
+    """How many inputs of that size a graph's calls take turns with, so that the cache does not hold them."""
+    return 1 if DEVICE.type == "cpu" else max(1, -(-CACHE_BYTES // n_bytes))
+
+
+def microseconds(calls: list[Call], least: int = 20, replays: int = 15) -> float:
+    """Median time of one of `calls`, replayed in turn in a graph of at least `least`, or of fewer that take long."""
+    calls[0]()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    calls[0]()
+    end.record()
+    end.synchronize()
+    if start.elapsed_time(end) > 0.3:
+        least = min(least, 3)
+    calls = calls * -(-least // len(calls))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 2):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) * 1e3 / len(calls))
+    return statistics.median(times[2:])
+
+
+def copy_rate() -> float:
+    """GB/s of a device-to-device copy, bytes read + written. Not in a graph, whose copies are slower."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device=DEVICE).random_()
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(9):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)))
+    return 2 * source.nbytes / statistics.median(times[2:]) / 1e6
+
+
+def matmul_rate() -> float:
+    """TFLOP/s of a bf16 product of 8192 x 8192 x 8192."""
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / microseconds([lambda: a @ b], least=3) / 1e6
+
+
+class Report:
+    """Rows of results, printed as they come. On a machine without a GPU nothing is timed."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.rows: list[Row] = []
+
+    def add(
+        self,
+        kernel: str,
+        type: str,
+        shape: str,
+        calls: list[Call],
+        *,
+        error: float,
+        n_bytes: float = 0,
+        operations: float = 0,
+        reference: Call | None = None,
+    ) -> Row:
+        """n_bytes: what a call reads at least. reference: the same in torch, for comparison."""
+        row: Row = {"family": self.family, "kernel": kernel, "type": type, "shape": shape, "error": error}
+        if DEVICE.type == "cuda":
+            row["microseconds"] = microseconds(calls)
+            if reference is not None:
+                row["reference_microseconds"] = microseconds([reference], least=3, replays=7)
+            if n_bytes:
+                row["gb_per_s"] = n_bytes / row["microseconds"] / 1e3
+            if operations:
+                row["tflops"] = operations / row["microseconds"] / 1e6
+        self.rows.append(row)
+        print(
+            " ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()), flush=True
+        )
+        return row
+
+
+def check(name: str, actual: Tensor, expected: Tensor, limit: float) -> float:
+    """The relative error over the whole tensor. Ends the program if it is too large."""
+    error = float((actual.double() - expected.double()).norm() / expected.double().norm())
+    if not error < limit:
+        raise SystemExit(f"{name}: relative error {error:.2e}, expected below {limit}")
+    return error
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def int32(value: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.int32, device=DEVICE)
+
+
+def exact_values(weight: QuantTensor) -> Tensor:
+    """F64 on the device, from the gguf package."""
+    data = np.ascontiguousarray(weight.data.cpu().numpy())
+    floats = quants.dequantize(data, GGMLQuantizationType(weight.type.id))
+    return torch.tensor(floats, device=DEVICE).view(weight.shape).double()
+
+
+def random_weight(name: str, *shape: int) -> QuantTensor:
+    """Random blocks `[..., n_out, n_in]`; those after the first 256 rows repeat them, which are slow to draw."""
+    type, n_in, n_row = BY_NAME[name], shape[-1], int(np.prod(shape[:-1]))
+    few = torch.from_numpy(random_blocks(type, min(256, n_row), n_in, np.random.default_rng(type.id)))
+    data = few.to(DEVICE).repeat(-(-n_row // len(few)), 1)[:n_row]
+    return QuantTensor(data.reshape(*shape[:-1], -1).contiguous(), type, n_in)

@@ -1,0 +1,110 @@
+// Copies from host memory into slots, beside everything else. Batches run and finish in the order of their
+// submission. One thread at a time may call an engine; a CUDA engine works from any.
+
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <vector>
+
+namespace moe {
+
+struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+    int64_t n_bytes;
+};
+
+class CopyEngine {
+ public:
+    virtual ~CopyEngine() = default;
+    // The copies of a batch run one after the other. Returns its ticket: 1 for the first batch, and so on.
+    virtual int64_t submit(const std::vector<Copy>& copies) = 0;
+    // Whether the oldest batch not yet reported has finished: if so, the seconds it took once it had begun.
+    virtual std::optional<double> poll() = 0;
+    // Gives up what has not begun where that is possible, and returns once no memory is touched any more.
+    virtual void stop() = 0;
+};
+
+// memcpy on a thread of its own. `held`: nothing begins until release() lets it, for tests.
+class HostCopyEngine final : public CopyEngine {
+ public:
+    explicit HostCopyEngine(bool held);
+    ~HostCopyEngine() override;
+    int64_t submit(const std::vector<Copy>& copies) override;
+    std::optional<double> poll() override;
+    void stop() override;
+    void release(int64_t n_batch);  // lets that many more batches run
+
+ private:
+    void run();
+
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::deque<std::vector<Copy>> waiting_;
+    std::deque<double> finished_;
+    const bool held_;
+    int64_t allowed_ = 0, submitted_ = 0;
+    bool stop_ = false;
+    std::thread thread_;
+};
+
+// Calls another engine from a thread of its own: a driver's calls may wait for those of other threads.
+class CopyThread final : public CopyEngine {
+ public:
+    explicit CopyThread(CopyEngine& engine);
+    ~CopyThread() override;
+    int64_t submit(const std::vector<Copy>& copies) override;  // throws what the thread has met
+    std::optional<double> poll() override;                     // likewise
+    void stop() override;
+
+ private:
+    void run();
+    void serve();
+
+    CopyEngine& engine_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::deque<std::vector<Copy>> waiting_;
+    std::deque<double> finished_;
+    std::atomic<bool> news_{false};  // finished_ or error_ has something
+    std::exception_ptr error_;
+    int64_t submitted_ = 0;
+    bool stop_ = false;
+    std::thread thread_;
+};
+
+class CudaDriver;
+
+// Asynchronous copies on a stream of its own in a device's primary context. The driver is loaded at run time.
+// From page-locked memory; from other memory the driver copies in pieces, and submit() takes that long.
+class CudaCopyEngine final : public CopyEngine {
+ public:
+    explicit CudaCopyEngine(int device);  // std::runtime_error without a driver or the device
+    ~CudaCopyEngine() override;
+    int64_t submit(const std::vector<Copy>& copies) override;
+    std::optional<double> poll() override;
+    void stop() override;
+
+ private:
+    struct Batch {
+        void *begun, *ended;  // events
+    };
+    Batch events();
+    void destroy();
+
+    const CudaDriver& cuda_;
+    int device_ = 0;
+    void *context_ = nullptr, *stream_ = nullptr;
+    std::deque<Batch> running_;
+    std::vector<Batch> spare_;
+    int64_t submitted_ = 0;
+};
+
+}  // namespace moe

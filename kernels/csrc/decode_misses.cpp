@@ -1,0 +1,232 @@
+// What the worker's thread does with one message: see decode_worker.h.
+
+#include <algorithm>
+#include <chrono>
+#include <algorithm>
+#include <stdexcept>
+
+#include "decode_worker.h"
+
+namespace moe {
+
+namespace {
+
+int64_t now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(
+               std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+}  // namespace
+
+void DecodeWorker::handle(const Step& step, int layer) {
+    const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
+    entry_ = {spec_.mailbox.seq(step.number, layer), now(), 0, 0, 0, 0};
+    poll_copies();
+    cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k);
+    read_message(step, layer, message);
+    if (n_missed_ > 0) answer(step, layer, message);
+    cache_.end_layer_step();
+    ++progress_;
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.hits[static_cast<size_t>(layer)] += entry_.n_hit;
+    stats_.misses[static_cast<size_t>(layer)] += n_missed_;
+    timeline_[static_cast<size_t>(n_message_++ % kTimeline)] = entry_;
+}
+
+// Counts the pairs and lists the missed experts. A wrong message would mean wrong results: it ends the worker.
+void DecodeWorker::read_message(const Step& step, int layer, const Mailbox::Message& message) {
+    if (message.header[Mailbox::kTokens] != step.n_token)
+        throw std::runtime_error("a message of " + std::to_string(message.header[Mailbox::kTokens]) +
+                                 " tokens in a step of " + std::to_string(step.n_token));
+    missed_.clear();
+    n_missed_ = 0;
+    std::fill(fate_.begin(), fate_.end(), Fate::none);
+    for (int64_t pair = 0; pair < step.n_token * spec_.mailbox.top_k; ++pair) {
+        const int32_t expert = message.ids[pair], slot = message.slots[pair];
+        if (expert < 0) continue;
+        const ExpertKey key = cache_.key(layer, expert);
+        uses_.note(key, step.number);
+        if (slot >= 0) {
+            if (slot != cache_.slot(key))
+                throw std::runtime_error("the GPU found expert " + std::to_string(expert) + " of layer " +
+                                         std::to_string(layer) + " in slot " + std::to_string(slot) +
+                                         ", but its slot is " + std::to_string(cache_.slot(key)));
+            ++entry_.n_hit;
+            note_use(key);
+            continue;
+        }
+        ++n_missed_;
+        Fate& fate = fate_[static_cast<size_t>(expert)];
+        if (fate == Fate::none) missed_.push_back(key);
+        fate = Fate::cpu;
+    }
+    std::sort(missed_.begin(), missed_.end(), [&](ExpertKey a, ExpertKey b) {
+        const float uses_a = uses_.at(a, step.number), uses_b = uses_.at(b, step.number);
+        return uses_a != uses_b ? uses_a > uses_b : a < b;
+    });
+    if (n_missed_ != message.header[Mailbox::kMissed])
+        throw std::runtime_error("a message with " + std::to_string(n_missed_) + " missed pairs says " +
+                                 std::to_string(message.header[Mailbox::kMissed]));
+}
+
+void DecodeWorker::note_use(ExpertKey key) {
+    if (!unused_[static_cast<size_t>(key)]) return;
+    unused_[static_cast<size_t>(key)] = false;
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    ++stats_.fetched_used;
+}
+
+void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& message) {
+    const Mailbox& mailbox = spec_.mailbox;
+    n_evicted_ = 0;
+    divide(step, layer);
+    compute(step, layer, message);
+    await_late();
+    admit();
+
+    int64_t* header = mailbox.answer_header();
+    header[Mailbox::kFlags] = 0;
+    if (entry_.n_cpu > 0) header[Mailbox::kFlags] |= Mailbox::kAddY;
+    if (entry_.n_now > 0) header[Mailbox::kFlags] |= Mailbox::kLate;
+    header[Mailbox::kEvicted] = n_evicted_;
+    for (int64_t pair = 0; pair < step.n_token * mailbox.top_k; ++pair) {
+        const int32_t expert = message.ids[pair];
+        const bool late = expert >= 0 && message.slots[pair] < 0 &&
+                          fate_[static_cast<size_t>(expert)] == Fate::late;
+        mailbox.late()[pair] = late ? cache_.slot(cache_.key(layer, expert)) : -1;
+    }
+    entry_.answered = now();
+    store_release(header, entry_.seq);
+
+    // The GPU runs again. Victims of these were part of the answer.
+    for (ExpertKey key : background_) start_fetch(key);
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.fetched_background += static_cast<int64_t>(background_.size());
+}
+
+// Decides which missed experts are late, and starts to fetch those that are not on their way.
+void DecodeWorker::divide(const Step& step, int layer) {
+    fetches_.clear();
+    for (ExpertKey key : missed_) {
+        const bool wait = spec_.fetch != Fetch::none && !cache_.absent(key);
+        if (step.allow_late && (cache_.resident(key) || wait)) {
+            fate_[static_cast<size_t>(key % spec_.n_expert)] = Fate::late;
+            ++entry_.n_now;
+            note_use(key);
+        } else if (cache_.absent(key)) {
+            fetches_.push_back(key);
+        }
+    }
+    int64_t n_fetch = static_cast<int64_t>(fetches_.size());
+    if (!step.allow_late || spec_.fetch == Fetch::none) {
+        n_fetch = 0;
+    } else if (spec_.fetch == Fetch::balanced) {
+        int64_t backlog = 0;
+        for (const Flight& flight : in_flight_) backlog += flight.n_bytes;
+        n_fetch = cost_.best_fetches(n_fetch, expert_bytes_[static_cast<size_t>(layer)], backlog);
+    }
+    int64_t n_started = 0;
+    while (n_started < n_fetch && reserve(fetches_[static_cast<size_t>(n_started)])) ++n_started;
+    for (int64_t i = 0; i < n_started; ++i) {
+        const ExpertKey key = fetches_[static_cast<size_t>(i)];
+        fate_[static_cast<size_t>(key % spec_.n_expert)] = Fate::late;
+        start_fetch(key);
+        note_use(key);
+    }
+    entry_.n_now += n_started;
+    entry_.n_cpu = static_cast<int64_t>(missed_.size()) - entry_.n_now;
+    if (spec_.fetch == Fetch::all && entry_.n_cpu > 0)
+        throw std::runtime_error(step.allow_late
+                                     ? "layer " + std::to_string(layer) + ": " + std::to_string(entry_.n_cpu) +
+                                           " missed experts find no slot"
+                                     : "missed experts must be fetched, but the step cannot compute them late");
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.fetched_now += n_started;
+}
+
+void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& message) {
+    if (entry_.n_cpu == 0) return;
+    const Mailbox& mailbox = spec_.mailbox;
+    activity_ = "computes experts of layer";
+    token_.clear();
+    expert_.clear();
+    weight_.clear();
+    for (int64_t pair = 0; pair < step.n_token * mailbox.top_k; ++pair) {
+        const int32_t expert = message.ids[pair];
+        if (expert < 0 || message.slots[pair] >= 0 || fate_[static_cast<size_t>(expert)] != Fate::cpu) continue;
+        token_.push_back(static_cast<int32_t>(pair / mailbox.top_k));
+        expert_.push_back(expert);
+        weight_.push_back(message.weights[pair]);
+    }
+    const bool beside_copies = !in_flight_.empty();
+    for (Flight& flight : in_flight_) flight.beside_cpu = true;
+    const int64_t start = now();
+    expert_ffn(pool_, spec_.layers[static_cast<size_t>(layer)].experts,
+               {mailbox.x, step.n_token, token_.data(), expert_.data(), weight_.data(),
+                static_cast<int64_t>(token_.size()), mailbox.y, spec_.float_activations});
+    const int64_t ns = now() - start, n_bytes = entry_.n_cpu * expert_bytes_[static_cast<size_t>(layer)];
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.cpu_experts += entry_.n_cpu;
+    stats_.cpu_bytes += n_bytes;
+    stats_.cpu_ns += ns;
+    cost_.note_cpu(n_bytes, static_cast<double>(ns) * 1e-9, beside_copies);
+}
+
+void DecodeWorker::await_late() {
+    if (entry_.n_now == 0) return;
+    activity_ = "waits for copies to layer";
+    const int64_t start = now();
+    for (ExpertKey key : missed_)
+        while (fate_[static_cast<size_t>(key % spec_.n_expert)] == Fate::late && !cache_.resident(key))
+            look_around();
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.copy_wait_ns += now() - start;
+}
+
+// Reserves slots for some of the experts that the CPU computed, so that their victims are part of the answer.
+void DecodeWorker::admit() {
+    poll_copies();
+    background_.clear();
+    for (ExpertKey key : missed_) {
+        if (!cache_.absent(key)) continue;
+        const size_t n_flight = in_flight_.size() + background_.size();
+        if (static_cast<int64_t>(n_flight) >= spec_.max_background || !reserve(key)) break;
+        background_.push_back(key);
+    }
+}
+
+bool DecodeWorker::reserve(ExpertKey key) {
+    const SlotCache::Reservation reservation = cache_.reserve(key);
+    if (reservation.slot < 0) return false;
+    if (reservation.evicted < 0) return true;
+    spec_.mailbox.evicted()[n_evicted_++] = reservation.evicted;
+    if (unused_[static_cast<size_t>(reservation.evicted)]) {
+        unused_[static_cast<size_t>(reservation.evicted)] = false;
+        std::lock_guard<std::mutex> lock(stats_mutex_);
+        ++stats_.fetched_unused;
+    }
+    return true;
+}
+
+void DecodeWorker::start_fetch(ExpertKey key) {
+    const auto [layer_index, expert] = cache_.layer_and_expert(key);
+    const WorkerLayer& layer = spec_.layers[static_cast<size_t>(layer_index)];
+    const int32_t slot = cache_.slot(key);
+    batch_.clear();
+    for (const ExpertPart& part : layer.parts)
+        batch_.push_back({layer.slots + slot * layer.slot_bytes + part.slot_offset,
+                          part.host + expert * part.expert_stride, part.n_bytes});
+    batch_.push_back({layer.table + expert * int64_t{4},
+                      reinterpret_cast<const uint8_t*>(spec_.slot_numbers + slot), 4});
+    const int64_t start = now();
+    copies_.submit(batch_);
+    {
+        std::lock_guard<std::mutex> lock(stats_mutex_);
+        stats_.submit_ns += now() - start;
+    }
+    in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false});
+    unused_[static_cast<size_t>(key)] = true;
+}
+
+}  // namespace moe

@@ -1,0 +1,277 @@
+#include "decode_worker.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <stdexcept>
+
+namespace moe {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Seconds = std::chrono::duration<double>;
+
+constexpr int kSpins = 1000;  // between looks at anything but the awaited number
+// A GPU is far quicker. Who waits for longer has a slow device or a busy machine, and need not burn a processor.
+constexpr auto kPatience = std::chrono::milliseconds(5);
+constexpr auto kNap = std::chrono::microseconds(50);
+constexpr auto kIdlePoll = std::chrono::microseconds(200);  // of copies, while no step is pending
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+// Leaves the thread's work when the host wants it to stop.
+struct Stopped {};
+
+std::vector<int> classes_of(const std::vector<WorkerLayer>& layers) {
+    std::vector<int> classes;
+    for (const WorkerLayer& layer : layers) classes.push_back(layer.slot_class);
+    return classes;
+}
+
+}  // namespace
+
+DecodeWorker::DecodeWorker(WorkerSpec spec, ThreadPool& pool, CopyEngine& copies)
+    : spec_(std::move(spec)),
+      pool_(pool),
+      copies_(copies),
+      cache_(spec_.n_expert, classes_of(spec_.layers), spec_.n_slot),
+      unused_(spec_.layers.size() * static_cast<size_t>(spec_.n_expert)),
+      uses_(unused_.size()),
+      fate_(static_cast<size_t>(spec_.n_expert)),
+      cost_(spec_.rates),
+      timeline_(kTimeline) {
+    for (const WorkerLayer& layer : spec_.layers) {
+        expert_bytes_.push_back(0);
+        for (const ExpertPart& part : layer.parts) expert_bytes_.back() += part.n_bytes;
+    }
+    reset_stats();
+    thread_ = std::thread([this] { run(); });
+}
+
+DecodeWorker::~DecodeWorker() {
+    try {
+        stop();
+    } catch (...) {  // copies that cannot be ended: the device is broken, and said so before
+    }
+}
+
+void DecodeWorker::stop() {
+    std::lock_guard<std::mutex> one_at_a_time(stop_mutex_);
+    {
+        std::lock_guard<std::mutex> lock(mutex_);
+        const bool again = stop_.exchange(true);  // then the mailbox may be gone
+        if (!again && !pending_.empty()) store_release(spec_.mailbox.control + Mailbox::kAbort, 1);
+        wake_.notify_all();
+        arrived_.notify_all();
+    }
+    if (thread_.joinable()) thread_.join();
+    copies_.stop();
+}
+
+void DecodeWorker::run() {
+    Step step;
+    try {
+        while (next_step(&step)) {
+            const int n_layer = step.posted ? static_cast<int>(spec_.layers.size()) : 0;
+            for (int layer = 0; layer < n_layer; ++layer) {
+                layer_ = layer;
+                activity_ = "waits for the GPU's message of layer";
+                await(spec_.mailbox.message(step.number, layer).header, spec_.mailbox.seq(step.number, layer));
+                handle(step, layer);
+            }
+            activity_ = "waits for the GPU's tokens after layer";
+            await(spec_.mailbox.step_tokens(step.number).header,
+                  spec_.mailbox.seq(step.number, spec_.mailbox.n_layer));
+            publish(step);
+        }
+    } catch (const Stopped&) {
+    } catch (const std::exception& error) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        fail(error.what());
+    }
+}
+
+bool DecodeWorker::next_step(Step* step) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (pending_.empty()) {
+        if (stop_) return false;
+        activity_ = "sleeps after layer";
+        if (in_flight_.empty()) {
+            wake_.wait(lock);
+            continue;
+        }
+        wake_.wait_for(lock, kIdlePoll);
+        poll_copies();
+        if (in_flight_.empty()) arrived_.notify_all();
+    }
+    *step = pending_.front();
+    return true;
+}
+
+void DecodeWorker::publish(const Step& step) {
+    const Mailbox::Tokens record = spec_.mailbox.step_tokens(step.number);
+    if (record.header[Mailbox::kTokens] != step.n_token)
+        throw std::runtime_error("step " + std::to_string(step.number) + " ended with " +
+                                 std::to_string(record.header[Mailbox::kTokens]) + " tokens instead of " +
+                                 std::to_string(step.n_token));
+    {
+        std::lock_guard<std::mutex> lock(stats_mutex_);
+        ++stats_.steps;
+        if (!step.posted)
+            for (int64_t& hits : stats_.hits) hits += step.n_token * spec_.mailbox.top_k;
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    StepTokens& result = tokens_[static_cast<size_t>(step.number % Mailbox::kRing)];
+    result.step = step.number;
+    result.bad = record.header[Mailbox::kBad] != 0;
+    result.tokens.assign(record.tokens, record.tokens + step.n_token);
+    pending_.pop_front();
+    ++progress_;
+    arrived_.notify_all();
+}
+
+void DecodeWorker::await(const int64_t* header, int64_t seq) {
+    for (const auto start = Clock::now();;) {
+        for (int spin = 0; spin < kSpins; ++spin) {
+            const int64_t seen = load_acquire(header);
+            if (seen == seq) {
+                ++progress_;
+                return;
+            }
+            if (seen > seq)
+                throw std::runtime_error("the GPU posted number " + std::to_string(seen) + " where " +
+                                         std::to_string(seq) + " was due");
+            pause();
+        }
+        look_around();
+        if (Clock::now() - start > kPatience) std::this_thread::sleep_for(kNap);
+    }
+}
+
+// While waiting for anything: at what else may have happened. Others may have the processor, if they want it.
+void DecodeWorker::look_around() {
+    if (stop_) throw Stopped();
+    if (load_acquire(spec_.mailbox.control + Mailbox::kAbort) != 0)
+        throw std::runtime_error("the decode step was aborted");
+    poll_copies();
+    std::this_thread::yield();
+}
+
+void DecodeWorker::poll_copies() {
+    while (const std::optional<double> seconds = copies_.poll()) {
+        const Flight flight = in_flight_.front();
+        in_flight_.pop_front();
+        cache_.complete(flight.key);
+        ++progress_;
+        std::lock_guard<std::mutex> lock(stats_mutex_);
+        stats_.copied_bytes += flight.n_bytes;
+        cost_.note_copy(flight.n_bytes, *seconds, flight.beside_cpu);
+    }
+}
+
+void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool posted) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_alive();
+    if (step != last_expected_ + 1)
+        throw std::logic_error("step " + std::to_string(step) + " is expected after step " +
+                               std::to_string(last_expected_));
+    // Two steps ahead, the GPU could overwrite what has not been read.
+    if (pending_.size() >= 2)
+        throw std::logic_error("step " + std::to_string(step) + " is expected before step " +
+                               std::to_string(step - 2) + " is complete");
+    if (n_token < 1 || n_token > spec_.mailbox.max_batch)
+        throw std::logic_error("a step of " + std::to_string(n_token) + " tokens, at most " +
+                               std::to_string(spec_.mailbox.max_batch) + " are possible");
+    pending_.push_back({step, n_token, allow_late, posted});
+    last_expected_ = step;
+    wake_.notify_all();
+}
+
+std::optional<StepTokens> DecodeWorker::wait_tokens(int64_t step, double seconds) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const StepTokens& result = tokens_[static_cast<size_t>(std::max<int64_t>(step, 0) % Mailbox::kRing)];
+    if (step < 1 || step > last_expected_ || result.step > step)
+        throw std::logic_error("step " + std::to_string(step) + " is not among the last steps expected, up to " +
+                               std::to_string(last_expected_));
+    const auto start = Clock::now();
+    arrived_.wait_for(lock, Seconds(seconds),
+                      [&] { return result.step >= step || stop_ || !failure_.empty(); });
+    if (result.step == step) return result;
+    require_alive();
+    watch(step, Seconds(Clock::now() - start).count());
+    return std::nullopt;
+}
+
+void DecodeWorker::watch(int64_t step, double seconds) {
+    std::string reason;
+    if (load_acquire(spec_.mailbox.control + Mailbox::kGpuError) != 0) reason = "the GPU got no answer in time";
+    still_ = step == watched_step_ && progress_ == watched_progress_ ? still_ + seconds : 0;
+    watched_step_ = step;
+    watched_progress_ = progress_;
+    if (reason.empty() && still_ < spec_.stall_seconds) return;
+    if (reason.empty()) {
+        char text[64];
+        std::snprintf(text, sizeof(text), "nothing has moved for %.2g seconds", still_);
+        reason = text;
+    }
+    fail("decode step " + std::to_string(step) + ": " + reason + "; the worker " + activity_.load() + " " +
+         std::to_string(layer_));
+    require_alive();
+}
+
+void DecodeWorker::fail(const std::string& reason) {
+    if (failure_.empty()) failure_ = reason;
+    store_release(spec_.mailbox.control + Mailbox::kAbort, 1);
+    arrived_.notify_all();
+}
+
+void DecodeWorker::require_alive() {
+    if (!failure_.empty()) throw std::runtime_error(failure_);
+    if (stop_) throw std::runtime_error("the decode worker was stopped");
+}
+
+void DecodeWorker::require_idle() {
+    require_alive();
+    if (!pending_.empty())
+        throw std::runtime_error("step " + std::to_string(pending_.front().number) +
+                                 " is pending: until its tokens have come the slots are the decode worker's");
+}
+
+bool DecodeWorker::settle(double seconds) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    require_idle();
+    arrived_.wait_for(lock, Seconds(seconds),
+                      [this] { return in_flight_.empty() || stop_ || !failure_.empty(); });
+    require_alive();
+    return in_flight_.empty();
+}
+
+WorkerStats DecodeWorker::stats() {
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    WorkerStats copy = stats_;
+    copy.rates = cost_.rates();
+    return copy;
+}
+
+void DecodeWorker::reset_stats() {
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_ = WorkerStats{};
+    stats_.hits.assign(spec_.layers.size(), 0);
+    stats_.misses.assign(spec_.layers.size(), 0);
+    n_message_ = 0;
+}
+
+std::vector<TimelineEntry> DecodeWorker::timeline() {
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    std::vector<TimelineEntry> entries;
+    for (int64_t i = std::max<int64_t>(0, n_message_ - kTimeline); i < n_message_; ++i)
+        entries.push_back(timeline_[static_cast<size_t>(i % kTimeline)]);
+    return entries;
+}
+
+}  // namespace moe

@@ -1,0 +1,202 @@
+// The thread that answers a decode step's cache misses through the mailbox while its CUDA graph runs.
+//
+// Of a layer's missed experts some are fetched into slots for this very step (the GPU computes them late), the
+// CPU computes the others from the host's memory; a few of those are fetched behind the answer for later steps.
+//
+// Who may touch what  While steps are pending, cache, copies and answer belong to the thread alone; else the
+//                     host may change the cache, under the lock. Steps begin to be pending in expect() and end
+//                     with their tokens, both under the lock.
+// Evictions           are decided only while the GPU waits for an answer, which carries them: then no kernel
+//                     reads a slot but those of this layer's experts, which are never victims.
+// Insertions          The slot table's entry is copied behind the expert's bytes. So the GPU may report a hit
+//                     that the thread does not know of yet, and, having routed before, a miss of an expert that
+//                     has arrived meanwhile.
+// Failures            Any exception of the thread, and a standstill found by wait_tokens(), sets the mailbox's
+//                     abort, on which every wait of the GPU returns; all later calls throw the reason.
+
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "copy_engine.h"
+#include "mailbox.h"
+#include "miss_cost.h"
+#include "moe_cpu.h"
+#include "slot_cache.h"
+#include "use_counts.h"
+
+namespace moe {
+
+// A piece of every expert of a layer: where it lies in the host's memory, and where in a slot.
+struct ExpertPart {
+    const uint8_t* host;
+    int64_t expert_stride, slot_offset, n_bytes;
+};
+
+struct WorkerLayer {
+    ExpertLayer experts;
+    std::vector<ExpertPart> parts;
+    int slot_class;
+    uint8_t* slots;  // of the class, on the device
+    int64_t slot_bytes;
+    uint8_t* table;  // int32 [n_expert] on the device
+};
+
+// Which misses are fetched for the step itself, where its graph can compute them late. `most`: those that find
+// a slot. `balanced`: so many that CPU and copies are finished together. `all`: no slot is an error.
+enum class Fetch { none, most, balanced, all };
+
+struct WorkerSpec {
+    Mailbox mailbox;
+    int n_expert;
+    std::vector<WorkerLayer> layers;
+    std::vector<int> n_slot;      // by class
+    const int32_t* slot_numbers;  // 0, 1, ..., for the slot table's copies
+    Fetch fetch;
+    int64_t max_background;  // fetches in flight, up to which another may start behind an answer
+    bool float_activations;
+    Rates rates;
+    double stall_seconds;
+};
+
+struct WorkerStats {
+    int64_t steps = 0;
+    std::vector<int64_t> hits, misses;  // pairs by layer, as the GPU reported them
+    int64_t cpu_experts = 0, cpu_bytes = 0;
+    int64_t fetched_now = 0, fetched_background = 0, copied_bytes = 0;
+    // Fetched experts that were used, and that were evicted before.
+    int64_t fetched_used = 0, fetched_unused = 0;
+    int64_t cpu_ns = 0;        // in expert_ffn
+    int64_t copy_wait_ns = 0;  // answers waited for copies after the CPU was done
+    int64_t submit_ns = 0;     // copies were started
+    Rates rates{};
+};
+
+struct TimelineEntry {
+    int64_t seq, seen, answered;  // nanoseconds of the steady clock; answered 0: nothing was missed
+    int64_t n_hit, n_cpu, n_now;  // pairs, and experts
+};
+
+struct StepTokens {
+    int64_t step = 0;
+    bool bad = false;
+    std::vector<int32_t> tokens;
+};
+
+class DecodeWorker {
+ public:
+    DecodeWorker(WorkerSpec spec, ThreadPool& pool, CopyEngine& copies);
+    ~DecodeWorker();
+    DecodeWorker(const DecodeWorker&) = delete;
+    DecodeWorker& operator=(const DecodeWorker&) = delete;
+    void stop();
+
+    // posted: the layers send messages; false if all experts are in slots and nothing is to be learnt.
+    void expect(int64_t step, int64_t n_token, bool allow_late, bool posted = true);
+    // Nothing if the tokens do not come within the time. Standstills are counted in the time spent here.
+    std::optional<StepTokens> wait_tokens(int64_t step, double seconds);
+
+    // Calls body(cache) while no step is pending; throws std::runtime_error if one is.
+    template <typename Body>
+    auto while_idle(Body&& body) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        require_idle();
+        return body(cache_);
+    }
+    bool settle(double seconds);  // false if copies are still in flight after that time
+
+    WorkerStats stats();
+    void reset_stats();
+    std::vector<TimelineEntry> timeline();
+
+ private:
+    struct Step {
+        int64_t number, n_token;
+        bool allow_late, posted;
+    };
+    struct Flight {
+        ExpertKey key;
+        int64_t n_bytes;
+        bool beside_cpu;
+    };
+
+    void run();
+    bool next_step(Step* step);
+    void publish(const Step& step);
+    void await(const int64_t* header, int64_t seq);
+    void look_around();
+    void poll_copies();
+
+    void handle(const Step& step, int layer);
+    void read_message(const Step& step, int layer, const Mailbox::Message& message);
+    void answer(const Step& step, int layer, const Mailbox::Message& message);
+    void divide(const Step& step, int layer);
+    void compute(const Step& step, int layer, const Mailbox::Message& message);
+    void await_late();
+    void admit();
+    bool reserve(ExpertKey key);
+    void start_fetch(ExpertKey key);
+    void note_use(ExpertKey key);
+
+    void require_idle();
+    void require_alive();
+    void fail(const std::string& reason);
+    void watch(int64_t step, double seconds);
+
+    WorkerSpec spec_;
+    ThreadPool& pool_;
+    CopyEngine& copies_;
+    std::vector<int64_t> expert_bytes_;  // by layer
+
+    std::mutex mutex_;
+    std::condition_variable wake_, arrived_;  // for the thread, for the host
+    std::deque<Step> pending_;
+    int64_t last_expected_ = 0;
+    std::array<StepTokens, Mailbox::kRing> tokens_;
+    std::string failure_;
+    std::atomic<bool> stop_{false};
+
+    // What wait_tokens() sees of the thread.
+    std::atomic<int64_t> progress_{0};
+    std::atomic<const char*> activity_{"sleeps"};
+    std::atomic<int> layer_{0};
+    int64_t watched_step_ = 0, watched_progress_ = 0;
+    double still_ = 0;
+
+    SlotCache cache_;
+    std::deque<Flight> in_flight_;
+    std::vector<bool> unused_;  // by key: fetched and not used yet
+    UseCounts uses_;
+
+    // The layer step at hand.
+    enum class Fate : uint8_t { none, cpu, late };
+    std::vector<Fate> fate_;         // by expert
+    std::vector<ExpertKey> missed_;  // distinct, those used most lately first
+    std::vector<ExpertKey> fetches_, background_;
+    std::vector<int32_t> token_, expert_;  // what the CPU computes
+    std::vector<float> weight_;
+    int64_t n_hit_ = 0, n_missed_ = 0, n_evicted_ = 0;
+    TimelineEntry entry_{};
+    std::vector<Copy> batch_;
+
+    std::mutex stats_mutex_;  // taken last
+    WorkerStats stats_;
+    MissCost cost_;
+    static constexpr int64_t kTimeline = 4096;
+    std::vector<TimelineEntry> timeline_;  // a ring
+    int64_t n_message_ = 0;
+
+    std::mutex stop_mutex_;
+    std::thread thread_;
+};
+
+}  // namespace moe

@@ -1,0 +1,70 @@
+// The memory through which the GPU's decode step and the worker talk. Sequence numbers never repeat: layer l of
+// step s is s * (n_layer + 1) + l, the tokens of step s come after the last layer. A record's number is written
+// last (release) and read first (acquire). The GPU waits for the answer of a message with misses before it posts
+// another, so one x, one answer and one y are enough.
+
+#pragma once
+
+#include <cstdint>
+
+namespace moe {
+
+inline int64_t load_acquire(const int64_t* address) { return __atomic_load_n(address, __ATOMIC_ACQUIRE); }
+inline void store_release(int64_t* address, int64_t value) {
+    __atomic_store_n(address, value, __ATOMIC_RELEASE);
+}
+
+struct Mailbox {
+    static constexpr int64_t kRing = 4;  // steps whose records have places of their own
+    static constexpr int64_t kHeaderBytes = 64;
+    enum MessageHeader { kSeq, kTokens, kMissed };       // kMissed: pairs; 0: the GPU does not wait
+    enum TokensHeader { kBad = 2 };                      // the logits were not finite
+    enum AnswerHeader { kFlags = 1, kEvicted };          // after kSeq
+    static constexpr int64_t kAddY = 1, kLate = 2;       // answer flags: y is to be added; late() is valid
+    enum Control { kAbort, kGpuError };
+
+    int64_t n_layer, top_k, hidden, max_batch;
+    uint8_t* messages;  // [kRing * n_layer, message_bytes()]
+    uint8_t* tokens;    // [kRing, token_bytes()]
+    const float* x;     // [max_batch, hidden], valid in messages with misses
+    uint8_t* answer;
+    float* y;          // [max_batch, hidden]: what the CPU computed, weighted and summed
+    int64_t* control;  // [8]
+
+    static int64_t whole_lines(int64_t n_bytes) { return (n_bytes + 63) / 64 * 64; }
+    int64_t max_pairs() const { return max_batch * top_k; }
+    int64_t message_bytes() const { return whole_lines(kHeaderBytes + 12 * max_pairs()); }
+    int64_t token_bytes() const { return kHeaderBytes + whole_lines(4 * max_batch); }
+    int64_t answer_bytes() const { return kHeaderBytes + 2 * whole_lines(4 * max_pairs()); }
+    int64_t seq(int64_t step, int64_t layer) const { return step * (n_layer + 1) + layer; }
+
+    struct Message {
+        int64_t* header;
+        int32_t* ids;  // [n_token, top_k]; -1: the token is of no sequence
+        float* weights;
+        int32_t* slots;  // -1: missed
+    };
+    Message message(int64_t step, int64_t layer) const {
+        uint8_t* record = messages + (step % kRing * n_layer + layer) * message_bytes();
+        int32_t* ids = reinterpret_cast<int32_t*>(record + kHeaderBytes);
+        return {reinterpret_cast<int64_t*>(record), ids, reinterpret_cast<float*>(ids + max_pairs()),
+                ids + 2 * max_pairs()};
+    }
+
+    struct Tokens {
+        int64_t* header;
+        int32_t* tokens;
+    };
+    Tokens step_tokens(int64_t step) const {
+        uint8_t* record = tokens + step % kRing * token_bytes();
+        return {reinterpret_cast<int64_t*>(record), reinterpret_cast<int32_t*>(record + kHeaderBytes)};
+    }
+
+    int64_t* answer_header() const { return reinterpret_cast<int64_t*>(answer); }
+    // Slots of pairs whose expert was fetched for this very step, else -1.
+    int32_t* late() const { return reinterpret_cast<int32_t*>(answer + kHeaderBytes); }
+    // layer * n_expert + expert, whose entries of the slot table the GPU sets to -1.
+    int32_t* evicted() const { return late() + whole_lines(4 * max_pairs()) / 4; }
+};
+
+}  // namespace moe

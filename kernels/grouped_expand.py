@@ -1,0 +1,67 @@
+"""Experts of a prompt written out as bf16, as many at a time as the scratch memory holds."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from moe_engine.kernels.dequantize import _table, tile_constants
+from moe_engine.kernels.grouped_sort import Groups
+from moe_engine.kernels.quant_types import BY_NAME
+from moe_engine.kernels.slot_layout import SlotPart
+
+SCRATCH_BYTES = 200 << 20
+
+
+def check_pool(pool: Tensor, part: SlotPart) -> None:
+    assert pool.dtype == torch.uint8, pool.dtype
+    assert pool.dim() == 2, pool.shape
+    assert pool.stride(1) == 1, pool.stride()
+    assert part.offset + part.nbytes <= pool.shape[1], (part, pool.shape)
+
+
+def dequantize_groups(groups: Groups, pool: Tensor, part: SlotPart, out: Tensor) -> None:
+    """Writes the part of every group with rows to `out[g]`: bf16 `[>= n_group, n_out * n_in]`, rows contiguous."""
+    from moe_engine.kernels.grouped_kernels import dequantize_groups_kernel
+
+    check_pool(pool, part)
+    constants = tile_constants(part.type)
+    n_block = part.n_out * part.n_in // part.type.block_size
+    dequantize_groups_kernel[-(-n_block // constants["TILE_BLOCKS"]), len(groups)](
+        pool,
+        groups.offsets,
+        groups.slots,
+        _table(part.type.id, pool.device),
+        out,
+        pool.stride(0),
+        part.offset,
+        n_block,
+        out.stride(0),
+        enable_fp_fusion=False,
+        **constants,
+    )
+
+
+def expanded(groups: Groups, pool: Tensor, parts: tuple[SlotPart, ...]) -> Iterator[tuple[Groups, Tensor]]:
+    """All groups' parts in bf16, some groups at a time: a pool with the parts one after the other, and the groups with
+    their slots in it, -1 for those whose turn it is not.
+    """
+    n_group, n_value = len(groups), sum(part.n_out * part.n_in for part in parts)
+    n_slot = min(n_group, max(1, SCRATCH_BYTES // (2 * n_value)))
+    scratch = torch.empty(n_slot, n_value, dtype=torch.bfloat16, device=pool.device)
+    index = torch.arange(n_group, dtype=torch.int32, device=pool.device)
+    for start in range(0, n_group, n_slot):
+        here = slice(start, start + n_slot)
+        some = Groups(groups.offsets[start : start + n_slot + 1], groups.slots[here])
+        at = 0
+        for part in parts:
+            dequantize_groups(some, pool, part, scratch[:, at : at + part.n_out * part.n_in])
+            at += part.n_out * part.n_in
+        slots = torch.where(groups.slots < 0, -1, index - start)
+        slots[:start] = -1
+        slots[start + n_slot :] = -1
+        yield Groups(groups.offsets, slots), scratch.view(torch.uint8)
+
+
+def expanded_part(part: SlotPart, offset: int = 0) -> SlotPart:
+    return SlotPart(BY_NAME["BF16"], part.n_out, part.n_in, offset)

@@ -1,0 +1,160 @@
+"""The GPU's side of the mailbox (`worker.py`): posts a layer's misses, waits for the answer, sends the tokens.
+
+All launches have fixed grids and read the step's number from the device, so a CUDA graph can hold them. A layer in
+which nothing is missed is posted too (for statistics and the policy), but not waited for.
+"""
+
+import triton
+from torch import Tensor
+
+from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, wait_kernel
+from moe_engine.kernels.router_kernel import Routing
+from moe_engine.kernels.worker import HEADER_BYTES, RING, Mailbox
+
+# Values that a program moves. One program's 8 KB for 2048 wide models, several for more: not tuned.
+_BLOCK = 4096
+WAIT_NANOSECONDS = 4_000_000_000
+_WAIT_LOOKS = 2000  # in Triton's interpreter, which has no clock; a look takes it about 2 ms
+
+
+def post(
+    mailbox: Mailbox,
+    layer: int,
+    step: Tensor,
+    positions: Tensor,
+    routing: Routing,
+    x: Tensor,
+    arrived: Tensor,
+    *,
+    slot_table: Tensor,
+    replay: Tensor | None = None,
+) -> None:
+    """Sends a layer's routing to the host, and its input where something is missed.
+
+    step: int64 `[1]`. positions: int32 `[n_token]`; tokens below zero are taken out of `routing` (-1). x: f32
+    `[n_token, hidden]`. arrived: int32 `[1]`, zero before and after. replay: int32 `[n_step, n_layer, top_k]`, recorded
+    choices that take the place of the router's, with their slots in slot_table, int32 `[n_layer, n_expert]`.
+    """
+    n_token, top_k = routing.ids.shape
+    assert x.shape == (n_token, mailbox.hidden), (x.shape, mailbox.hidden)
+    assert n_token <= mailbox.max_batch, (n_token, mailbox.max_batch)
+    assert top_k == mailbox.top_k, (top_k, mailbox.top_k)
+    assert x.is_contiguous()
+    assert replay is None or replay.shape[1:] == (mailbox.n_layer, top_k), replay.shape
+    block = min(_BLOCK, triton.next_power_of_2(x.numel()))
+    post_kernel[triton.cdiv(x.numel(), block),](
+        mailbox.messages.view(-1).view(step.dtype),
+        mailbox.messages.view(-1).view(routing.ids.dtype),
+        mailbox.messages.view(-1).view(x.dtype),
+        mailbox.x,
+        step,
+        positions,
+        arrived,
+        *(routing.ids, routing.weights, routing.slots),
+        x,
+        slot_table if replay is None else replay,
+        slot_table,
+        1 if replay is None else len(replay),
+        layer,
+        N_EXPERT=mailbox.n_expert,
+        REPLAY=replay is not None,
+        N_LAYER=mailbox.n_layer,
+        RING=RING,
+        MESSAGE_BYTES=mailbox.message_bytes,
+        IDS_AT=mailbox.ids_offset,
+        WEIGHTS_AT=mailbox.weights_offset,
+        SLOTS_AT=mailbox.slots_offset,
+        N_TOKEN=n_token,
+        TOP_K=top_k,
+        PAIRS=triton.next_power_of_2(n_token * top_k),
+        N_X=x.numel(),
+        BLOCK=block,
+        ON_GPU=x.is_cuda,
+        num_warps=8,
+    )
+
+
+def wait(
+    mailbox: Mailbox,
+    layer: int,
+    step: Tensor,
+    routing: Routing,
+    slot_table: Tensor,
+    waited: Tensor,
+    *,
+    out: Tensor | None = None,
+    hits: Tensor | None = None,
+    late: Tensor | None = None,
+    time_out: int | None = None,
+) -> None:
+    """Waits for the answer to what `post` has sent, if something was missed, and applies it.
+
+    With `out` (f32 `[n_token, hidden]`): out = hits + what the CPU computed, and `late` (int32 `[n_token,
+    top_k]`) receives the slots of experts fetched meanwhile, -1 for the others. Without `out` those slots replace
+    the -1 in `routing.slots`. Evicted experts are taken out of slot_table, int32 `[n_layer, n_expert]`. waited: int64
+    `[n_layer]`, to which the nanoseconds are added. After `time_out` (nanoseconds, or looks where there is no GPU)
+    the mailbox's error is set, and neither this nor any later call waits.
+    """
+    n_token, top_k = routing.ids.shape
+    merge = out is None
+    n_x = 0 if out is None else out.numel()
+    assert merge or n_x == n_token * mailbox.hidden, (n_x, n_token)
+    for part in (out, hits):
+        assert part is None or part.is_contiguous()
+    block = 1 if merge else min(_BLOCK, triton.next_power_of_2(n_x))
+    stand_in = mailbox.y  # never read
+    if time_out is None:
+        time_out = WAIT_NANOSECONDS if routing.ids.is_cuda else _WAIT_LOOKS
+    wait_kernel[max(1, triton.cdiv(n_x, block)),](
+        mailbox.answer.view(step.dtype),
+        mailbox.answer.view(routing.ids.dtype),
+        mailbox.control,
+        mailbox.y,
+        step,
+        routing.ids,
+        routing.slots,
+        routing.slots if late is None else late,
+        slot_table,
+        stand_in if hits is None else hits,
+        stand_in if out is None else out,
+        waited,
+        layer,
+        time_out,
+        N_LAYER=mailbox.n_layer,
+        LATE_AT=mailbox.late_offset,
+        EVICTED_AT=mailbox.evicted_offset,
+        N_TOKEN=n_token,
+        TOP_K=top_k,
+        PAIRS=triton.next_power_of_2(n_token * top_k),
+        N_X=n_x,
+        BLOCK=block,
+        HAS_HITS=hits is not None,
+        LATE=late is not None,
+        MERGE=merge,
+        ON_GPU=routing.ids.is_cuda,
+        num_warps=1,  # each warp looks on its own: with 8, beside copies, a look takes up to 80 us, with 1 a few
+    )
+
+
+def finish(mailbox: Mailbox, step: Tensor, positions: Tensor, tokens: Tensor, bad: Tensor) -> None:
+    """Sends a step's tokens (int32 `[n_token]`) to the host; step and positions go up by one.
+
+    bad: int32 `[n_token]`, not zero where logits were not finite. Positions below zero stay.
+    """
+    n_token = tokens.numel()
+    assert HEADER_BYTES == 64
+    finish_kernel[1,](
+        mailbox.tokens.view(-1).view(step.dtype),
+        mailbox.tokens.view(-1).view(tokens.dtype),
+        step,
+        positions,
+        tokens,
+        bad,
+        N_LAYER=mailbox.n_layer,
+        RING=RING,
+        TOKEN_BYTES=mailbox.token_bytes,
+        N_TOKEN=n_token,
+        TOKENS=triton.next_power_of_2(n_token),
+        ON_GPU=tokens.is_cuda,
+        num_warps=1,
+    )

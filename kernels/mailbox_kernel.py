@@ -1,0 +1,221 @@
+"""The Triton kernels that `mailbox.py` launches: a layer's misses to the host, its answer back, the sampled tokens out.
+
+A record's fields are written first, then its sequence number; fences in between make the order hold across PCIe.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _fence(ON_GPU: tl.constexpr):
+    """What the program's threads have written is visible to the host before what they write next."""
+    if ON_GPU:
+        tl.inline_asm_elementwise("fence.acq_rel.sys; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _nanoseconds(ON_GPU: tl.constexpr):
+    if ON_GPU:
+        return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
+    else:
+        return tl.full([], 0, tl.int64)
+
+
+@triton.jit
+def post_kernel(
+    headers,
+    fields,
+    field_weights,
+    x_out,
+    step,
+    positions,
+    arrived,
+    ids,
+    weights,
+    slots,
+    x,
+    replay,
+    slot_table,
+    n_replay,
+    layer,
+    N_EXPERT: tl.constexpr,
+    REPLAY: tl.constexpr,
+    N_LAYER: tl.constexpr,
+    RING: tl.constexpr,
+    MESSAGE_BYTES: tl.constexpr,
+    IDS_AT: tl.constexpr,
+    WEIGHTS_AT: tl.constexpr,
+    SLOTS_AT: tl.constexpr,
+    N_TOKEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    N_X: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """Program i copies block i of x where something is missed; the last one to arrive publishes the message.
+
+    REPLAY: the experts are those of step `step + 97 * token` of `replay`, `[n_replay, N_LAYER, TOP_K]`.
+    """
+    program, n_program = tl.program_id(0), tl.num_programs(0)
+    s = tl.load(step)
+    record = (s % RING) * N_LAYER + layer
+    pair = tl.arange(0, PAIRS)
+    real = pair < N_TOKEN * TOP_K
+    active = real & (tl.load(positions + pair // TOP_K, mask=real, other=-1) >= 0)
+    if REPLAY:
+        source = (s + pair // TOP_K * 97) % n_replay * N_LAYER + layer
+        expert = tl.load(replay + source * TOP_K + pair % TOP_K, mask=real, other=0)
+        slot = tl.load(slot_table + layer * N_EXPERT + expert, mask=real, other=-1)
+    else:
+        expert = tl.load(ids + pair, mask=real, other=-1)
+        slot = tl.load(slots + pair, mask=real, other=-1)
+    expert = tl.where(active, expert, -1)
+    slot = tl.where(active, slot, -1)
+    n_missed = tl.sum((active & (slot < 0)).to(tl.int32), 0)
+    if program == 0:
+        tl.store(ids + pair, expert, mask=real)
+        tl.store(slots + pair, slot, mask=real)
+        first = record * (MESSAGE_BYTES // 4) + pair
+        tl.store(fields + first + IDS_AT // 4, expert, mask=real)
+        tl.store(field_weights + first + WEIGHTS_AT // 4, tl.load(weights + pair, mask=real, other=0.0), mask=real)
+        tl.store(fields + first + SLOTS_AT // 4, slot, mask=real)
+        header = headers + record * (MESSAGE_BYTES // 8)
+        tl.store(header + 1, tl.full([], N_TOKEN, tl.int64))
+        tl.store(header + 2, n_missed.to(tl.int64))
+    publishes = program == 0
+    if n_missed > 0:
+        lane = program * BLOCK + tl.arange(0, BLOCK)
+        tl.store(x_out + lane, tl.load(x + lane, mask=lane < N_X), mask=lane < N_X)
+        if n_program > 1:
+            _fence(ON_GPU)
+            publishes = tl.atomic_add(arrived, 1) == n_program - 1
+            if publishes:
+                tl.store(arrived, 0)
+    if publishes:
+        _fence(ON_GPU)
+        tl.store(headers + record * (MESSAGE_BYTES // 8), s * (N_LAYER + 1) + layer, cache_modifier=".wt")
+
+
+@triton.jit
+def wait_kernel(
+    answer,
+    answer_fields,
+    control,
+    y,
+    step,
+    ids,
+    slots,
+    late,
+    table,
+    hits,
+    out,
+    waited,
+    layer,
+    time_out,
+    N_LAYER: tl.constexpr,
+    LATE_AT: tl.constexpr,
+    EVICTED_AT: tl.constexpr,
+    N_TOKEN: tl.constexpr,
+    TOP_K: tl.constexpr,
+    PAIRS: tl.constexpr,
+    N_X: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_HITS: tl.constexpr,
+    LATE: tl.constexpr,
+    MERGE: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """Program i adds block i of what the CPU answers; program 0 also updates the slot table.
+
+    LATE: experts fetched for this very step go to `late`, else -1. MERGE: they go into `slots`, and nothing is added.
+    time_out: nanoseconds on a GPU, looks elsewhere.
+    """
+    program = tl.program_id(0)
+    pair = tl.arange(0, PAIRS)
+    real = pair < N_TOKEN * TOP_K
+    slot = tl.load(slots + pair, mask=real, other=0)
+    missed = real & (slot < 0) & (tl.load(ids + pair, mask=real, other=-1) >= 0)
+    n_missed = tl.sum(missed.to(tl.int32), 0)
+    lane = program * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < N_X
+    total = tl.zeros([BLOCK], tl.float32)
+    fetched = tl.full([PAIRS], -1, tl.int32)
+    if HAS_HITS:
+        total += tl.load(hits + lane, mask=inside, other=0.0)
+    if n_missed > 0:
+        want = tl.load(step) * (N_LAYER + 1) + layer
+        start = _nanoseconds(ON_GPU)
+        spent = tl.full([], 0, tl.int64)
+        seen = tl.load(answer, volatile=True)
+        gone = tl.load(control, volatile=True) | tl.load(control + 1, volatile=True)
+        looks = 0
+        while (seen != want) & (gone == 0):
+            seen = tl.load(answer, volatile=True)
+            looks += 1
+            if looks % 64 == 0:  # seldom: every look is a read over the bus
+                gone = tl.load(control, volatile=True) | tl.load(control + 1, volatile=True)
+            if ON_GPU:
+                spent = _nanoseconds(ON_GPU) - start
+            else:
+                spent += 1
+            if spent > time_out:  # a dead worker must not hang the GPU
+                gone = tl.full([], 1, tl.int64)
+                tl.store(control + 1, gone)
+        if seen == want:
+            _fence(ON_GPU)
+            flags = tl.load(answer + 1, volatile=True)
+            if not MERGE and (flags & 1) != 0:
+                total += tl.load(y + lane, mask=inside, other=0.0, cache_modifier=".cv")
+            if program == 0:
+                if (flags & 2) != 0:
+                    fetched = tl.load(answer_fields + LATE_AT // 4 + pair, mask=real, other=-1, volatile=True)
+                gone_expert = pair < tl.load(answer + 2, volatile=True)
+                index = tl.load(answer_fields + EVICTED_AT // 4 + pair, mask=gone_expert, other=0, volatile=True)
+                tl.store(table + index, -1, mask=gone_expert)
+        if ON_GPU and program == 0:
+            tl.store(waited + layer, tl.load(waited + layer) + _nanoseconds(ON_GPU) - start)
+    if program == 0:
+        if MERGE:
+            tl.store(slots + pair, fetched, mask=missed)
+        elif LATE:
+            tl.store(late + pair, fetched, mask=real)
+    if not MERGE:
+        tl.store(out + lane, total, mask=inside)
+
+
+@triton.jit
+def finish_kernel(
+    headers,
+    fields,
+    step,
+    positions,
+    tokens,
+    bad,
+    N_LAYER: tl.constexpr,
+    RING: tl.constexpr,
+    TOKEN_BYTES: tl.constexpr,
+    N_TOKEN: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ON_GPU: tl.constexpr,
+):
+    """Sends a step's tokens to the host, and moves on to the next step and positions."""
+    s = tl.load(step)
+    record = s % RING
+    lane = tl.arange(0, TOKENS)
+    real = lane < N_TOKEN
+    token = tl.load(tokens + lane, mask=real, other=0)
+    position = tl.load(positions + lane, mask=real, other=-1)
+    tl.store(fields + record * (TOKEN_BYTES // 4) + 16 + lane, token, mask=real)
+    header = headers + record * (TOKEN_BYTES // 8)
+    tl.store(header + 1, tl.full([], N_TOKEN, tl.int64))
+    is_bad = (tl.load(bad + lane, mask=real, other=0) != 0) & (position >= 0)
+    tl.store(header + 2, tl.max(is_bad.to(tl.int64), 0))
+    tl.store(positions + lane, tl.where(position >= 0, position + 1, position), mask=real)
+    _fence(ON_GPU)
+    tl.store(step, s + 1)
+    tl.store(header, s * (N_LAYER + 1) + N_LAYER, cache_modifier=".wt")

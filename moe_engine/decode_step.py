@@ -1,0 +1,169 @@
+"""One decode step on the device, embedding to sampled token: what a CUDA graph captures.
+
+    tokens -> embedding -> layers -> logits -> sampled tokens -> host
+                             |
+        attention, router -> post misses -> hits, shared expert -> wait for the CPU's share
+
+Everything a step depends on (tokens, positions, the sampler's settings, slot table) is read from device tensors, so
+one capture serves every step of a form. Python runs this once per form; then the graph is replayed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_engine.backend import decode_weight, empty_activations
+from moe_engine.config import SamplingParams
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.kernels.decode_product import matvec, moe_decode
+from moe_engine.kernels.mailbox import finish, post, wait
+from moe_engine.kernels.norm_rope import rms_norm
+from moe_engine.kernels.router_kernel import Routing, route_and_lookup
+from moe_engine.kernels.sampling_kernel import SamplerState, Variant, sample
+from moe_engine.kernels.worker import Mailbox
+from moe_engine.kv_cache import KVCache
+from moe_engine.layers import MixtureOfExperts, Normed
+from moe_engine.model import Transformer
+from moe_engine.rope import Rope
+from moe_engine.sampling import Sampler
+
+Misses = Literal["none", "cpu", "late", "merge", "stage"]
+"""Who computes an expert that is not in a slot.
+
+none   there is no such expert, and nothing is posted
+cpu    the CPU
+late   the CPU, or the GPU once it has been fetched
+merge  the GPU, in one sum with the hits: the result does not depend on what was cached
+stage  the same without worker and mailbox, synchronously: the reference, not to be captured
+"""
+
+
+@dataclass(frozen=True)
+class StepForm:
+    """What is fixed when a step is captured."""
+
+    n_token: int  # one of each sequence
+    misses: Misses
+    sampling: Variant
+
+
+@dataclass
+class Running:
+    """A sequence that is being continued. `tokens`: prompt and generated ones; the last is not in the KV cache yet."""
+
+    tokens: list[int]
+    params: SamplingParams
+    sampler: Sampler
+
+
+class DecodeStep:
+    """The step of a model; `run` launches it.
+
+    Attributes are device tensors that the host sets before a generation: tokens, positions int32 `[n_sequence]` (the
+    last token of each sequence and where it stands; below zero: none), step int64 `[1]`, `sampler`.
+    replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        experts: CachedExperts,
+        cache: KVCache,
+        rope: Rope,
+        sampler: SamplerState,
+    ) -> None:
+        device = model.output_norm.device
+        self.model, self.experts, self.cache, self.rope, self.sampler = model, experts, cache, rope, sampler
+        n_layer, n_expert = experts.slot_table.shape
+        n = cache.n_sequence
+        self.mailbox = Mailbox.allocate(n_layer, n_expert, model.router.top_k, model.hidden, n, device.type == "cuda")
+        self.tokens = torch.zeros(n, dtype=torch.int32, device=device)
+        self.positions = torch.full((n,), -1, dtype=torch.int32, device=device)
+        self.step = torch.ones(1, dtype=torch.int64, device=device)
+        self.waited = torch.zeros(n_layer, dtype=torch.int64, device=device)  # nanoseconds
+        self.replay: Tensor | None = None
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def begin(self, sequences: Sequence[Running]) -> None:
+        """Sets what the next step depends on."""
+        for index, running in enumerate(sequences):
+            self.sampler.set(index, running.params, running.sampler.seed, running.tokens)
+        n = len(sequences)
+        for target, values in (
+            (self.tokens, [running.tokens[-1] for running in sequences]),
+            (self.positions, [len(running.tokens) - 1 for running in sequences]),
+        ):
+            target.fill_(-1)
+            target[:n] = torch.tensor(values, dtype=target.dtype)
+
+    def run(self, form: StepForm) -> None:
+        """Launches everything; returns at once on a GPU."""
+        model, n = self.model, form.n_token
+        positions = self.positions[:n]
+        x = model.token_embd(self.tokens[:n])
+        for block, tensors in zip(model.blk, self.cache.tensors, strict=True):
+            cache = tuple(tensor[:n] for tensor in tensors)
+            x = block.attn.decode(self._norm(x, block.attn_norm), x, positions, cache, self.rope)
+            normed = self._norm(x, block.ffn_norm)
+            if isinstance(block.ffn, MixtureOfExperts):
+                x = self._mixture(block.ffn, normed, x, form)
+            else:
+                x = block.ffn.decode(normed, x)
+        last = self._norm(x, model.output_norm)
+        logits = matvec(last.values, decode_weight(model.output), activations=last.rounded)
+        sample(logits, self.sampler, positions + 1, self.tokens[:n], variant=form.sampling)
+        finish(self.mailbox, self.step, positions, self.tokens[:n], self.sampler.bad)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Normed:
+        rounded = empty_activations(x.shape[0], x.shape[1], x.device)
+        return Normed(rms_norm(x, weight, self.model.eps, activations=rounded)[0], rounded)
+
+    def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, form: StepForm) -> Tensor:
+        """Router, then hits and shared expert while the CPU works on the misses."""
+        layer, table = self.experts.index[moe.layer], self.experts.slot_table
+        layout, slots = self.experts.slots_of(layer)
+        routing = route_and_lookup(x.values, moe.router, table[layer], weight=moe.ffn_gate_inp, bias=moe.exp_probs_b)
+        if form.misses != "none" or self.replay is not None:
+            post(
+                self.mailbox,
+                layer,
+                self.step,
+                self.positions,
+                routing,
+                x.values,
+                self._arrived,
+                slot_table=table,
+                replay=self.replay,
+            )
+
+        def on_gpu(chosen: Tensor, add_to: Tensor) -> Tensor:
+            return moe_decode(x.values, slots, layout, chosen, routing.weights, activations=x.rounded, residual=add_to)
+
+        out = residual if moe.shared is None else moe.shared.decode(x, residual)
+        if form.misses == "stage":
+            return out + self.experts.staged(layer, x.values, routing.ids, routing.weights)
+        if form.misses == "merge":
+            self._wait(layer, routing)
+            return on_gpu(routing.slots, out)
+        # Where there are no slots nothing can hit
+        hits = on_gpu(routing.slots, out) if len(slots) else out
+        if form.misses == "none":
+            return hits
+        out = torch.empty_like(hits)
+        late = torch.empty_like(routing.slots) if form.misses == "late" else None
+        self._wait(layer, routing, out=out, hits=hits, late=late)
+        return out if late is None else on_gpu(late, out)
+
+    def _wait(
+        self,
+        layer: int,
+        routing: Routing,
+        out: Tensor | None = None,
+        hits: Tensor | None = None,
+        late: Tensor | None = None,
+    ) -> None:
+        table = self.experts.slot_table
+        wait(self.mailbox, layer, self.step, routing, table, self.waited, out=out, hits=hits, late=late)

@@ -1,0 +1,266 @@
+"""Who turns the last token into the next one: `GraphDecoder` without Python between tokens, `EagerDecoder` plainly.
+
+`begin` takes the sequences, `next` gives one token of each; after `drop` a sequence's tokens mean nothing.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from moe_engine.config import EngineConfig
+from moe_engine.decode_step import DecodeStep, Misses, Running, StepForm
+from moe_engine.errors import DecodeError, ModelFormatError
+from moe_engine.experts import Experts
+from moe_engine.kernels.decode_matvec import run_kernels
+from moe_engine.kernels.sampling_kernel import variant_for
+from moe_engine.kernels.worker import DecodeWorker, Mode, WorkerLayer
+from moe_engine.layers import MixtureOfExperts
+from moe_engine.model import Transformer
+from moe_engine.stats import Stats
+
+# Of every so many steps one may fetch, to see whether that pays; it does if this share of the misses is fetched.
+PROBE_STEPS, FETCH_SHARE = 32, 0.2
+
+NOT_FINITE = "the model's logits are not finite: the file's weights are damaged"
+
+STEPS_AHEAD = 2  # launched before the first one's tokens have come: the GPU never waits for Python
+
+
+class Decoder(Protocol):
+    def begin(self, sequences: Sequence[Running], n_step: int) -> None:
+        """Sequence i has KV cache i. `next` will be called at most `n_step` times."""
+        ...
+
+    def next(self) -> list[int]:
+        """Computes the last token of each sequence and draws the one after it."""
+        ...
+
+    def drop(self, index: int) -> None:
+        """A sequence that has ended while others go on."""
+        ...
+
+    def reset_stats(self) -> None: ...
+
+    def count(self, stats: Stats) -> None:
+        """Fills in what has happened to experts since `reset_stats`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EagerDecoder:
+    """One sequence after the other. forward: `(index, token, position)` to logits f32 `[n_vocab]` on the CPU."""
+
+    def __init__(self, forward: Callable[[int, int, int], Tensor], experts: Experts) -> None:
+        self.forward, self.experts = forward, experts
+        self.sequences: list[Running | None] = []
+
+    def begin(self, sequences: Sequence[Running], n_step: int) -> None:
+        self.sequences = list(sequences)
+
+    def next(self) -> list[int]:
+        tokens = []
+        for index, running in enumerate(self.sequences):
+            if running is None:
+                tokens.append(0)
+                continue
+            logits = self.forward(index, running.tokens[-1], len(running.tokens) - 1)
+            tokens.append(running.sampler(logits, running.tokens))
+        return tokens
+
+    def drop(self, index: int) -> None:
+        self.sequences[index] = None
+
+    def reset_stats(self) -> None:
+        self.experts.hits = self.experts.misses = 0
+
+    def count(self, stats: Stats) -> None:
+        stats.expert_hits, stats.expert_misses = self.experts.hits, self.experts.misses
+
+    def close(self) -> None:
+        pass
+
+
+class StagedDecoder:
+    """Runs the step kernel by kernel and fetches every expert as it is chosen: the reference for `GraphDecoder`."""
+
+    def __init__(self, step: DecodeStep) -> None:
+        self.step, self._form = step, StepForm(1, "stage", "greedy")
+
+    @torch.inference_mode()
+    def begin(self, sequences: Sequence[Running], n_step: int) -> None:
+        self.step.begin(sequences)
+        self._form = StepForm(len(sequences), "stage", variant_for(running.params for running in sequences))
+
+    @torch.inference_mode()
+    def next(self) -> list[int]:
+        self.step.run(self._form)
+        if bool(self.step.sampler.bad.any()):
+            raise ModelFormatError(NOT_FINITE)
+        tokens: list[int] = self.step.tokens[: self._form.n_token].tolist()
+        return tokens
+
+    @torch.inference_mode()
+    def drop(self, index: int) -> None:
+        self.step.positions[index] = -1
+
+    def reset_stats(self) -> None:
+        pass
+
+    def count(self, stats: Stats) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class GraphDecoder:
+    """Replays the captured step, two steps ahead of the tokens; on the simulated device it launches each kernel."""
+
+    def __init__(self, step: DecodeStep, worker: DecodeWorker, misses: tuple[Misses, ...]) -> None:
+        """misses: the form of step to run; of two, the first, and the second as long as fetching is found to pay."""
+        self.step, self.worker, self.misses = step, worker, misses
+        self.launched = self.taken = 0  # the last step of each
+        self._last = 0  # that `next` can ask for
+        self._form = StepForm(1, misses[0], "greedy")
+        self._launched_forms: dict[int, StepForm] = {}
+        self._graphs: dict[StepForm, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if step.tokens.is_cuda else None
+        self._fetch_share = 0.0  # of missed experts, lately, in steps of the second form
+        self._before = (0, 0, 0)  # fetched experts, those the CPU has computed, and steps, as last noted
+
+    @classmethod
+    def start(cls, step: DecodeStep, config: EngineConfig) -> Self:
+        """Starts the worker and fills the slots with the first experts of each layer."""
+        experts = step.experts
+        mode: Mode = "cpu" if not experts.caches else "exact" if config.exact else config.miss
+        forms: dict[Mode, tuple[Misses, ...]] = {
+            "cpu": ("cpu",),
+            "fetch": ("late",),
+            "auto": ("cpu", "late"),
+            "exact": ("merge",),
+        }
+        layers = [WorkerLayer(handle, *experts.slots_of(layer)) for layer, handle in enumerate(experts.handles)]
+        worker = DecodeWorker(step.mailbox, layers, experts.slot_table, experts.cpu, mode=mode)
+        n_layer, n_expert = experts.slot_table.shape
+        for expert in range(n_expert if experts.caches else 0):
+            for layer in range(n_layer):
+                if (place := worker.reserve(layer, expert, evict=False)) is not None:
+                    experts.load((layer, expert), place.slot)
+                    worker.complete(layer, expert)
+        return cls(step, worker, ("none",) if experts.holds_all else forms[mode])
+
+    @torch.inference_mode()
+    def begin(self, sequences: Sequence[Running], n_step: int) -> None:
+        self._drain()
+        self.step.begin(sequences)
+        sampling = variant_for(running.params for running in sequences)
+        self._form = StepForm(len(sequences), self.misses[0], sampling)
+        self._last = self.taken + n_step
+
+    @torch.inference_mode()
+    def next(self) -> list[int]:
+        while self.launched < min(self.taken + self._ahead(), self._last):
+            self._launch()
+        return self._take()
+
+    def _ahead(self) -> int:
+        """A form's first step runs alone, and is captured then."""
+        return STEPS_AHEAD if self._next_form() in self._graphs else 1
+
+    def _next_form(self) -> StepForm:
+        step = self.launched + 1
+        fetches = len(self.misses) > 1 and (step % PROBE_STEPS == 0 or self._fetch_share > FETCH_SHARE)
+        return replace(self._form, misses=self.misses[-1]) if fetches else self._form
+
+    def _launch(self) -> None:
+        form, step = self._next_form(), self.launched + 1
+        with _decode_errors():
+            self.worker.expect(step, form.n_token, form.misses in ("late", "merge"), posted=form.misses != "none")
+        graph = self._graphs.get(form)
+        if graph is not None:
+            graph.replay()
+        else:
+            self.step.run(form)
+        self.launched = step
+        self._launched_forms[step] = form
+
+    def _take(self) -> list[int]:
+        step = self.taken + 1
+        with _decode_errors():
+            found = self.worker.wait_tokens(step)
+        assert found is not None
+        self.taken = step
+        if found.bad:
+            raise ModelFormatError(NOT_FINITE)
+        form = self._launched_forms.pop(step)
+        if form.misses == "late" and len(self.misses) > 1:
+            self._note_fetches()
+        if self._pool is not None and form not in self._graphs and self.launched == self.taken:
+            self._capture(form)
+        return found.tokens
+
+    def _note_fetches(self) -> None:
+        """How much of the misses the worker has found worth fetching, on average over steps that allowed it."""
+        now = self.worker.stats()
+        fetched, computed, steps = (
+            after - before
+            for after, before in zip((now.fetched_now, now.cpu_experts, now.steps), self._before, strict=True)
+        )
+        self._before = now.fetched_now, now.cpu_experts, now.steps
+        missed = fetched + computed / max(1, steps)  # of this step; the ones since the last such fetched nothing
+        if fetched >= 0 and missed > 0:
+            self._fetch_share += 0.25 * (fetched / missed - self._fetch_share)
+
+    def _capture(self, form: StepForm) -> None:
+        """Once a step of this form has run, which compiled its kernels."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self.step.run(form)
+        self._graphs[form] = graph
+
+    def _drain(self) -> None:
+        while self.taken < self.launched:
+            self._take()
+
+    @torch.inference_mode()
+    def drop(self, index: int) -> None:
+        self.step.positions[index] = -1  # in order behind the steps that are launched
+
+    @torch.inference_mode()
+    def reset_stats(self) -> None:
+        self.worker.reset_stats()
+        self._before = (0, 0, 0)
+        self.step.waited.zero_()
+
+    def count(self, stats: Stats) -> None:
+        expert_bytes = [layout.slot_bytes for layout in self.step.experts.layouts]
+        waited = float(self.step.waited.sum()) * 1e-9
+        stats.take(self.worker.stats(), expert_bytes, waited)
+
+    def close(self) -> None:
+        self.worker.stop()  # waits on the GPU end at once
+        if self.step.tokens.is_cuda:
+            torch.cuda.synchronize(self.step.tokens.device)
+        self._graphs.clear()
+        del self.step, self.worker
+
+
+@contextmanager
+def _decode_errors() -> Iterator[None]:
+    """The worker's complaints as errors of this package."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DecodeError(str(error)) from error
+
+
+def can_use_step(config: EngineConfig, model: Transformer) -> bool:
+    """Whether `DecodeStep` can run the model here: it needs a GPU, or Triton's interpreter."""
+    fits = all(block.attn.can_decode for block in model.blk)
+    has_experts = any(isinstance(block.ffn, MixtureOfExperts) for block in model.blk)
+    return config.activations == "int8" and fits and has_experts and run_kernels(model.output_norm)

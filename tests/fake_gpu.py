@@ -1,0 +1,191 @@
+"""The GPU's side of the decode worker's protocol in plain Python: posts messages, checks every answer."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from random_blocks import random_blocks
+from torch import Tensor
+
+from moe_engine.kernels import _cpu
+from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import BY_NAME
+from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
+from moe_engine.kernels.worker import RING, DecodeWorker, Mailbox, Mode, Rates, WorkerLayer
+
+N_LAYER, N_EXPERT, TOP_K, MAX_BATCH, HIDDEN, N_FF = 3, 6, 2, 4, 256, 256
+
+Ids = npt.NDArray[np.int64]
+
+SEPARATE = SlotLayout.of(BY_NAME["Q4_K"], BY_NAME["Q4_K"], BY_NAME["Q6_K"], HIDDEN, N_FF)  # three stacks in RAM
+PACKED = SlotLayout.of(BY_NAME["IQ4_XS"], BY_NAME["IQ4_XS"], BY_NAME["Q8_0"], HIDDEN, N_FF)  # as in a slot: one copy
+LAYOUTS = [SEPARATE, PACKED, SEPARATE]
+
+
+def random_rows(part: SlotPart, seed: int) -> Tensor:
+    rows = random_blocks(part.type, N_EXPERT * part.n_out, part.n_in, np.random.default_rng(seed))
+    return torch.from_numpy(rows).view(N_EXPERT, part.n_out, -1)
+
+
+def expert_layer(layer: int) -> tuple[list[QuantTensor], Tensor]:
+    """A layer's gate, up and down in RAM, and what its experts' slots should hold: uint8 `[N_EXPERT, slot_bytes]`."""
+    layout = LAYOUTS[layer]
+    images, weights = torch.zeros(N_EXPERT, layout.slot_bytes, dtype=torch.uint8), []
+    for i, part in enumerate((layout.gate, layout.up, layout.down)):
+        rows = random_rows(part, 10 * layer + i)
+        place = images[:, part.offset : part.offset + part.nbytes]
+        place.copy_(rows.flatten(1))
+        inside = torch.as_strided(images, rows.shape, (layout.slot_bytes, rows.shape[2], 1), storage_offset=part.offset)
+        weights.append(QuantTensor(inside if layout is PACKED else rows, part.type, part.n_in))
+    return weights, images
+
+
+WEIGHTS, IMAGES = zip(*(expert_layer(layer) for layer in range(N_LAYER)), strict=True)
+
+
+def random_ids(rng: np.random.Generator, n_token: int) -> Ids:
+    """`[N_LAYER, n_token, TOP_K]`."""
+    tokens = [rng.choice(N_EXPERT, TOP_K, replace=False) for _ in range(N_LAYER * n_token)]
+    return np.array(tokens).reshape(N_LAYER, n_token, TOP_K)
+
+
+class FakeGpu:
+    """meanwhile: called again and again while an answer is awaited."""
+
+    def __init__(
+        self,
+        mode: Mode = "cpu",
+        n_slot: Sequence[int] = (3, 3),
+        *,
+        copies: _cpu.CopyEngine | None = None,
+        rates: Rates | None = None,
+        max_background: int = 2,
+        stall_seconds: float = 4.0,
+        meanwhile: Callable[[], None] = lambda: None,
+        device: str = "cpu",
+    ) -> None:
+        self.mode, self.meanwhile = mode, meanwhile
+        self.kernels = CpuKernels(2, spin_microseconds=0)
+        self.handles = [self.kernels.register_experts(*weights) for weights in WEIGHTS]
+        self.mailbox = Mailbox.allocate(N_LAYER, N_EXPERT, TOP_K, HIDDEN, MAX_BATCH, pinned=device == "cuda")
+        self.table = torch.full((N_LAYER, N_EXPERT), -1, dtype=torch.int32, device=device)
+        by_layout = {
+            layout: torch.zeros(n, layout.slot_bytes, dtype=torch.uint8, device=device)
+            for layout, n in zip((SEPARATE, PACKED), n_slot, strict=True)
+        }
+        self.pools = [by_layout[layout] for layout in LAYOUTS]
+        layers = [WorkerLayer(*parts) for parts in zip(self.handles, LAYOUTS, self.pools, strict=True)]
+        self.worker = DecodeWorker(
+            self.mailbox,
+            layers,
+            self.table,
+            self.kernels,
+            mode=mode,
+            rates=rates or Rates(),
+            max_background=max_background,
+            stall_seconds=stall_seconds,
+            copies=copies,
+        )
+
+    def seq(self, step: int, layer: int) -> int:
+        return step * (N_LAYER + 1) + layer
+
+    def step(self, step: int, ids: Ids, allow_late: bool = True) -> list[tuple[int, int, int]]:
+        """Expects, runs and checks a whole step, of which nothing is in flight at its end but copies."""
+        self.worker.expect(step, ids.shape[1], allow_late)
+        counts = self.layers(step, ids, allow_late)
+        found = self.worker.wait_tokens(step, 20)
+        assert found is not None
+        assert (found.tokens, found.bad) == ([step] * ids.shape[1], False)
+        self.worker.check_integrity()
+        return counts
+
+    def layers(self, step: int, ids: Ids, allow_late: bool = True) -> list[tuple[int, int, int]]:
+        """Hit, computed and late pairs of each layer."""
+        rng = np.random.default_rng(step)
+        counts = [self.layer(step, layer, ids[layer], allow_late, rng) for layer in range(N_LAYER)]
+        self.finish(step, [step] * ids.shape[1])
+        return counts
+
+    def layer(
+        self, step: int, layer: int, ids: Ids, allow_late: bool, rng: np.random.Generator
+    ) -> tuple[int, int, int]:
+        n_token = len(ids)
+        x = torch.from_numpy(rng.standard_normal((n_token, HIDDEN), dtype=np.float32))
+        weights = rng.random((n_token, TOP_K), dtype=np.float32)
+        self.check_slots()
+        slots = np.where(ids >= 0, self.table[layer].cpu().numpy()[ids], -1)
+        missed = (slots < 0) & (ids >= 0)
+        hit = int((slots >= 0).sum())
+        if missed.any():
+            self.mailbox.x[:n_token] = x
+            self.mailbox.y.fill_(np.nan)
+        self.post(step, layer, ids, weights, slots, int(missed.sum()))
+        if not missed.any():
+            return hit, 0, 0
+        flags, late, evicted = self.answer(step, layer, n_token)
+        for index in evicted:
+            assert self.table.view(-1)[index] >= 0
+            assert index // N_EXPERT != layer or index % N_EXPERT not in ids
+            self.table.view(-1)[index] = -1
+        assert (late[~missed] == -1).all()
+        is_late, cpu = late >= 0, missed & (late < 0)
+        assert flags == cpu.any() + 2 * is_late.any()
+        assert allow_late or not is_late.any()
+        assert self.mode != "exact" or not cpu.any()
+        for expert, slot in zip(ids[is_late], late[is_late], strict=True):
+            assert torch.equal(self.pools[layer][slot].cpu(), IMAGES[layer][expert])
+        if cpu.any():
+            chosen = torch.from_numpy(np.where(cpu, ids, -1))
+            expected = self.kernels.expert_ffn(self.handles[layer], x, chosen, torch.from_numpy(weights))
+            assert torch.equal(self.mailbox.y[:n_token], expected)
+        return hit, int(cpu.sum()), int(is_late.sum())
+
+    def check_slots(self) -> None:
+        """What the table calls resident is there, and no slot is given twice."""
+        for layer, expert in (self.table >= 0).nonzero().tolist():
+            assert torch.equal(self.pools[layer][self.table[layer, expert]].cpu(), IMAGES[layer][expert])
+
+    def post(
+        self,
+        step: int,
+        layer: int,
+        ids: Ids,
+        weights: npt.NDArray[np.float32],
+        slots: npt.NDArray[np.int32],
+        n_missed: int,
+    ) -> None:
+        box = self.mailbox
+        record = box.messages[step % RING * N_LAYER + layer].numpy()
+        for offset, values, dtype in (
+            (box.ids_offset, ids, np.int32),
+            (box.weights_offset, weights, np.float32),
+            (box.slots_offset, slots, np.int32),
+        ):
+            record[offset : offset + 4 * values.size] = np.ascontiguousarray(values, dtype).view(np.uint8).reshape(-1)
+        header = record[:64].view(np.int64)
+        header[1:3] = len(ids), n_missed
+        header[0] = self.seq(step, layer)
+
+    def answer(self, step: int, layer: int, n_token: int) -> tuple[int, npt.NDArray[np.int32], list[int]]:
+        """Flags, late slots `[n_token, TOP_K]`, evicted."""
+        box, record = self.mailbox, self.mailbox.answer.numpy()
+        header = record[:64].view(np.int64)
+        while header[0] != self.seq(step, layer):
+            assert not box.control[0], "aborted"
+            self.meanwhile()
+            time.sleep(0.0001)
+        late = np.full((n_token, TOP_K), -1, np.int32)
+        if header[1] & 2:
+            late = record[box.late_offset :].view(np.int32)[: late.size].reshape(late.shape).copy()
+        return int(header[1]), late, record[box.evicted_offset :].view(np.int32)[: header[2]].tolist()
+
+    def finish(self, step: int, tokens: list[int], bad: bool = False) -> None:
+        record = self.mailbox.tokens[step % RING].numpy()
+        record[64:].view(np.int32)[: len(tokens)] = tokens
+        header = record[:64].view(np.int64)
+        header[1:3] = len(tokens), bad
+        header[0] = self.seq(step, N_LAYER)

@@ -1,0 +1,175 @@
+"""The decode step with its native worker, on the simulated device: Triton's interpreter stands in for the GPU.
+
+`eager=True` runs the same kernels without worker and mailbox, and is compared with transformers elsewhere; here the
+protocol is at stake: whatever the cache holds, and whoever computes a miss, the tokens are the same.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+
+from moe_engine import ConfigError, DecodeError, Engine
+from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
+from moe_engine.kernels.decode_matvec import run_kernels
+
+PROMPT = [1, 2, 3]
+MODELS = {"qwen3moe/plain": "F16", "deepseek2/v3": "Q8_0"}
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # interpreted kernels are slow
+TOP_K, N_LAYER = 3, 2  # of the first, all of whose layers are MoE
+
+
+@pytest.fixture(scope="module")
+def path_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def path(name: str) -> Path:
+        if name not in made:
+            directory = tmp_path_factory.mktemp("model")
+            made[name] = tiny_models.make(name, directory, MODELS[name], **SMALL).path
+        return made[name]
+
+    return path
+
+
+def load(path: Path, **options: Any) -> Engine:
+    common: dict[str, Any] = {"device": "simulated", "ctx": 32, "threads": 2, "vram_budget": "64MiB"}
+    return Engine.load(path, **(common | options))
+
+
+def greedy(engine: Engine, n: int, prompt: list[int] = PROMPT) -> list[int]:
+    tokens = engine.generate(prompt, temperature=0, max_tokens=n).tokens
+    if isinstance(engine.decoder, GraphDecoder):
+        engine.decoder.worker.settle()
+        engine.decoder.worker.check_integrity()
+    return tokens
+
+
+def kept(engine: Engine) -> list[Tensor]:
+    """Keys and values, or latents: what a layer has computed shows in those of the next."""
+    return [tensor.clone() for layer in engine.cache.tensors for tensor in layer]
+
+
+@pytest.fixture(scope="module")
+def eager(path_of: Callable[[str], Path]) -> Callable[[str], tuple[list[int], list[Tensor]]]:
+    """Tokens and KV cache of the reference."""
+
+    @cache
+    def run(name: str) -> tuple[list[int], list[Tensor]]:
+        with load(path_of(name), eager=True) as engine:
+            assert isinstance(engine.decoder, StagedDecoder)
+            return greedy(engine, 3), kept(engine)
+
+    return run
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("slots", [3, None])
+def test_exact_is_the_reference_bit_for_bit(
+    path_of: Callable[[str], Path], eager: Callable[[str], tuple[list[int], list[Tensor]]], name: str, slots: int | None
+) -> None:
+    tokens, tensors = eager(name)
+    with load(path_of(name), exact=True, cache_slots=slots) as engine:
+        assert isinstance(engine.decoder, GraphDecoder)
+        assert engine.decoder.misses == (("merge",) if slots else ("none",))
+        assert greedy(engine, 3) == tokens
+        assert all(map(torch.equal, kept(engine), tensors))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{"experts": "cpu"}, {"miss": "fetch", "cache_slots": 3}], ids=["cpu", "fetch"])
+def test_tokens_do_not_depend_on_who_computes_a_miss(
+    path_of: Callable[[str], Path],
+    eager: Callable[[str], tuple[list[int], list[Tensor]]],
+    name: str,
+    options: dict[str, Any],
+) -> None:
+    with load(path_of(name), **options) as engine:
+        assert greedy(engine, 3) == eager(name)[0]
+
+
+def test_a_batch_gives_what_its_sequences_give_alone(path_of: Callable[[str], Path]) -> None:
+    path, prompts = path_of("qwen3moe/plain"), [PROMPT, [9, 8], [30, 31, 32]]
+    with load(path, n_sequence=3, miss="cpu", cache_slots=6) as engine:
+        results = engine.generate_batch(prompts, temperature=0, max_tokens=2)
+        assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.worker.settle()
+        engine.decoder.worker.check_integrity()
+        with pytest.raises(ConfigError, match="n_sequence"):
+            engine.generate_batch([*prompts, [1]])
+    with load(path, experts="cpu") as engine:
+        assert [result.tokens for result in results] == [greedy(engine, 2, prompt) for prompt in prompts]
+    stats = results[0].stats
+    assert (stats.steps, stats.decode_tokens) == (2, 6)
+    choices = 6 * N_LAYER * TOP_K
+    assert stats.expert_hits + stats.expert_misses == sum(stats.layer_hits) + sum(stats.layer_misses) == choices
+
+
+def test_sequences_of_a_batch_end_on_their_own(path_of: Callable[[str], Path]) -> None:
+    with load(path_of("qwen3moe/plain"), n_sequence=2, experts="cpu", ctx=5) as engine:
+        long, short = engine.generate_batch([[1, 2], [1, 2, 3, 4]], temperature=0, max_tokens=3)
+    assert (len(long.tokens), len(short.tokens)) == (3, 2)  # the second is at the end of its context
+
+
+def test_a_known_prefix_is_not_computed_again(path_of: Callable[[str], Path]) -> None:
+    changed = [*PROMPT[:2], 60, 61]
+    with load(path_of("qwen3moe/plain"), experts="cpu") as engine:
+        first = engine.generate(PROMPT, temperature=0, max_tokens=2)
+        again = engine.generate([*PROMPT, *first.tokens], temperature=0, max_tokens=1)
+        other = engine.generate(changed, temperature=0, max_tokens=2)
+        same = engine.generate(PROMPT, temperature=0, max_tokens=2)
+    assert [result.stats.reused_tokens for result in (first, again, other, same)] == [0, 4, 2, 2]
+    assert same.tokens == first.tokens
+    with load(path_of("qwen3moe/plain"), experts="cpu") as engine:
+        assert greedy(engine, 2, changed) == other.tokens
+
+
+def test_statistics_add_up(path_of: Callable[[str], Path]) -> None:
+    with load(path_of("qwen3moe/plain"), miss="cpu", cache_slots=5) as engine:
+        stats = engine.generate(PROMPT, temperature=0, max_tokens=3).stats
+    assert (stats.steps, stats.decode_tokens) == (3, 3)
+    assert stats.expert_hits + stats.expert_misses == 3 * N_LAYER * TOP_K
+    assert stats.miss_bytes == stats.cpu_bytes > 0
+    assert stats.fetched_now == 0
+    assert stats.pcie_bytes > 0
+    assert stats.bound is not None
+    assert 0 < stats.bound.share < 1
+    assert {"hit_rate", "bound", "layer_hits", "gpu_wait_seconds"} <= stats.as_dict().keys()
+
+
+def test_a_worker_that_has_died_is_an_error(path_of: Callable[[str], Path]) -> None:
+    with load(path_of("qwen3moe/plain"), experts="cpu") as engine:
+        assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.worker.stop()
+        with pytest.raises(DecodeError, match="stopped"):
+            engine.generate(PROMPT, max_tokens=3)
+
+
+def test_slots_for_a_whole_step_are_needed_to_be_exact(path_of: Callable[[str], Path]) -> None:
+    with pytest.raises(ConfigError, match="cache_slots"):
+        load(path_of("qwen3moe/plain"), exact=True, cache_slots=5, n_sequence=2)
+
+
+def test_sampling_follows_its_seed(path_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, options = path_of("qwen3moe/plain"), {"seed": 3, "temperature": 2.0, "top_k": 8}
+    with load(path, experts="cpu") as engine:
+        first = engine.generate(PROMPT, max_tokens=3, **options).tokens
+        assert engine.generate(PROMPT, max_tokens=2, **options).tokens == first[:2]
+    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    with load(path) as engine:
+        assert isinstance(engine.decoder, EagerDecoder)  # draws on the CPU
+        assert engine.generate(PROMPT, max_tokens=3, **options).tokens == first
+        assert greedy(engine, 3) != first
+
+
+def test_without_kernels_decoding_is_eager(path_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    with load(path_of("qwen3moe/plain")) as engine:
+        assert not run_kernels(engine.model.output_norm)
+        assert isinstance(engine.decoder, EagerDecoder)
+        assert len(greedy(engine, 3)) == 3

@@ -1,0 +1,245 @@
+"""The decode worker against a GPU's side in Python: answers, slots, statistics, copies."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from fake_gpu import IMAGES, LAYOUTS, MAX_BATCH, N_EXPERT, N_LAYER, TOP_K, FakeGpu, random_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_engine.kernels import _cpu
+from moe_engine.kernels.worker import RING, Mailbox, Mode, Rates
+
+MODES: list[Mode] = ["cpu", "fetch", "auto", "exact"]
+IDS = random_ids(np.random.default_rng(0), 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_token=st.integers(1, MAX_BATCH),
+    spare=st.tuples(st.integers(-N_EXPERT, 4), st.integers(-N_EXPERT, 4)),
+    releases=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    allow_late=st.lists(st.booleans(), min_size=3, max_size=3),
+)
+def test_any_interleaving(
+    mode: Mode, seed: int, n_token: int, spare: tuple[int, int], releases: list[int], allow_late: list[bool]
+) -> None:
+    """Copies end when hypothesis says so, at the latest when an answer is waiting for them."""
+    exact = mode == "exact"
+    engine = _cpu.HostCopyEngine(held=True)
+    gpu = FakeGpu(
+        mode,
+        [N_EXPERT + (abs(n) if exact else n) for n in spare],
+        copies=engine,
+        rates=Rates(cpu=1e9, copy=1e9, cpu_fixed=0, copy_fixed=0),
+        meanwhile=lambda: engine.release(1),
+    )
+    rng = np.random.default_rng(seed)
+    counts = []
+    for step, (release, late) in enumerate(zip(releases, allow_late, strict=True), 1):
+        engine.release(release)
+        ids = random_ids(rng, n_token)
+        if n_token > 1:
+            ids[:, rng.integers(n_token)] = -1  # a token of no sequence
+        counts.append(gpu.step(step, ids, late or exact))
+    stats = gpu.worker.stats()
+    assert stats.steps == len(counts)
+    assert stats.hits == [sum(step[layer][0] for step in counts) for layer in range(N_LAYER)]
+    assert stats.misses == [sum(sum(step[layer][1:]) for step in counts) for layer in range(N_LAYER)]
+    assert stats.fetched_used + stats.fetched_unused <= stats.fetched_now + stats.fetched_background
+    gpu.worker.stop()
+
+
+def test_many_steps_two_ahead() -> None:
+    """As the engine runs: a step is launched before the tokens of the one before have been taken."""
+    n_step, failures = 10 * RING, []
+    gpu = FakeGpu("auto", (7, 4))
+    launched = threading.Semaphore(0)
+
+    def device() -> None:
+        try:
+            for step in range(1, n_step + 1):
+                launched.acquire()
+                gpu.layers(step, random_ids(np.random.default_rng(step), 3))
+        except BaseException as error:
+            failures.append(error)
+            gpu.mailbox.control[0] = 1
+
+    thread = threading.Thread(target=device)
+    thread.start()
+    for step in range(1, n_step + 1):
+        gpu.worker.expect(step, 3, allow_late=True)
+        launched.release()
+        if step > 1:
+            found = gpu.worker.wait_tokens(step - 1)
+            assert found is not None
+            assert found.tokens == [step - 1] * 3
+    gpu.worker.wait_tokens(n_step)
+    thread.join()
+    assert not failures
+    gpu.worker.settle()
+    gpu.worker.check_integrity()
+    gpu.check_slots()
+    residents = [{(layer, e): s for e, s in gpu.worker.residents(layer).items()} for layer in range(N_LAYER)]
+    table = [((layer, e), s) for layer, row in enumerate(gpu.table.tolist()) for e, s in enumerate(row) if s >= 0]
+    assert {key: slot for layer in residents for key, slot in layer.items()} == dict(table)
+
+
+def test_what_the_cpu_computes_is_fetched_for_later_steps() -> None:
+    gpu = FakeGpu("cpu", (12, 6), max_background=100)
+    assert gpu.step(1, IDS) == [(0, 4, 0)] * N_LAYER
+    gpu.worker.settle()
+    assert gpu.step(2, IDS) == [(4, 0, 0)] * N_LAYER
+    stats = gpu.worker.stats()
+    n_expert = sum(len(np.unique(ids)) for ids in IDS)
+    assert (stats.cpu_experts, stats.fetched_background, stats.fetched_used) == (n_expert, n_expert, n_expert)
+    sizes = [layout.gate.nbytes + layout.up.nbytes + layout.down.nbytes for layout in LAYOUTS]
+    expected = sum(len(np.unique(ids)) * size for ids, size in zip(IDS, sizes, strict=True))
+    assert stats.copied_bytes == stats.cpu_bytes == expected
+    assert stats.fetched_now == stats.fetched_unused == stats.copy_wait_ns == 0
+    assert stats.cpu_ns > 0
+    timeline = gpu.worker.timeline()
+    assert timeline["seq"].tolist() == [gpu.seq(step, layer) for step in (1, 2) for layer in range(N_LAYER)]
+    assert timeline["n_hit"].tolist() == [0] * N_LAYER + [4] * N_LAYER
+    assert (timeline["answered"][:N_LAYER] > timeline["seen"][:N_LAYER]).all()
+    assert (timeline["answered"][N_LAYER:] == 0).all()
+    assert abs(timeline["seen"][-1] - time.monotonic_ns()) < 60e9
+    gpu.worker.reset_stats()
+    assert gpu.worker.stats().hits == [0] * N_LAYER
+    assert len(gpu.worker.timeline()) == 0
+
+
+def test_the_background_is_limited() -> None:
+    gpu = FakeGpu("cpu", (12, 6), max_background=1, copies=_cpu.HostCopyEngine(held=True))
+    gpu.step(1, IDS)
+    gpu.step(2, IDS)
+    assert gpu.worker.stats().fetched_background == 1
+
+
+@pytest.mark.parametrize(("cpu", "copy", "late"), [(1e3, 1e12, 4), (1e12, 1e3, 0)])
+def test_auto_takes_the_faster_way(cpu: float, copy: float, late: int) -> None:
+    gpu = FakeGpu("auto", (12, 6), rates=Rates(cpu, copy))
+    hit, _, n_late = gpu.step(1, IDS)[0]
+    assert (hit, n_late) == (0, late)
+
+
+def test_auto_learns() -> None:
+    gpu = FakeGpu("cpu", rates=Rates(cpu=1.0, copy=1.0), max_background=1)
+    for step in range(1, 8):
+        gpu.step(step, random_ids(np.random.default_rng(step), 1))
+    rates = gpu.worker.stats().rates
+    assert max(rates.cpu, rates.cpu_beside_copies) > 1e6
+    assert max(rates.copy, rates.copy_beside_cpu) > 1e6
+
+
+def test_bad_logits() -> None:
+    gpu = FakeGpu()
+    gpu.worker.expect(1, 2, True)
+    gpu.layers(1, IDS)
+    gpu.worker.expect(2, 2, True)
+    for layer in range(N_LAYER):
+        gpu.layer(2, layer, IDS[layer], True, np.random.default_rng(0))
+    gpu.finish(2, [0, 0], bad=True)
+    found = gpu.worker.wait_tokens(2)
+    assert found is not None
+    assert found.bad
+
+
+def test_the_host_admits_while_no_step_is_pending() -> None:
+    gpu = FakeGpu(n_slot=(2, 0), max_background=0)
+    worker = gpu.worker
+    for expert in (4, 5):
+        place = worker.reserve(2, expert)
+        assert place is not None
+        assert place.evicted is None
+        gpu.pools[2][place.slot] = IMAGES[2][expert]
+        gpu.table[2, expert] = place.slot
+        worker.complete(2, expert)
+    assert worker.residents(2) == {4: worker.slot_of(2, 4), 5: worker.slot_of(2, 5)}
+    worker.touch(2, 4)
+    assert worker.reserve(0, 1, evict=False) is None
+    place = worker.reserve(0, 1)
+    assert place is not None
+    assert place.evicted == (2, 5)
+    worker.cancel(0, 1)
+    gpu.table[2, 5] = -1
+    assert worker.reserve(1, 0) is None
+    worker.expect(1, 1, True)
+    with pytest.raises(RuntimeError, match="step 1 is pending"):
+        worker.residents(2)
+    ids = np.full((N_LAYER, 1, TOP_K), [0, 4])
+    assert gpu.layers(1, ids)[2] == (1, 1, 0)
+    assert worker.wait_tokens(1) is not None
+    worker.settle()
+    worker.release(2, 4)
+    assert worker.slot_of(2, 4) == -1
+    worker.check_integrity()
+
+
+@pytest.mark.parametrize(("top_k", "max_batch"), [(1, 1), (2, 3), (6, 16), (8, 17)])
+def test_regions(top_k: int, max_batch: int) -> None:
+    box = Mailbox.allocate(2, 7, top_k, 64, max_batch, pinned=False)
+    box.native()  # compares the sizes
+    assert box.slots_offset + 4 * max_batch * top_k <= box.message_bytes
+    assert box.message_bytes % 64 == box.late_offset % 64 == box.evicted_offset % 64 == box.token_bytes % 64 == 0
+
+
+def test_host_copies() -> None:
+    engine = _cpu.HostCopyEngine(held=True)
+    source, target = torch.arange(100, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)
+    halves = [(target[i:].data_ptr(), source[i:].data_ptr(), 50) for i in (0, 50)]
+    assert [engine.submit(halves[:1]), engine.submit(halves[1:])] == [1, 2]
+    time.sleep(0.02)
+    assert engine.poll() is None
+    engine.release(1)
+    assert wait(engine) >= 0
+    assert torch.equal(target[:50], source[:50])
+    assert not target[50:].any()
+    assert engine.poll() is None
+    engine.stop()
+    assert not target[50:].any()
+
+
+def wait(engine: _cpu.CopyEngine) -> float:
+    deadline = time.monotonic() + 10
+    while (seconds := engine.poll()) is None:
+        assert time.monotonic() < deadline
+    return seconds
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_without_cuda_the_error_names_the_call() -> None:
+    with pytest.raises(RuntimeError, match=r"libcuda|cu[A-Z]\w+: "):
+        _cpu.CudaCopyEngine(0)
+
+
+@pytest.mark.gpu
+def test_cuda_copies() -> None:
+    torch.zeros(1, device="cuda")
+    engine = _cpu.CudaCopyEngine(0)
+    source = torch.randint(0, 256, (1 << 24,), dtype=torch.uint8, pin_memory=True)
+    target = torch.zeros(1 << 24, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    for first in range(0, 1 << 24, 1 << 22):
+        engine.submit([(target[first:].data_ptr(), source[first:].data_ptr(), 1 << 22)])
+    assert all(wait(engine) > 0 for _ in range(4))
+    assert engine.poll() is None
+    assert torch.equal(target.cpu(), source)
+    with pytest.raises(RuntimeError, match="cuMemcpyHtoDAsync: "):
+        engine.submit([(0, source.data_ptr(), 64)])
+    with pytest.raises(RuntimeError, match="cuDeviceGet: "):
+        _cpu.CudaCopyEngine(1000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_slots_and_table_on_the_device(mode: Mode) -> None:
+    gpu = FakeGpu(mode, (N_EXPERT, N_EXPERT), device="cuda")
+    for step in range(1, 20):
+        gpu.step(step, random_ids(np.random.default_rng(step), 2))
+    assert gpu.worker.stats().copied_bytes > 0

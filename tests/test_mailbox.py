@@ -1,0 +1,160 @@
+"""The GPU's side of the mailbox, in Triton's interpreter or on a GPU, with the host's side played by the test."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_engine.kernels.mailbox import finish, post, wait
+from moe_engine.kernels.router_kernel import Routing
+from moe_engine.kernels.worker import HEADER_BYTES, RING, Mailbox
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+N_LAYER, N_EXPERT, TOP_K, MAX_BATCH = 3, 16, 4, 3
+
+
+def mailbox(hidden: int) -> Mailbox:
+    return Mailbox.allocate(N_LAYER, N_EXPERT, TOP_K, hidden, MAX_BATCH, pinned=DEVICE.type == "cuda")
+
+
+def on_device(values: object, dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def sync() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def part(region: Tensor, offset: int, n: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """n numbers of 4 bytes at an offset (a view)."""
+    return region[offset : offset + 4 * n].view(dtype)
+
+
+def header(region: Tensor) -> Tensor:
+    return region[:HEADER_BYTES].view(torch.int64)
+
+
+def posted(
+    hidden: int, slots: list[list[int]], positions: list[int], **options: Tensor
+) -> tuple[Mailbox, Routing, Tensor]:
+    """Posts layer 1 of step 6."""
+    box = mailbox(hidden)
+    n_token = len(slots)
+    ids = on_device([[(5 * t + 3 * k) % N_EXPERT for k in range(TOP_K)] for t in range(n_token)])
+    routing = Routing(ids, torch.rand(n_token, TOP_K, device=DEVICE), on_device(slots))
+    x = torch.randn(n_token, hidden, device=DEVICE)
+    table = options.pop("slot_table", torch.full((N_LAYER, N_EXPERT), -1, dtype=torch.int32, device=DEVICE))
+    arrived = on_device([0])
+    step = on_device([6], torch.int64)
+    post(box, 1, step, on_device(positions), routing, x, arrived, slot_table=table, **options)
+    sync()
+    assert int(arrived) == 0
+    return box, routing, x
+
+
+@pytest.mark.parametrize("hidden", [48, 2560, 5000])  # one program and several
+def test_a_layer_with_misses_is_posted_whole(hidden: int) -> None:
+    slots = [[0, -1, 2, 3], [7, 7, 7, 7], [-1, -1, 4, 5]]
+    box, routing, x = posted(hidden, slots, [3, 0, 9])
+    record = box.messages[6 % RING * N_LAYER + 1]
+    assert header(record)[:3].tolist() == [6 * (N_LAYER + 1) + 1, 3, 3]
+    n = 3 * TOP_K
+    assert part(record, box.ids_offset, n).tolist() == routing.ids.flatten().tolist()
+    assert part(record, box.slots_offset, n).tolist() == [s for row in slots for s in row]
+    assert torch.equal(part(record, box.weights_offset, n, torch.float32), routing.weights.flatten().cpu())
+    assert torch.equal(box.x, x.cpu())
+    others = [r for r in range(RING * N_LAYER) if r != 6 % RING * N_LAYER + 1]
+    assert not box.messages[others].any()
+
+
+def test_without_misses_the_input_stays() -> None:
+    box, _, _ = posted(48, [[0, 1, 2, 3]], [5])
+    assert header(box.messages[6 % RING * N_LAYER + 1])[:3].tolist() == [25, 1, 0]
+    assert not box.x.any()
+
+
+def test_tokens_of_ended_sequences_choose_nothing() -> None:
+    box, routing, _ = posted(48, [[0, 1, 2, 3], [-1, -1, -1, -1]], [5, -1])
+    record = box.messages[6 % RING * N_LAYER + 1]
+    assert int(header(record)[2]) == 0
+    assert part(record, box.ids_offset, 8).tolist()[TOP_K:] == [-1] * TOP_K
+    assert routing.ids[1].tolist() == routing.slots[1].tolist() == [-1] * TOP_K
+
+
+def test_recorded_routing_takes_the_routers_place() -> None:
+    replay = torch.randint(0, N_EXPERT, (5, N_LAYER, TOP_K), dtype=torch.int32, device=DEVICE)
+    table = torch.randint(-1, 9, (N_LAYER, N_EXPERT), dtype=torch.int32, device=DEVICE)
+    _, routing, _ = posted(48, [[0, 1, 2, 3], [4, 5, 6, 7]], [5, 8], replay=replay, slot_table=table)
+    expected = torch.stack([replay[6 % 5, 1], replay[(6 + 97) % 5, 1]])
+    assert torch.equal(routing.ids, expected)
+    assert torch.equal(routing.slots, table[1][expected.long()])
+
+
+def answer(box: Mailbox, seq: int, flags: int, late: list[int], evicted: list[int]) -> None:
+    part(box.answer, box.late_offset, len(late)).copy_(torch.tensor(late, dtype=torch.int32))
+    part(box.answer, box.evicted_offset, len(evicted)).copy_(torch.tensor(evicted, dtype=torch.int32))
+    header(box.answer)[:3] = torch.tensor([seq, flags, len(evicted)])
+
+
+@pytest.mark.parametrize("hidden", [48, 5000])
+@pytest.mark.parametrize("flags", [0, 1, 2, 3])
+def test_an_answer_is_applied(hidden: int, flags: int) -> None:
+    box, routing, x = posted(hidden, [[0, -1, 2, 3], [-1, 1, 1, 1]], [3, 4])
+    box.y.normal_()
+    answer(box, 25, flags, [-1, 9, -1, -1, 5, -1, -1, -1], [7, 40])
+    table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
+    out, late, waited = torch.empty_like(x), torch.empty_like(routing.slots), on_device([0] * N_LAYER, torch.int64)
+    wait(box, 1, on_device([6], torch.int64), routing, table, waited, out=out, hits=x, late=late)
+    sync()
+    expected = x.cpu() + (box.y[:2] if flags & 1 else 0)
+    assert torch.equal(out.cpu(), expected)
+    assert late.tolist() == ([[-1, 9, -1, -1], [5, -1, -1, -1]] if flags & 2 else [[-1] * 4] * 2)
+    assert (table.cpu() < 0).flatten().nonzero().flatten().tolist() == [7, 40]
+    assert routing.slots.tolist() == [[0, -1, 2, 3], [-1, 1, 1, 1]]
+
+
+def test_fetched_experts_can_join_the_hits() -> None:
+    box, routing, _ = posted(48, [[0, -1, 2, 3], [-1, 1, 1, 1]], [3, 4])
+    answer(box, 25, 2, [-1, 9, -1, -1, 5, -1, -1, -1], [])
+    table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
+    wait(box, 1, on_device([6], torch.int64), routing, table, on_device([0] * N_LAYER, torch.int64))
+    assert routing.slots.tolist() == [[0, 9, 2, 3], [5, 1, 1, 1]]
+    assert not table.any()
+
+
+def test_without_misses_nothing_is_waited_for() -> None:
+    box, routing, x = posted(48, [[0, 1, 2, 3]], [3])
+    out = torch.empty_like(x)
+    table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
+    wait(box, 1, on_device([6], torch.int64), routing, table, on_device([0] * N_LAYER, torch.int64), out=out, hits=x)
+    assert torch.equal(out, x)
+    assert not box.control.any()
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+def test_an_answer_that_never_comes_ends_the_wait(aborted: bool) -> None:
+    box, routing, x = posted(48, [[0, -1, 2, 3]], [3])
+    answer(box, 21, 1, [-1] * 4, [3])  # the one of the layer before
+    box.control[0] = int(aborted)
+    table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
+    out, waited = torch.empty_like(x), on_device([0] * N_LAYER, torch.int64)
+    time_out = 20_000_000 if DEVICE.type == "cuda" else 20
+    wait(box, 1, on_device([6], torch.int64), routing, table, waited, out=out, hits=x, time_out=time_out)
+    sync()
+    assert torch.equal(out, x)  # an answer to something else is not taken
+    assert not table.any()
+    assert int(box.control[1]) == int(not aborted)
+
+
+def test_tokens_are_sent_and_positions_move_on() -> None:
+    box = mailbox(48)
+    step, positions, tokens = on_device([7], torch.int64), on_device([4, -1, 0]), on_device([11, 12, 13])
+    finish(box, step, positions, tokens, on_device([0, 1, 0]))
+    sync()
+    record = box.tokens[7 % RING]
+    assert header(record)[:3].tolist() == [7 * (N_LAYER + 1) + N_LAYER, 3, 0]  # an ended sequence is never bad
+    assert part(record, HEADER_BYTES, 3).tolist() == [11, 12, 13]
+    assert (step.tolist(), positions.tolist()) == ([8], [5, -1, 1])
+    finish(box, step, positions, tokens, on_device([0, 0, 1]))
+    sync()
+    assert int(header(box.tokens[8 % RING])[2]) == 1
