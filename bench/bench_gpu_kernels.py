@@ -29,7 +29,10 @@ from gpu_timing import Row, copy_rate, matmul_rate
 FAMILIES = {
     "attention-part": "bench_attention_part",
     "decode": "bench_decode_product",
-    "small": "bench_small_kernels",
+    "router": "bench_router_kernel",
+    "norm": "bench_norm_rope",
+    "attention": "bench_decode_attention",
+    "sampling": "bench_sampling_kernel",
     "grouped": "bench_grouped_product",
     "dequantize": "bench_dequantize",
 }

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ModelFormatError,
         MoeEngineError,
         NativeLibraryError,
+        TraceFormatError,
         UnsupportedModelError,
     )
     from moe_engine.gguf_file import GGUFFile
@@ -42,6 +43,7 @@ _HOMES = {
     "SamplingParams": "config",
     "Stats": "stats",
     "Tokenizer": "tokenizer",
+    "TraceFormatError": "errors",
     "UnsupportedModelError": "errors",
 }
 
@@ -60,6 +62,7 @@ __all__ = [
     "SamplingParams",
     "Stats",
     "Tokenizer",
+    "TraceFormatError",
     "UnsupportedModelError",
     "__version__",
 ]

@@ -146,12 +146,15 @@ class GraphDecoder:
         }
         layers = [WorkerLayer(handle, *experts.slots_of(layer)) for layer, handle in enumerate(experts.handles)]
         worker = DecodeWorker(step.mailbox, layers, experts.slot_table, experts.cpu, mode=mode)
-        n_layer, n_expert = experts.slot_table.shape
-        for expert in range(n_expert if experts.caches else 0):
-            for layer in range(n_layer):
-                if (place := worker.reserve(layer, expert, evict=False)) is not None:
-                    experts.load((layer, expert), place.slot)
-                    worker.complete(layer, expert)
+
+        def reserve(layer: int, expert: int) -> int | None:
+            place = worker.reserve(layer, expert, evict=False)
+            if place is None:
+                return None
+            worker.complete(layer, expert)  # nobody looks before all are loaded
+            return place.slot
+
+        experts.fill(reserve)
         return cls(step, worker, ("none",) if experts.holds_all else forms[mode])
 
     @torch.inference_mode()

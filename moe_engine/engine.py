@@ -92,6 +92,8 @@ class Engine:
             sampler = SamplerState(cache.n_sequence, tokenizer.n_vocab, self.device, tokenizer.suppress_ids)
             step = DecodeStep(model, experts, cache, self.rope, sampler)
             self.decoder = StagedDecoder(step) if config.eager else GraphDecoder.start(step, config)
+        if isinstance(experts, CachedExperts) and not isinstance(self.decoder, GraphDecoder):
+            experts.fill()  # prompts use them
 
     @classmethod
     def load(

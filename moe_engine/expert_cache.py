@@ -6,6 +6,7 @@ synchronous, what is not in a slot is copied into a staging slot and computed th
 not depend on what is cached.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -117,8 +118,25 @@ class CachedExperts:
         """Whether there is a slot for every expert."""
         return all(len(pool.slots) == self._size(pool) for pool in self.pools.values())
 
+    def fill(self, reserve: Callable[[int, int], int | None] | None = None) -> None:
+        """Loads the first experts of each layer. reserve: `(layer, expert)` to a slot, None where none is left."""
+        if reserve is None:
+            left = {layout: iter(range(len(pool.slots))) for layout, pool in self.pools.items()}
+
+            def reserve(layer: int, expert: int) -> int | None:
+                return next(left[self.layouts[layer]], None)
+
+        for expert in range(self.n_expert if self.caches else 0):
+            for layer in range(len(self.handles)):
+                slot = reserve(layer, expert)
+                if slot is not None:
+                    self.load((layer, expert), slot)
+
     def load(self, key: Key, slot: int) -> None:
-        """Copies an expert into a slot and enters it in the table, in the order of the current stream."""
+        """Copies an expert into a slot and enters it in the table, in the order of the current stream.
+
+        Within `torch.inference_mode`, as all that writes to the tensors made at load.
+        """
         layer, expert = key
         self._copy(key, self.pools[self.layouts[layer]].slots[slot])
         self.slot_table[layer, expert] = slot

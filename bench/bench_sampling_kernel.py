@@ -1,6 +1,6 @@
 """Times the drawing of tokens, as a decode step does it, in CUDA graphs.
 
-    python bench/bench_sampling.py            # on a machine without a GPU: a tiny dry run, nothing timed
+    python bench/bench_sampling_kernel.py            # on a machine without a GPU: a tiny dry run, nothing timed
 
 Logits stay in the cache, where the product before leaves them. The tokens of the first call must be `Sampler`'s.
 reference_us: of torch, the part of the work that it has an operator for: argmax, topk (64 of all), sort.
