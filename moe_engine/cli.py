@@ -1,4 +1,4 @@
-"""The command line: `moe-engine generate | inspect | perplexity | tokenize`."""
+"""The command line: `moe-engine generate | inspect | perplexity | tokenize | trace`."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moe_engine import cli_trace
 from moe_engine.config import format_size
 from moe_engine.errors import ConfigError, MoeEngineError
 
@@ -25,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_trace.app, name="trace")
 # Results go to stdout; progress, summaries and errors to stderr.
 _notes = Console(stderr=True, highlight=False)
 

@@ -3,6 +3,7 @@
 - MoeEngineError
   - ModelFormatError        the model file is damaged or says something impossible
     - UnsupportedModelError the file is fine, but this version cannot run it
+  - TraceFormatError        the trace file is damaged or is none
   - CapacityError           the model, or the request, does not fit the memory or context it was given
   - ConfigError             an option has a value that makes no sense
   - DecodeError             the decode worker or the GPU has stopped answering: load the engine anew
@@ -20,6 +21,10 @@ class ModelFormatError(MoeEngineError):
 
 class UnsupportedModelError(ModelFormatError):
     """The file is well-formed, but its architecture, tensor type or tokenizer is not supported."""
+
+
+class TraceFormatError(MoeEngineError):
+    """A trace file (recorded routing) is damaged, inconsistent or no such file."""
 
 
 class CapacityError(MoeEngineError):

@@ -4,9 +4,11 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_engine.cli import main
+from moe_engine.trace_npz import import_npz
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(?:\$ |    )(moe-engine .*)$", README, re.MULTILINE)
@@ -19,7 +21,7 @@ def test_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_examples_are_found() -> None:
-    assert len(COMMANDS) == 6
+    assert len(COMMANDS) == 8
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -30,6 +32,8 @@ def test_command_runs(
     monkeypatch.chdir(tmp_path)
     held_out = Path(__file__).parent / "data" / "heldout-4k.txt"
     Path("text.txt").write_text(held_out.read_text(encoding="utf-8")[:4000], encoding="utf-8")
+    np.savez("routing.npz", ids=np.array([[[0, 1], [2, 3]], [[3, 0], [2, 1]]]))
+    import_npz("routing.npz").save("model.trace")
     arguments = shlex.split(command)[1:]
     with pytest.raises(SystemExit) as exit:
         main(arguments)

@@ -1,0 +1,150 @@
+"""The command line: `moe-engine trace simulate | import | export | info`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moe_engine.config import format_size, parse_size
+
+if TYPE_CHECKING:
+    from moe_engine.simulator import Outcome
+    from moe_engine.traces import Trace
+
+app = typer.Typer(help="Recorded routing: look at it, and try cache policies on it.", no_args_is_help=True)
+
+TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="Trace file, or .npz with an array 'ids'.")]
+Experts = Annotated[
+    int | None, typer.Option(help="Experts of a layer, for .npz files that do not say. Default: the largest id + 1.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+@app.command()
+def simulate(
+    file: TraceFile,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME[:key=value,...]; may be given several times. Default: lru, lfu-decay, belady."),
+    ] = None,
+    capacity: Annotated[
+        str, typer.Option(help="Shares of the experts, or experts per layer, with commas between.")
+    ] = "5%,10%,25%,50%",
+    warm: Annotated[bool, typer.Option("--warm", help="Start with the first experts, not empty.")] = False,
+    shared: Annotated[bool, typer.Option("--shared", help="One pool for all layers instead of one each.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Trace of an earlier run, for pinned-lru.")] = None,
+    expert_bytes: Annotated[str | None, typer.Option(help="Size of one expert, such as 1.5MiB.")] = None,
+    experts: Experts = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how often cache policies would have had the experts of a trace."""
+    from moe_engine.policies.registry import policy_of
+    from moe_engine.simulator import capacity_of
+    from moe_engine.simulator import simulate as replay
+
+    specs = [policy_of(text) for text in policy or ("lru", "lfu-decay", "belady")]
+    trace = _load(file, experts)
+    model = trace.model
+    capacities = sorted({capacity_of(text, model.n_expert, model.top_k) for text in capacity.split(",")})
+    outcomes = replay(
+        trace,
+        specs,
+        capacities,
+        warm=warm,
+        shared=shared,
+        profile=None if profile is None else _load(profile, model.n_expert),
+        expert_bytes=None if expert_bytes is None else parse_size(expert_bytes),
+    )
+    if as_json:
+        _print_json(**_facts(trace), warm=warm, shared=shared, results=[outcome.as_dict() for outcome in outcomes])
+    else:
+        _print_outcomes(trace, outcomes)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help=".npz with an array 'ids' [tokens, MoE layers, top-k].")],
+    output: Output,
+    experts: Experts = None,
+) -> None:
+    """Make a trace file from a numpy archive."""
+    from moe_engine.trace_npz import import_npz
+
+    trace = import_npz(file, experts)
+    trace.save(output)
+    print(f"{output}: {trace.n_token} tokens, {trace.model.n_expert} experts in each of {trace.model.n_layer} layers")
+
+
+@app.command()
+def export(file: TraceFile, output: Output) -> None:
+    """Write a trace as a numpy archive (.npz)."""
+    from moe_engine.trace_npz import export_npz
+
+    trace = _load(file)
+    export_npz(trace, output)
+    print(f"{output}: {trace.n_token} tokens")
+
+
+@app.command()
+def info(file: TraceFile, as_json: AsJson = False) -> None:
+    """Show what is in a trace."""
+    trace = _load(file)
+    if as_json:
+        _print_json(**_facts(trace))
+        return
+    for name, value in _facts(trace).items():
+        print(f"{name:<14}{value}")
+
+
+def _load(path: Path, n_expert: int | None = None) -> "Trace":
+    from moe_engine.trace_npz import import_npz
+    from moe_engine.traces import Trace
+
+    return import_npz(path, n_expert) if path.suffix == ".npz" else Trace.load(path)
+
+
+def _facts(trace: "Trace") -> dict[str, object]:
+    model = trace.model
+    return {
+        "architecture": model.architecture,
+        "hash": model.hash,
+        "n_layer": model.n_layer,
+        "n_expert": model.n_expert,
+        "top_k": model.top_k,
+        "tokens": trace.n_token,
+        "sequences": len(trace.sequences),
+        "weights": trace.weights is not None,
+    }
+
+
+def _print_json(**values: object) -> None:
+    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]") -> None:
+    model = trace.model
+    out = Console(highlight=False)
+    out.width = max(out.width, 120)  # a cut-off name is of no use in a file or a pipe
+    out.print(
+        f"{trace.n_token} tokens, {model.n_layer} MoE layers, {model.top_k} of {model.n_expert} experts; hit rate, and "
+        "how much higher it could be knowing the future"
+    )
+    names = ("policy", "slots per layer", "hits", "to Belady", "worst layer", "best layer")
+    table = Table(*names, box=None, pad_edge=False)
+    with_bytes = any(outcome.bytes is not None for outcome in outcomes)
+    if with_bytes:
+        table.add_column("missed bytes per token")
+    for outcome in outcomes:
+        layers = [hits / max(1, n) for hits, n in zip(outcome.hits, outcome.accesses, strict=True)]
+        share = f"{outcome.capacity} ({outcome.capacity / model.n_expert:.0%})"
+        rates = (outcome.hit_rate, outcome.to_belady, min(layers), max(layers))
+        row = [outcome.policy, share, *(f"{rate:.1%}" for rate in rates)]
+        if outcome.bytes is not None:
+            row.append(format_size(outcome.bytes / max(1, trace.n_token)))
+        table.add_row(*row)
+    out.print(table)

@@ -1,0 +1,225 @@
+"""Replays cache policies over a trace: what would have been hit.
+
+What is simulated:
+
+- One access per (token, MoE layer, chosen expert), in decode order, best expert first. Tokens of prompts are replayed
+  like any other; the cache outlives the sequences.
+- Every layer has a pool of its own; or, shared, all layers have one of n_layer times the size.
+- The experts of the step being served (one token in one layer) are not evicted; only `BOUND` may do so.
+- Pools start empty; warm, with as many of the first experts as fit, the first counting as used last.
+- A miss takes a free slot, else the slot of the policy's victim, unless admission refuses.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_engine.errors import ConfigError
+from moe_engine.policies.base import Admission, Policy
+from moe_engine.policies.registry import PolicySpec, Pool, policy_of
+from moe_engine.stack_distance import lru_distances
+from moe_engine.traces import Trace
+
+BOUND = "belady-bypass"  # no policy has more hits
+Hits = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one policy did at one capacity. hits and accesses are per layer; capacity is in experts per layer."""
+
+    policy: str
+    capacity: int
+    hits: tuple[int, ...]
+    accesses: tuple[int, ...]
+    bound: int  # hits of `BOUND`, all layers
+    expert_bytes: int | None = None
+
+    @property
+    def hit_rate(self) -> float:
+        return sum(self.hits) / max(1, sum(self.accesses))
+
+    @property
+    def to_belady(self) -> float:
+        """By how much the bound's hit rate is higher."""
+        return (self.bound - sum(self.hits)) / max(1, sum(self.accesses))
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes of all misses: fetched, or computed elsewhere."""
+        if self.expert_bytes is None:
+            return None
+        return (sum(self.accesses) - sum(self.hits)) * self.expert_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy,
+            "capacity": self.capacity,
+            "hits": sum(self.hits),
+            "accesses": sum(self.accesses),
+            "bytes": self.bytes,
+            "hit_rate": self.hit_rate,
+            "to_belady": self.to_belady,
+            "hit_rate_per_layer": [hits / max(1, n) for hits, n in zip(self.hits, self.accesses, strict=True)],
+        }
+
+
+def capacity_of(text: str, n_expert: int, top_k: int) -> int:
+    """Experts per layer from "25%" (rounded down) or "32"; at least top_k, at most n_expert. Raises ConfigError."""
+    number = text.strip().removesuffix("%")
+    if not number.isascii() or not number.replace(".", "", 1).isdigit() or (number == text.strip() and "." in number):
+        raise ConfigError(f"capacity is '{text}', expected experts per layer such as 32, or a share such as 25%")
+    # A hundredth of a percent is exact in integers, a float product may fall just below one.
+    slots = int(round(float(number) * 100) * n_expert // 10_000) if text.strip().endswith("%") else int(number)
+    return min(max(slots, top_k), n_expert)
+
+
+def simulate(
+    trace: Trace,
+    policies: Sequence[str | PolicySpec],
+    capacities: Sequence[int],
+    *,
+    warm: bool = False,
+    shared: bool = False,
+    profile: Trace | None = None,
+    expert_bytes: int | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Outcome]:
+    """One outcome per policy and capacity (experts per layer), in this order.
+
+    `profile` is the earlier run that pinned-lru learns from. Raises ConfigError for unknown policies, capacities below
+    top_k or a profile of another model.
+    """
+    specs = [policy_of(p) if isinstance(p, str) else p for p in policies]
+    model = trace.model
+    for capacity in capacities:
+        if not model.top_k <= capacity <= model.n_expert:
+            raise ConfigError(f"capacity is {capacity}, expected {model.top_k} (top_k) to {model.n_expert} experts")
+    if profile is not None and (profile.model.n_layer, profile.model.n_expert) != (model.n_layer, model.n_expert):
+        raise ConfigError("the profile is of a model with other layers or experts")
+    replay = _Replay(trace, warm, shared, profile)
+    accesses = (trace.n_token * model.top_k,) * model.n_layer
+
+    outcomes = []
+    bounds: dict[int, Hits] = {}
+    for spec in specs:
+        for capacity in capacities:
+            if capacity not in bounds:
+                bounds[capacity] = replay.hits(policy_of(BOUND), capacity)
+            hits = bounds[capacity] if spec.name == BOUND else replay.hits(spec, capacity)
+            total = int(bounds[capacity].sum())
+            by_layer = tuple(int(n) for n in hits)
+            outcomes.append(Outcome(spec.text, capacity, by_layer, accesses, total, expert_bytes))
+            progress()
+    return outcomes
+
+
+class _Replay:
+    """A trace as the streams of accesses that its pools see: one pool for all layers, or one each."""
+
+    def __init__(self, trace: Trace, warm: bool, shared: bool, profile: Trace | None) -> None:
+        self._trace, self._warm, self._shared = trace, warm, shared
+        self._keys = _keys(trace)
+        self._profile = None if profile is None else Counter[int](_keys(profile).ravel().tolist())
+        self._lru_distances: NDArray[np.int32] | None = None
+
+    def hits(self, spec: PolicySpec, capacity: int) -> Hits:
+        """[n_layer]"""
+        if spec.name == "lru" and spec.admit == "always":
+            return self._hits_of_lru(capacity)
+        model = self._trace.model
+        found = np.zeros(model.n_layer, np.int64)
+        for layers in self._pools():
+            keys = self._keys[:, layers]
+            slots = capacity * len(layers)
+            uses = _times_of_use(keys) if spec.foresees else None
+            pool = Pool(slots, model.n_layer, model.n_expert, uses, self._profile_of(layers))
+            policy, admission = spec.build(pool)
+            if self._warm:
+                _fill(policy, slots, layers, model.n_expert)
+            weights = None if self._trace.weights is None else self._trace.weights[:, layers]
+            found[layers] = _replay(keys, weights, policy, admission, slots)
+        return found
+
+    def _pools(self) -> Iterator[list[int]]:
+        layers = list(range(self._trace.model.n_layer))
+        return iter([layers] if self._shared else [[layer] for layer in layers])
+
+    def _profile_of(self, layers: Sequence[int]) -> Mapping[int, int] | None:
+        if self._profile is None:
+            return None
+        return {key: n for key, n in self._profile.items() if key // self._trace.model.n_expert in layers}
+
+    def _hits_of_lru(self, capacity: int) -> Hits:
+        """From stack distances, which give all capacities at once."""
+        model = self._trace.model
+        n_pool = 1 if self._shared else model.n_layer
+        slots = capacity * model.n_layer // n_pool
+        if self._lru_distances is None:
+            n_key = model.n_layer * model.n_expert // n_pool
+            # In a pool of one layer, an expert is its own key.
+            keys = self._keys if self._shared else self._trace.ids
+            first = np.array(_by_expert(n_key, model.n_expert)) if self._warm else None
+            streams = keys.reshape(-1, n_pool, model.top_k)
+            self._lru_distances = lru_distances(streams, n_key, used_before=first).reshape(self._keys.shape)
+        hits: Hits = (self._lru_distances < slots).sum(axis=(0, 2), dtype=np.int64)
+        return hits
+
+
+def _keys(trace: Trace) -> NDArray[np.int64]:
+    """[n_token, n_layer, top_k]: layer * n_expert + expert."""
+    layers = np.arange(trace.model.n_layer)[:, None]
+    return layers * trace.model.n_expert + trace.ids.astype(np.int64)
+
+
+def _by_expert(n_key: int, n_expert: int) -> list[int]:
+    """The keys of a pool in the order in which a warm one was used: expert 0 of all its layers last."""
+    return sorted(range(n_key), key=lambda key: key % n_expert, reverse=True)
+
+
+def _times_of_use(keys: NDArray[np.int64]) -> dict[int, list[int]]:
+    """For each key the numbers of the steps [n_token, n_layer] that use it, ascending."""
+    flat = keys.ravel()
+    order = flat.argsort(kind="stable")
+    found, starts = np.unique(flat[order], return_index=True)
+    steps = np.split(order // keys.shape[2], starts[1:])
+    return {int(key): times.tolist() for key, times in zip(found, steps, strict=True)}
+
+
+def _fill(policy: Policy[int], slots: int, layers: Sequence[int], n_expert: int) -> None:
+    n_key = len(layers) * n_expert
+    for key in _by_expert(n_key, n_expert)[n_key - slots :]:
+        policy.insert(layers[0] * n_expert + key)
+
+
+def _replay(
+    keys: NDArray[np.int64], weights: NDArray[Any] | None, policy: Policy[int], admission: Admission[int], slots: int
+) -> Hits:
+    """Serves keys [n_token, n_layer, top_k] from one pool of `slots`; returns the hits [n_layer]."""
+    n_token, n_layer, _ = keys.shape
+    hits = [0] * n_layer
+    weight_of = dict[int, float]()
+    for token in range(n_token):
+        rows = keys[token].tolist()  # one token at a time: Python's integers take much more room
+        for layer, served in enumerate(rows):
+            pinned = set(served)
+            if weights is not None:
+                weight_of = dict(zip(served, weights[token, layer].tolist(), strict=True))
+            for key in admission.order(served):
+                hit = key in policy
+                policy.touch(key, token, weight_of.get(key, 1.0))
+                admission.note(key, token)
+                if hit:
+                    hits[layer] += 1
+                elif len(policy) < slots:
+                    policy.insert(key)
+                else:
+                    candidate = policy.candidate(pinned)
+                    if candidate is not None and admission.admits(key, candidate):
+                        policy.remove(candidate)
+                        policy.insert(key)
+    return np.array(hits)
