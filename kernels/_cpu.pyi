@@ -88,9 +88,6 @@ class HostCopyEngine(CopyEngine):
     def __init__(self, held: bool = False) -> None: ...
     def release(self, n_batch: int) -> None: ...
 
-class CopyThread(CopyEngine):
-    def __init__(self, engine: CopyEngine) -> None: ...
-
 class CudaCopyEngine(CopyEngine):
     def __init__(self, device: int) -> None: ...
 
@@ -181,9 +178,6 @@ class WorkerStats:
     @property
     def copy_wait_ns(self) -> int:
         """How long answers waited for copies after the CPU was done."""
-    @property
-    def submit_ns(self) -> int:
-        """How long starting copies took the worker."""
     @property
     def rates(self) -> Rates: ...
 

@@ -46,16 +46,6 @@ class Attention(Protocol):
         ...
 
 
-class FeedForward(Protocol):
-    def __call__(self, x: Tensor) -> Tensor:
-        """`x` f32 `[T, H]`, normed, to `[T, H]`."""
-        ...
-
-    def decode(self, x: "Normed", residual: Tensor | None) -> Tensor:
-        """The same for a few tokens, plus `residual` `[T, H]`, as a CUDA graph can hold it."""
-        ...
-
-
 class Normed(NamedTuple):
     """What a block computes with in a decode step, f32 `[T, H]`, and the same in 8 bits where rows are whole runs."""
 
@@ -141,7 +131,10 @@ def gqa_dimensions(meta: Metadata) -> tuple[int, int, int]:
 
 
 class SwiGLU:
-    """A dense feed-forward: `down(silu(gate x) * up x)` (Shazeer 2020). `suffix` "_shexp": the shared expert's."""
+    """A dense feed-forward: `down(silu(gate x) * up x)` (Shazeer 2020), `x` f32 `[T, H]`, normed, to `[T, H]`.
+
+    `suffix` "_shexp": the shared expert's.
+    """
 
     def __init__(self, weights: Weights, prefix: str, hidden: int, suffix: str = "") -> None:
         n_ff = weights.shape(f"{prefix}ffn_down{suffix}.weight")[-1]
@@ -151,8 +144,11 @@ class SwiGLU:
         w = self.weights
         return w.down(torch.nn.functional.silu(w.gate(x)) * w.up(x))
 
-    def decode(self, x: Normed, residual: Tensor | None) -> Tensor:
-        """As an expert that every token chooses."""
+    def decode(self, x: Normed, residual: Tensor) -> Tensor:
+        """The same for a few tokens, plus `residual` `[T, H]`, as a CUDA graph can hold it.
+
+        Computed as an expert that every token chooses.
+        """
         assert self.weights.packed is not None
         layout, pool = self.weights.packed
         slots = torch.zeros(len(x.values), 1, dtype=torch.int32, device=pool.device)
@@ -190,7 +186,7 @@ class MixtureOfExperts:
         router: RouterConfig,
         experts: Experts,
         layer: int,
-        shared: FeedForward | None,
+        shared: SwiGLU | None,
     ) -> None:
         self.router, self.experts, self.layer, self.shared = router, experts, layer, shared
         self.ffn_gate_inp = weights.floats(prefix + "ffn_gate_inp.weight", router.n_expert, hidden)
@@ -200,9 +196,6 @@ class MixtureOfExperts:
                 self.exp_probs_b = weights.floats(prefix + name, router.n_expert)
         gate, up, down = weights.experts(prefix, router.n_expert, hidden)
         experts.register(layer, gate, up, down)
-
-    def decode(self, x: Normed, residual: Tensor | None) -> Tensor:
-        raise NotImplementedError("the decode step computes mixtures itself, see decode_step.py")
 
     def __call__(self, x: Tensor) -> Tensor:
         expert_ids, expert_weights = route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)

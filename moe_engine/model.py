@@ -10,7 +10,6 @@ from moe_engine.kernels.router import RouterConfig
 from moe_engine.kv_cache import LayerCache, TokenShapes
 from moe_engine.layers import (
     Attention,
-    FeedForward,
     MixtureOfExperts,
     SwiGLU,
     gqa_dimensions,
@@ -27,7 +26,7 @@ Progress = Callable[[int, int], None]
 class Block:
     """One layer: attention, then a dense feed-forward or a mixture of experts, each with a norm and a residual."""
 
-    def __init__(self, attn_norm: Tensor, attn: Attention, ffn_norm: Tensor, ffn: FeedForward) -> None:
+    def __init__(self, attn_norm: Tensor, attn: Attention, ffn_norm: Tensor, ffn: SwiGLU | MixtureOfExperts) -> None:
         self.attn_norm, self.attn, self.ffn_norm, self.ffn = attn_norm, attn, ffn_norm, ffn
 
 
@@ -80,7 +79,7 @@ class Transformer(ABC):
     def attention_bytes(meta: Metadata, n_token: int, ctx: int) -> int:
         """Bytes that one layer's attention holds besides scores, for `n_token` queries and `ctx` keys."""
 
-    def shared_expert(self, prefix: str) -> FeedForward | None:
+    def shared_expert(self, prefix: str) -> SwiGLU | None:
         """The expert every token passes through, if the layer has one."""
         return None
 
@@ -89,7 +88,7 @@ class Transformer(ABC):
     def _block(self, layer: int) -> Block:
         prefix, weights, hidden = f"blk.{layer}.", self.weights, self.hidden
         attn = self.attention(prefix, layer)
-        ffn: FeedForward
+        ffn: SwiGLU | MixtureOfExperts
         if weights.has(prefix + "ffn_gate_inp.weight"):
             shared = self.shared_expert(prefix)
             ffn = MixtureOfExperts(weights, prefix, hidden, self.router, self.experts, layer, shared)

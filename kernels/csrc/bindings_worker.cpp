@@ -82,8 +82,6 @@ void bind_copy_engines(nb::module_& m) {
     nb::class_<moe::HostCopyEngine, moe::CopyEngine>(m, "HostCopyEngine")
         .def(nb::init<bool>(), "held"_a = false)
         .def("release", &moe::HostCopyEngine::release, "n_batch"_a);
-    nb::class_<moe::CopyThread, moe::CopyEngine>(m, "CopyThread")
-        .def(nb::init<moe::CopyEngine&>(), "engine"_a, nb::keep_alive<1, 2>());
     nb::class_<moe::CudaCopyEngine, moe::CopyEngine>(m, "CudaCopyEngine").def(nb::init<int>(), "device"_a);
 }
 
@@ -140,7 +138,6 @@ void bind_parts(nb::module_& m) {
         .def_ro("fetched_unused", &WorkerStats::fetched_unused)
         .def_ro("cpu_ns", &WorkerStats::cpu_ns)
         .def_ro("copy_wait_ns", &WorkerStats::copy_wait_ns)
-        .def_ro("submit_ns", &WorkerStats::submit_ns)
         .def_ro("rates", &WorkerStats::rates);
 }
 

@@ -3,11 +3,9 @@
 
 #pragma once
 
-#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
-#include <exception>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -51,31 +49,6 @@ class HostCopyEngine final : public CopyEngine {
     std::deque<double> finished_;
     const bool held_;
     int64_t allowed_ = 0, submitted_ = 0;
-    bool stop_ = false;
-    std::thread thread_;
-};
-
-// Calls another engine from a thread of its own: a driver's calls may wait for those of other threads.
-class CopyThread final : public CopyEngine {
- public:
-    explicit CopyThread(CopyEngine& engine);
-    ~CopyThread() override;
-    int64_t submit(const std::vector<Copy>& copies) override;  // throws what the thread has met
-    std::optional<double> poll() override;                     // likewise
-    void stop() override;
-
- private:
-    void run();
-    void serve();
-
-    CopyEngine& engine_;
-    std::mutex mutex_;
-    std::condition_variable wake_;
-    std::deque<std::vector<Copy>> waiting_;
-    std::deque<double> finished_;
-    std::atomic<bool> news_{false};  // finished_ or error_ has something
-    std::exception_ptr error_;
-    int64_t submitted_ = 0;
     bool stop_ = false;
     std::thread thread_;
 };

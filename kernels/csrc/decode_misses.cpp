@@ -219,12 +219,7 @@ void DecodeWorker::start_fetch(ExpertKey key) {
                           part.host + expert * part.expert_stride, part.n_bytes});
     batch_.push_back({layer.table + expert * int64_t{4},
                       reinterpret_cast<const uint8_t*>(spec_.slot_numbers + slot), 4});
-    const int64_t start = now();
     copies_.submit(batch_);
-    {
-        std::lock_guard<std::mutex> lock(stats_mutex_);
-        stats_.submit_ns += now() - start;
-    }
     in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false});
     unused_[static_cast<size_t>(key)] = true;
 }

@@ -77,7 +77,6 @@ struct WorkerStats {
     int64_t fetched_used = 0, fetched_unused = 0;
     int64_t cpu_ns = 0;        // in expert_ffn
     int64_t copy_wait_ns = 0;  // answers waited for copies after the CPU was done
-    int64_t submit_ns = 0;     // copies were started
     Rates rates{};
 };
 

@@ -21,7 +21,7 @@ from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kv_cache import LayerCache, TokenShapes
-from moe_engine.layers import Attention, FeedForward, Normed, SwiGLU, rms_norm, router_config
+from moe_engine.layers import Attention, Normed, SwiGLU, rms_norm, router_config
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer
 from moe_engine.rope import Rope, RopeConfig
@@ -83,7 +83,7 @@ class Model(Transformer):
         expanded = min(EXPANDED_BYTES, 4 * ctx * d.n_head * (d.qk_nope + d.n_rot + d.v_dim))
         return 4 * latent * (6 * n_token * d.n_head + 4 * ctx) + 3 * expanded
 
-    def shared_expert(self, prefix: str) -> FeedForward | None:
+    def shared_expert(self, prefix: str) -> SwiGLU | None:
         declared = self.meta.integer("expert_shared_count", 0, low=0) > 0
         if not declared and not self.weights.has(prefix + "ffn_down_shexp.weight"):
             return None

@@ -3,7 +3,6 @@
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.layers import (
     Attention,
-    FeedForward,
     GatedSwiGLU,
     GroupedQueryAttention,
     router_config,
@@ -18,5 +17,5 @@ class Model(GroupedQueryTransformer):
     def attention(self, prefix: str, layer: int) -> Attention:
         return GroupedQueryAttention(self.meta, self.weights, prefix, self.hidden, bias=True, qk_norm=False)
 
-    def shared_expert(self, prefix: str) -> FeedForward:
+    def shared_expert(self, prefix: str) -> GatedSwiGLU:
         return GatedSwiGLU(self.weights, prefix, self.hidden)
