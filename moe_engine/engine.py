@@ -178,6 +178,8 @@ class Engine:
 
         Raises as `generate`; `ConfigError` for too many prompts.
         """
+        if not prompts:
+            return []
         if len(prompts) > self.cache.n_sequence:
             raise ConfigError(
                 f"{len(prompts)} prompts, but the engine was loaded for {self.cache.n_sequence}: raise n_sequence"

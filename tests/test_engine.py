@@ -41,6 +41,10 @@ def test_stream_pieces_make_the_text_and_seed_repeats(engine: Engine) -> None:
     assert "".join(pieces) == stream.result().text == engine.generate(PROMPT, **options).text
 
 
+def test_no_prompts_give_no_results(engine: Engine) -> None:
+    assert engine.generate_batch([], max_tokens=4) == []
+
+
 def test_zero_tokens(engine: Engine) -> None:
     result = engine.generate(PROMPT, max_tokens=0)
     assert (result.text, result.tokens) == ("", [])
