@@ -63,7 +63,7 @@ def errors(shape: Shape, type: str, n_token: int) -> dict[str, float]:
 def grouped_mm(shape: Shape, x: Tensor, pairs: gp.Sorted) -> Call | None:
     if DEVICE.type == "cpu":
         return None
-    rows, ends = x[pairs.token], pairs.groups.offsets[1:]
+    rows, ends = x[pairs.token], pairs.offsets[1:]
     both = torch.randn(shape.n_expert, shape.n_embd, 2 * shape.n_ff, device=DEVICE, dtype=torch.bfloat16)
     down = torch.randn(shape.n_expert, shape.n_ff, shape.n_embd, device=DEVICE, dtype=torch.bfloat16)
 
@@ -80,10 +80,10 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
     slots = torch.arange(shape.n_expert, dtype=torch.int32, device=DEVICE)
     for n_token in tokens:
         x, ids, weights = random_input(shape, n_token)
-        pairs = gp.sort_by_expert(ids, slots)
+        pairs = gp.sort_by_expert(ids, len(slots))
         label, types = f"{name}, {n_token} tokens", f"{layout.gate.type}/{layout.down.type}"
         if type == "Q4_K":
-            report.add("sort", "", label, [partial(gp.sort_by_expert, ids, slots)], error=0.0)
+            report.add("sort", "", label, [partial(gp.sort_by_expert, ids, len(slots))], error=0.0)
         for method in METHODS:
             report.add(
                 f"prompt experts, {method}",

@@ -64,7 +64,10 @@ def _type_constants(part: SlotPart) -> dict[str, Any]:
 
 
 def _tile_map(groups: Groups, n_row: int, block_m: int) -> tuple[Tensor, Tensor]:
-    """For each row tile its group or -1, and its first row: int32 `[n_tile]`, an upper bound of what is needed."""
+    """For each row tile its group or -1, and its first row: int32 `[n_tile]`, an upper bound of what is needed.
+
+    n_row: of all groups that have a slot, at most.
+    """
     from moe_engine.kernels.grouped_kernels import tile_map_kernel
 
     n_group, chunk = len(groups), 32
@@ -93,12 +96,13 @@ def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
 
 def grouped_gate_up(
     x: Tensor, row_index: Tensor | None, groups: Groups, pool: Tensor, gate: SlotPart, up: SlotPart,
-    tiling: _Tiling | None = None, out: Tensor | None = None,
+    tiling: _Tiling | None = None, out: Tensor | None = None, n_row: int | None = None,
 ) -> Tensor:  # fmt: skip
     """silu(gate x) * (up x) for the rows of each group: bf16 `[n_row, n_ff]`.
 
     x: bf16 `[n, n_in]`; row r is `x[row_index[r]]` (int32 `[n_row]`), or `x[r]`. pool: uint8 `[n_slot, slot_bytes]`.
-    Gate and up must be of one type and shape. Of `out` only the rows of groups with a slot are written.
+    Gate and up must be of one type and shape. Of `out` only the rows of groups with a slot are written; with `out`,
+    n_row may say how many those are at most.
     """
     from moe_engine.kernels.grouped_kernels import gate_up_kernel
 
@@ -108,8 +112,9 @@ def grouped_gate_up(
     assert x.dtype == torch.bfloat16, x.dtype
     assert x.is_contiguous()
     assert x.shape[1] == gate.n_in, (x.shape, gate)
-    n_row = x.shape[0] if row_index is None else row_index.numel()
-    h = x.new_empty(n_row, gate.n_out) if out is None else out
+    n_all = x.shape[0] if row_index is None else row_index.numel()
+    n_row = n_all if n_row is None else n_row
+    h = x.new_empty(n_all, gate.n_out) if out is None else out
     if n_row == 0:
         return h
     tiling = tiling or _tiling(n_row, len(groups))
@@ -141,10 +146,11 @@ def grouped_gate_up(
 def grouped_down(
     h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, row_weight: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16, tiling: _Tiling | None = None, out: Tensor | None = None,
+    n_row: int | None = None,
 ) -> Tensor:  # fmt: skip
     """down h for the rows of each group, times `row_weight` (f32 `[n_row]`) if given: `[n_row, n_out]` of `dtype`.
 
-    Of `out` only the rows of groups with a slot are written.
+    `out` and n_row: as for `grouped_gate_up`.
     """
     from moe_engine.kernels.grouped_kernels import down_kernel
 
@@ -152,8 +158,8 @@ def grouped_down(
     assert h.dtype == torch.bfloat16, h.dtype
     assert h.is_contiguous()
     assert h.shape[1] == down.n_in, (h.shape, down)
-    n_row = h.shape[0]
-    y = h.new_empty(n_row, down.n_out, dtype=dtype) if out is None else out
+    n_row = len(h) if n_row is None else n_row
+    y = h.new_empty(len(h), down.n_out, dtype=dtype) if out is None else out
     if n_row == 0:
         return y
     tiling = tiling or _tiling(n_row, len(groups))
@@ -194,21 +200,6 @@ def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: 
     return out
 
 
-def _dequantized_gate_up(x: Tensor, pairs: Sorted, pool: Tensor, gate: SlotPart, up: SlotPart) -> Tensor:
-    h = x.new_empty(pairs.token.numel(), gate.n_out)
-    parts = expanded_part(gate), expanded_part(up, 2 * gate.n_out * gate.n_in)
-    for groups, scratch in expanded(pairs.groups, pool, (gate, up)):
-        grouped_gate_up(x, pairs.token, groups, scratch, *parts, out=h)
-    return h
-
-
-def _dequantized_down(h: Tensor, pairs: Sorted, pool: Tensor, down: SlotPart) -> Tensor:
-    y = h.new_empty(len(h), down.n_out)
-    for groups, scratch in expanded(pairs.groups, pool, (down,)):
-        grouped_down(h, groups, scratch, expanded_part(down), out=y)
-    return y
-
-
 def choose_method(part: SlotPart, pool: Tensor) -> Method:
     """The faster way for a part of a slot.
 
@@ -218,30 +209,75 @@ def choose_method(part: SlotPart, pool: Tensor) -> Method:
     return "fused" if part.type.name == "Q4_K" and _is_fast(part, pool) else "dequantized"
 
 
+class PromptProduct:
+    """The mixture of experts of a prompt's tokens, some experts at a time, as they come to lie in slots.
+
+    What `sum` gives does not depend on which experts were added together, nor on their slots.
+    """
+
+    def __init__(
+        self, x: Tensor, ids: Tensor, weights: Tensor, n_expert: int, layout: SlotLayout,
+        method: Method | None = None, workspace: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """x: `[n_token, n_embd]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
+        weights: f32 of that shape. workspace: bf16, flat, at least `workspace_values`.
+        """
+        self.x, self.ids = x.to(torch.bfloat16).contiguous(), ids.contiguous()
+        self.weights, self.layout, self.method = weights.to(torch.float32).contiguous(), layout, method
+        self.sorted = sort_by_expert(self.ids, n_expert)
+        n_row = ids.numel()
+        self._tiling = _tiling(n_row, n_expert)
+        n_h = n_row * layout.n_ff
+        if workspace is None:
+            workspace = self.x.new_empty(self.workspace_values(n_row, layout))
+        self._h = workspace[:n_h].view(n_row, layout.n_ff)
+        self._y = workspace[n_h : n_h + n_row * layout.hidden].view(n_row, layout.hidden)
+
+    @staticmethod
+    def workspace_values(n_row: int, layout: SlotLayout) -> int:
+        """n_row: (token, choice) pairs."""
+        return n_row * (layout.n_ff + layout.hidden)
+
+    def add(self, pool: Tensor, slots: Tensor, first: int = 0, n_row: int | None = None) -> None:
+        """Computes the experts from `first` on for which slots, int32 `[n]`, holds a slot of `pool`, -1 for none.
+
+        pool: uint8 `[n_slot, slot_bytes]`. n_row: how many pairs choose them, at most. The method `dequantized` takes
+        up to grouped_expand.SCRATCH_BYTES for bf16 weights (at least for one expert's gate and up).
+        """
+        gate, up, down = self.layout.gate, self.layout.up, self.layout.down
+        groups = Groups(self.sorted.offsets[first : first + len(slots) + 1], slots)
+        n_row = len(self._h) if n_row is None else n_row
+        x, token = self.x, self.sorted.token
+        alike = (gate.type, gate.n_out) == (up.type, up.n_out)
+        if alike and (self.method or choose_method(gate, pool)) == "fused":
+            grouped_gate_up(x, token, groups, pool, gate, up, self._tiling, self._h, n_row)
+        else:
+            parts = expanded_part(gate), expanded_part(up, 2 * gate.n_out * gate.n_in)
+            for some, scratch in expanded(groups, pool, (gate, up)):
+                grouped_gate_up(x, token, some, scratch, *parts, self._tiling, self._h, n_row)
+        if (self.method or choose_method(down, pool)) == "fused":
+            grouped_down(self._h, groups, pool, down, tiling=self._tiling, out=self._y, n_row=n_row)
+        else:
+            for some, scratch in expanded(groups, pool, (down,)):
+                part = expanded_part(down)
+                grouped_down(self._h, some, scratch, part, tiling=self._tiling, out=self._y, n_row=n_row)
+
+    def sum(self, added: Tensor) -> Tensor:
+        """The weighted sum of each token's experts: f32 `[n_token, n_embd]`.
+
+        added: int32 `[n_expert]`; experts with -1 contribute nothing.
+        """
+        return weighted_sum(self._y, self.ids, self.sorted.place, self.weights, added)
+
+
 def moe_prompt(
     x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, pool: Tensor, layout: SlotLayout,
     method: Method | None = None,
 ) -> Tensor:  # fmt: skip
-    """The weighted sum of each token's experts: f32 `[n_token, n_embd]`.
-
-    x: `[n_token, n_embd]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
-    weights: f32 of that shape. slots: int32 `[n_expert]`, the slot of each expert; those with -1 contribute nothing.
-    pool: uint8 `[n_slot, slot_bytes]`. Results do not depend on which slots the experts are in. The method
-    `dequantized` takes up to grouped_expand.SCRATCH_BYTES for bf16 weights (at least for one expert's gate and up).
-    """
-    x = x.to(torch.bfloat16).contiguous()
-    pairs = sort_by_expert(ids, slots)
-    gate, up, down = layout.gate, layout.up, layout.down
-    alike = (gate.type, gate.n_out) == (up.type, up.n_out)
-    if alike and (method or choose_method(gate, pool)) == "fused":
-        h = grouped_gate_up(x, pairs.token, pairs.groups, pool, gate, up)
-    else:
-        h = _dequantized_gate_up(x, pairs, pool, gate, up)
-    if (method or choose_method(down, pool)) == "fused":
-        y = grouped_down(h, pairs.groups, pool, down)
-    else:
-        y = _dequantized_down(h, pairs, pool, down)
-    return weighted_sum(y, ids.contiguous(), pairs.place, weights.to(torch.float32).contiguous(), slots)
+    """`PromptProduct` of all experts at once. slots: int32 `[n_expert]`, the slot of each expert in pool or -1."""
+    product = PromptProduct(x, ids, weights, len(slots), layout, method)
+    product.add(pool, slots)
+    return product.sum(slots)
 
 
 def moe_prompt_reference(

@@ -26,20 +26,20 @@ class Groups:
 class Sorted:
     """(token, choice) pairs in the order of their experts, pairs of one expert in the order of tokens."""
 
-    groups: Groups
+    offsets: Tensor  # int32 [n_expert + 1]: where each expert's rows begin
     token: Tensor  # int32 [n_token * top_k]: the token of each row
     place: Tensor  # int32 [n_token, top_k]: the row of each pair
 
 
-def sort_by_expert(ids: Tensor, slots: Tensor) -> Sorted:
-    """ids: int `[n_token, top_k]`; slots: int32 `[n_expert]`, the slot of each expert or -1."""
+def sort_by_expert(ids: Tensor, n_expert: int) -> Sorted:
+    """ids: int `[n_token, top_k]`."""
     from moe_engine.kernels.grouped_kernels import sort_kernel
 
-    ids, n_expert = ids.contiguous(), slots.numel()
+    ids = ids.contiguous()
     offsets, token, place = (
         torch.empty(n, dtype=torch.int32, device=ids.device) for n in (n_expert + 1, ids.numel(), ids.numel())
     )
     block = min(8192, max(128, 1 << (ids.numel() - 1).bit_length()))
     with torch.cuda.device_of(ids):
         sort_kernel[n_expert,](ids, offsets, token, place, ids.numel(), TOP_K=ids.shape[1], BLOCK=block, num_warps=8)
-    return Sorted(Groups(offsets, slots), token, place.view(ids.shape))
+    return Sorted(offsets, token, place.view(ids.shape))

@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_engine.config import EngineConfig, format_size, parse_size
+from moe_engine.config import DEFAULT_UBATCH, EngineConfig, format_size, parse_size
 from moe_engine.errors import CapacityError, ConfigError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels.attention import SCORE_BYTES
+from moe_engine.kernels.grouped_expand import SCRATCH_BYTES
 from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import element_bytes
 from moe_engine.metadata import Metadata
@@ -19,24 +20,30 @@ SIMULATED_BYTES = 1 << 30  # the default budget of the simulated device
 LOGIT_BYTES = 64 << 20  # one chunk of logits
 GRAPH_BYTES = 160 << 20  # for the captured steps of a model
 ATTENTION_BYTES = 16 << 20  # partial results of one token's attention over splits of the context
+STAGING_BYTES = 384 << 20  # for experts on their way to the GPU in prompts
+STAGING_SHARE = 0.125  # of what is left for experts: the most that staging takes
+UBATCHES = (16384, 8192, 4096, 2048, 1024)  # to choose from; a prompt streams the experts once per micro-batch
+WORKSPACE_SHARE = 0.2  # of the budget without dense weights and KV cache: the most that a chosen micro-batch takes
 SCRATCH_ELEMENTS = 16 << 20  # one chunk of dequantized weights: 64 MiB keep a 7168-wide matrix to few chunks
 
 
 @dataclass(frozen=True)
 class VramPlan:
-    """Bytes by purpose; `slots` is what is left of `budget` for experts."""
+    """Bytes by purpose; `slots` is what is left of `budget` for experts. ubatch: tokens of a micro-batch."""
 
     budget: int
     context: int
     dense: int
     kv_cache: int
     workspace: int
+    staging: int
+    ubatch: int
     caches_experts: bool
     scratch_elements: int  # f32 values of dequantized weights held at once, part of the workspace
 
     @property
     def slots(self) -> int:
-        return self.budget - self.context - self.dense - self.kv_cache - self.workspace
+        return self.budget - self.context - self.dense - self.kv_cache - self.workspace - self.staging
 
     def __str__(self) -> str:
         terms = {
@@ -44,6 +51,7 @@ class VramPlan:
             "dense weights": self.dense,
             "KV cache": self.kv_cache,
             "workspace": self.workspace,
+            "staging": self.staging,
         }
         return ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in terms.items())
 
@@ -52,29 +60,42 @@ def plan_vram(
     file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int, device: torch.device
 ) -> VramPlan:
     """Raises `CapacityError`, with the terms, when the model does not fit; `ConfigError` for a bad budget."""
-    least_slots = _least_slot_bytes(file, meta, config)
     matrices = [torch.Size(info.shape[-2:]).numel() for info in file.tensors.values() if len(info.shape) > 1]
     scratch_elements = min(SCRATCH_ELEMENTS, max(matrices, default=1))
-    plan = VramPlan(
-        budget=_budget(config, device),
-        context=CUDA_CONTEXT_BYTES if device.type == "cuda" else 0,
-        dense=_dense_bytes(file, meta),
-        kv_cache=config.n_sequence * family.kv_values(meta) * n_layer(meta) * ctx * element_bytes(config.kv_dtype),
-        workspace=4 * scratch_elements
-        + _workspace_bytes(file, meta, family, config, ctx)
-        + _decode_bytes(file, meta, config, device),
-        caches_experts=config.experts != "cpu",
-        scratch_elements=scratch_elements,
-    )
-    if config.experts == "auto" and plan.slots < least_slots:
+    least_slots, least_staging = _least_bytes(file, meta, config)
+
+    def divided(ubatch: int) -> VramPlan:
+        return VramPlan(
+            budget=_budget(config, device),
+            context=CUDA_CONTEXT_BYTES if device.type == "cuda" else 0,
+            dense=_dense_bytes(file, meta),
+            kv_cache=config.n_sequence * family.kv_values(meta) * n_layer(meta) * ctx * element_bytes(config.kv_dtype),
+            workspace=4 * scratch_elements
+            + _workspace_bytes(file, meta, family, config, min(ubatch, ctx), ctx)
+            + _decode_bytes(file, meta, config, device),
+            staging=0,
+            ubatch=min(ubatch, ctx),
+            caches_experts=config.experts != "cpu",
+            scratch_elements=scratch_elements,
+        )
+
+    plan = divided(config.ubatch or DEFAULT_UBATCH)
+    if config.ubatch is None and config.activations != "float":
+        candidates = (divided(ubatch) for ubatch in UBATCHES)
+        room = WORKSPACE_SHARE * (plan.slots + plan.workspace)
+        plan = next((found for found in candidates if found.workspace <= room), plan)
+    least = least_slots + least_staging
+    if config.experts == "auto" and plan.slots < least:
         plan = replace(plan, caches_experts=False)
-    needed = plan.budget - plan.slots + (least_slots if plan.caches_experts else 0)
+    needed = plan.budget - plan.slots + (least if plan.caches_experts else 0)
     if needed > plan.budget:
-        slots = f", slots for one token's experts {format_size(least_slots)}" if plan.caches_experts else ""
+        slots = f", slots for one token's experts {format_size(least)}" if plan.caches_experts else ""
         raise CapacityError(
             f"{file.path} needs at least {format_size(needed)} of VRAM ({plan}{slots}), but the budget is "
             f"{format_size(plan.budget)}: raise vram_budget, lower ctx or ubatch, or use device 'cpu'"
         )
+    if plan.caches_experts:
+        plan = replace(plan, staging=max(least_staging, min(STAGING_BYTES, int(STAGING_SHARE * plan.slots))))
     return plan
 
 
@@ -107,8 +128,8 @@ def _dense_bytes(file: GGUFFile, meta: Metadata) -> int:
     return total
 
 
-def _least_slot_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig) -> int:
-    """The slots that every pool needs at least (see expert_cache.py)."""
+def _least_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig) -> tuple[int, int]:
+    """The slots that every pool needs at least, and the staging slots (see expert_cache.py)."""
     top_k, n_expert = meta.integer("expert_used_count"), meta.integer("expert_count")
     layers: dict[str, list[tuple[str, int, int]]] = {}
     for info in file.tensors.values():
@@ -116,8 +137,8 @@ def _least_slot_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig) -> i
             block, part = info.name.rsplit(".", 2)[0], info.name.rsplit(".", 2)[1]
             layers.setdefault(block, []).append((part, info.type_id, info.nbytes // n_expert))
     pools = {tuple(sorted(parts)) for parts in layers.values()}
-    n_slot = min(config.slots_at_once(top_k), n_expert) + config.staging_slots(top_k)
-    return n_slot * sum(aligned(nbytes) for parts in pools for _, _, nbytes in parts)
+    slot_of_each = sum(aligned(nbytes) for parts in pools for _, _, nbytes in parts)
+    return min(config.slots_at_once(top_k), n_expert) * slot_of_each, config.staging_slots(top_k) * slot_of_each
 
 
 def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: torch.device) -> int:
@@ -129,18 +150,23 @@ def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: 
     return GRAPH_BYTES + config.n_sequence * (32 * n_vocab + ATTENTION_BYTES)
 
 
-def _workspace_bytes(file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int) -> int:
-    """An upper estimate of what one micro-batch holds at once, in f32."""
-    hidden, n_token = meta.integer("embedding_length"), min(config.ubatch, ctx)
-    top_k = meta.integer("expert_used_count")
+def _workspace_bytes(
+    file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, n_token: int, ctx: int
+) -> int:
+    """An upper estimate of what one micro-batch holds at once."""
+    hidden, top_k = meta.integer("embedding_length"), meta.integer("expert_used_count")
+    experts = [info.shape for info in file.tensors.values() if _is_expert(info.name) and len(info.shape) == 3]
+    n_expert, n_ff = max(((shape[0], min(shape[1:])) for shape in experts), default=(0, 0))
     widest = max(
-        (info.shape[-2] for info in file.tensors.values() if len(info.shape) > 1 and info.name.startswith("blk.")),
+        (info.shape[-2] for info in file.tensors.values() if len(info.shape) == 2 and info.name.startswith("blk.")),
         default=0,
     )
-    per_token = (12 + 3 * top_k) * hidden + 6 * widest
+    per_token = 4 * (12 * hidden + 6 * widest) + 2 * top_k * (n_ff + hidden)
+    if config.activations == "float":
+        per_token += 4 * 2 * top_k * hidden
     embedding = file.tensors.get("token_embd.weight")
     n_vocab = embedding.shape[0] if embedding is not None else 0  # loading reports the missing tensor
     scores = min(SCORE_BYTES, 4 * meta.integer("attention.head_count") * n_token * ctx)
     logits = min(LOGIT_BYTES, 4 * n_vocab * n_token)
-    chunks = 3 * scores + 2 * logits
-    return 4 * per_token * n_token + family.attention_bytes(meta, n_token, ctx) + chunks
+    chunks = 3 * scores + 2 * logits + min(SCRATCH_BYTES, 4 * n_expert * n_ff * hidden)
+    return per_token * n_token + family.attention_bytes(meta, n_token, ctx) + chunks

@@ -13,6 +13,7 @@ KVType = Literal["f16", "bf16", "f32"]
 MissMode = Literal["auto", "cpu", "fetch"]
 
 MAX_SEQUENCES = 8  # that decode together
+DEFAULT_UBATCH = 512  # where nothing better is chosen
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS |= {"ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
@@ -83,7 +84,8 @@ class EngineConfig(_Options):
     activations  "int8": the CPU kernels, and on a GPU those for few tokens, round activations to 8 bits in blocks,
                  as other engines do; "float": they do not (slower, for exact comparisons).
     kv_dtype     type of the KV cache.
-    ubatch       prompt tokens that go through the layers at once.
+    ubatch       prompt tokens that go through the layers at once; default: 512 on the CPU, on a GPU as many as a
+                 fifth of the memory allows.
     """
 
     device: str = "auto"
@@ -98,7 +100,7 @@ class EngineConfig(_Options):
     ctx: int | None = None
     activations: Activations = "int8"
     kv_dtype: KVType = "f16"
-    ubatch: int = 512
+    ubatch: int | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -111,10 +113,9 @@ class EngineConfig(_Options):
         for name, kind in choices.items():
             value = getattr(self, name)
             _check(value in get_args(kind), name, value, f"one of: {', '.join(get_args(kind))}")
-        for name in ("cache_slots", "threads", "ctx"):
+        for name in ("cache_slots", "threads", "ctx", "ubatch"):
             value = getattr(self, name)
             _check(value is None or _is_integer(value, 1), name, value, "an integer >= 1")
-        _check(_is_integer(self.ubatch, 1), "ubatch", self.ubatch, "an integer >= 1")
         in_range = _is_integer(self.n_sequence, 1) and self.n_sequence <= MAX_SEQUENCES
         _check(in_range, "n_sequence", self.n_sequence, f"an integer from 1 to {MAX_SEQUENCES}")
         _check(not (self.exact and self.miss == "cpu"), "miss", self.miss, "'auto' or 'fetch' with exact")
@@ -127,8 +128,8 @@ class EngineConfig(_Options):
         return top_k * (self.n_sequence if self.exact else 1)
 
     def staging_slots(self, top_k: int) -> int:
-        """Slots for experts that are used once and not kept."""
-        return top_k * self.n_sequence if self.eager else 1
+        """Slots of a pool that experts pass through in prompts, at least."""
+        return top_k * self.n_sequence if self.eager else 2
 
     @property
     def n_threads(self) -> int:

@@ -124,7 +124,8 @@ class DecodeStep:
     def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, form: StepForm) -> Tensor:
         """Router, then hits and shared expert while the CPU works on the misses."""
         layer, table = self.experts.index[moe.layer], self.experts.slot_table
-        layout, slots = self.experts.slots_of(layer)
+        pool = self.experts.pool_of(layer)
+        layout, slots = pool.layout, pool.slots
         routing = route_and_lookup(x.values, moe.router, table[layer], weight=moe.ffn_gate_inp, bias=moe.exp_probs_b)
         if form.misses != "none" or self.replay is not None:
             post(

@@ -144,7 +144,10 @@ class GraphDecoder:
             "auto": ("cpu", "late"),
             "exact": ("merge",),
         }
-        layers = [WorkerLayer(handle, *experts.slots_of(layer)) for layer, handle in enumerate(experts.handles)]
+        pools = map(experts.pool_of, range(len(experts.handles)))
+        layers = [
+            WorkerLayer(handle, pool.layout, pool.slots) for handle, pool in zip(experts.handles, pools, strict=True)
+        ]
         worker = DecodeWorker(step.mailbox, layers, experts.slot_table, experts.cpu, mode=mode)
 
         def reserve(layer: int, expert: int) -> int | None:

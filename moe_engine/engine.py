@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_engine.backend import AcceleratorBackend, Backend, CpuBackend, choose_device
 from moe_engine.budget import LOGIT_BYTES, VramPlan, plan_vram
-from moe_engine.config import EngineConfig, SamplingParams
+from moe_engine.config import DEFAULT_UBATCH, EngineConfig, SamplingParams
 from moe_engine.decode_step import DecodeStep, Running
 from moe_engine.decoder import Decoder, EagerDecoder, GraphDecoder, StagedDecoder, can_use_step
 from moe_engine.errors import CapacityError, ConfigError, ModelFormatError
@@ -28,11 +28,13 @@ from moe_engine.experts import CpuExperts, Experts
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Bound, Hardware, measure
 from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.sampling_kernel import SamplerState
 from moe_engine.kv_cache import KVCache
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer
 from moe_engine.models import model_class
+from moe_engine.prompt_experts import PromptExperts
 from moe_engine.sampling import Sampler
 from moe_engine.stats import Stats, peak_ram_bytes
 from moe_engine.tokenizer import Tokenizer
@@ -86,6 +88,7 @@ class Engine:
         self.model, self.cache, self.vram_plan = model, cache, vram_plan
         self.rope = model.make_rope(cache.capacity)
         self.device = model.output_norm.device
+        self.ubatch = vram_plan.ubatch if vram_plan is not None else config.ubatch or DEFAULT_UBATCH
         self._in_cache: list[list[int]] = [[] for _ in range(cache.n_sequence)]  # tokens of each KV cache
         self.decoder: Decoder = EagerDecoder(self._decode_step, experts)
         if isinstance(experts, CachedExperts) and can_use_step(config, model):
@@ -132,8 +135,7 @@ class Engine:
         if accelerated:
             plan = plan_vram(file, meta, family, config, ctx, device)
             backend = AcceleratorBackend(device, plan.scratch_elements, config.activations == "int8")
-            n_stage = config.staging_slots(meta.integer("expert_used_count")) if plan.caches_experts else 0
-            experts = CachedExperts(device, backend.scratch, cpu, n_stage)
+            experts = CachedExperts(device, backend.scratch, cpu, plan.caches_experts)
         with torch.inference_mode():
             model = family(meta, Weights(file, backend), experts, progress)
             if tokenizer.n_vocab > model.n_vocab:
@@ -146,7 +148,10 @@ class Engine:
                 n_choice = min(config.slots_at_once(model.router.top_k), model.router.n_expert)
                 if config.exact and plan.caches_experts and (config.cache_slots or n_choice) < n_choice:
                     raise ConfigError(f"cache_slots is {config.cache_slots}, but exact needs at least {n_choice}")
-                experts.allocate(_slot_budget(plan, device, held), n_choice, config.cache_slots)
+                n_stage = config.staging_slots(model.router.top_k)
+                experts.allocate(_slot_budget(plan, device, held), n_choice, config.cache_slots, plan.staging, n_stage)
+                if plan.caches_experts and config.activations == "int8" and run_kernels(model.output_norm):
+                    experts.prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact)
             return cls(config, file, tokenizer, model, experts, cache, plan)
 
     @staticmethod
@@ -291,8 +296,8 @@ class Engine:
     @torch.inference_mode()
     def _prefill(self, ids: Sequence[int], first: int = 0, index: int = 0) -> Iterator[Tensor]:
         """Runs a sequence's tokens from `first` on; yields the hidden states `[n, hidden]` of each micro-batch."""
-        for start in range(first, len(ids), self.config.ubatch):
-            yield self._forward(ids[start : start + self.config.ubatch], start, index)
+        for start in range(first, len(ids), self.ubatch):
+            yield self._forward(ids[start : start + self.ubatch], start, index)
 
     def _forward(self, ids: Sequence[int], position: int, index: int) -> Tensor:
         tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
@@ -438,11 +443,12 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _slot_budget(plan: VramPlan, device: torch.device, held: int) -> int:
-    """Bytes for expert slots: by the plan, or less where loading took more than planned."""
+    """Bytes for expert slots and staging: by the plan, or less where loading took more than planned."""
+    planned = plan.slots + plan.staging
     if device.type != "cuda":
-        return plan.slots
+        return planned
     measured = plan.budget - plan.context - plan.workspace - (torch.cuda.memory_reserved(device) - held)
-    return min(plan.slots, measured)
+    return min(planned, measured)
 
 
 def _context(config: EngineConfig, meta: Metadata) -> int:

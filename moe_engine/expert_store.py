@@ -8,6 +8,7 @@ import ctypes
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +25,45 @@ _READERS = 8  # threads that copy from the mapped file
 
 
 class ExpertStore:
-    """Makes and keeps the memory of all layers; `close` gives it back."""
+    """Makes and keeps the memory of all layers; `close` gives it back.
 
-    def __init__(self) -> None:
+    page_locked: copy experts into page-locked memory; without a GPU they stay where they are.
+    """
+
+    def __init__(self, page_locked: bool) -> None:
+        self.page_locked = page_locked
+        self._layers: list[tuple[SlotLayout, ExpertParts, Tensor | None]] = []  # the last: in slot order
         self._locked: list[int] = []  # addresses
         self._memory: list[Tensor] = []
-        self.close = weakref.finalize(self, _unlock, self._locked, self._memory)
+        self.close = weakref.finalize(self, _unlock, self._locked, self._memory, self._layers)
 
     def add(self, layout: SlotLayout, parts: ExpertParts) -> ExpertParts:
-        """Copies a layer's experts into page-locked memory in the layout of a slot; returns views of them.
+        """Takes the next MoE layer's experts; returns where they lie now.
 
         Where the RAM does not suffice they stay in the mapped file, from which copies are slower.
         """
         n_expert = parts[0].shape[0]
-        if n_expert * layout.slot_bytes > available_ram_bytes() - SPARE_RAM_BYTES:
-            return parts
+        rows = None
+        if self.page_locked and n_expert * layout.slot_bytes <= available_ram_bytes() - SPARE_RAM_BYTES:
+            parts, rows = self._in_slot_order(layout, parts)
+        self._layers.append((layout, parts, rows))
+        return parts
+
+    def copy(self, layer: int, first: int, last: int, slots: Tensor) -> None:
+        """Copies experts `first` to `last - 1` of a MoE layer into slots, uint8 `[last - first, slot_bytes]`.
+
+        In order of the current stream, and asynchronously where the memory is page-locked.
+        """
+        layout, parts, rows = self._layers[layer]
+        if rows is not None:
+            slots.copy_(rows[first:last], non_blocking=True)
+            return
+        for expert, slot in zip(range(first, last), slots, strict=True):
+            for view, part in zip(layout.parts(slot), parts, strict=True):
+                view.data.copy_(part[expert].data, non_blocking=True)
+
+    def _in_slot_order(self, layout: SlotLayout, parts: ExpertParts) -> tuple[ExpertParts, Tensor]:
+        n_expert = parts[0].shape[0]
         rows = torch.empty(n_expert, layout.slot_bytes, dtype=torch.uint8)
         views = tuple(
             QuantTensor(_part_of(rows, spot.offset, spot.nbytes, spot.n_out), spot.type, spot.n_in)
@@ -56,7 +81,7 @@ class ExpertStore:
         # If it is refused (limits, containers) copies are slower and results the same.
         if _driver().cuMemHostRegister_v2(ctypes.c_void_p(rows.data_ptr()), ctypes.c_size_t(rows.numel()), 0) == 0:
             self._locked.append(rows.data_ptr())
-        return views[0], views[1], views[2]
+        return (views[0], views[1], views[2]), rows
 
 
 def available_ram_bytes() -> int:
@@ -72,11 +97,11 @@ def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
-def _unlock(locked: list[int], memory: list[Tensor]) -> None:
+def _unlock(locked: list[int], *memory: list[Any]) -> None:
     for address in locked:
         _driver().cuMemHostUnregister(ctypes.c_void_p(address))
-    locked.clear()
-    memory.clear()
+    for part in (locked, *memory):
+        part.clear()
 
 
 def _part_of(rows: Tensor, offset: int, nbytes: int, n_out: int) -> Tensor:

@@ -1,0 +1,114 @@
+"""Experts on their way to the GPU for a prompt: copied chunk by chunk into a ring, while earlier ones are computed."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from moe_engine.expert_store import ExpertStore
+
+CHUNK_BYTES = 32 << 20  # copies of 16 MiB and more run at the full rate of the bus
+MIN_CELLS = 4  # so that some arrive while others are computed
+
+
+@dataclass
+class Chunk:
+    """Some experts of a MoE layer, ascending, that share a cell of the ring."""
+
+    layer: int
+    experts: list[int]
+    cell: int
+    sent: bool = False
+
+
+@dataclass
+class _Cell:
+    slots: Tensor  # [n, slot_bytes]
+    events: tuple[torch.cuda.Event, ...] = ()  # copies begin, copies have arrived, products have read them
+    used: bool = False  # since the events were made
+    nbytes: int = field(default=0)  # of the copies between the first two
+
+
+class Ring:
+    """The staging slots of a pool in cells, used in turn. All calls only enqueue; nothing waits for the device.
+
+    memory: `[n_slot, slot_bytes]`. stream: for the copies; None: the simulated device, where everything is done at
+    once.
+    """
+
+    def __init__(self, memory: Tensor, store: ExpertStore, stream: torch.cuda.Stream | None) -> None:
+        n_slot, slot_bytes = memory.shape
+        self.width = min(max(1, CHUNK_BYTES // slot_bytes), max(1, n_slot // MIN_CELLS))
+        self._store, self._stream = store, stream
+        self._cells = [_Cell(slots) for slots in memory.split(self.width) if len(slots) == self.width]
+        if stream is not None:
+            for cell in self._cells:
+                cell.events = tuple(torch.cuda.Event(enable_timing=timed) for timed in (True, True, False))
+        self._next = 0
+        self._busy = 0  # chunks that are sent and not released
+
+    def chunks(self, layer: int, experts: Sequence[int]) -> deque[Chunk]:
+        """Gives experts, ascending, their places; every chunk has to be sent and released, in this order."""
+        rest, found = iter(experts), deque[Chunk]()
+        while some := list(islice(rest, self.width)):
+            found.append(Chunk(layer, some, self._next))
+            self._next = (self._next + 1) % len(self._cells)
+        return found
+
+    def slots(self, chunk: Chunk) -> range:
+        """Where the experts of a chunk lie in the ring's memory."""
+        first = chunk.cell * self.width
+        return range(first, first + len(chunk.experts))
+
+    @property
+    def room(self) -> int:
+        """Chunks that can be sent now."""
+        return len(self._cells) - self._busy
+
+    def send(self, chunk: Chunk) -> None:
+        """Copies its experts once the cell's last products are done."""
+        assert self.room, "every cell is in use"
+        self._busy, chunk.sent = self._busy + 1, True
+        cell = self._cells[chunk.cell]
+        if self._stream is None:
+            self._copy(chunk, cell.slots)
+            return
+        begun, arrived, free = cell.events
+        with torch.cuda.stream(self._stream):
+            if cell.used:
+                self._stream.wait_event(free)
+            begun.record(self._stream)
+            self._copy(chunk, cell.slots)
+            arrived.record(self._stream)
+        cell.used, cell.nbytes = True, len(chunk.experts) * cell.slots.shape[1]
+
+    def _copy(self, chunk: Chunk, slots: Tensor) -> None:
+        """Neighbours lie together on both sides: one copy."""
+        experts, start = chunk.experts, 0
+        for stop in range(1, len(experts) + 1):
+            if stop == len(experts) or experts[stop] != experts[stop - 1] + 1:
+                self._store.copy(chunk.layer, experts[start], experts[stop - 1] + 1, slots[start:stop])
+                start = stop
+
+    def wait(self, chunk: Chunk) -> None:
+        """Lets the current stream go on when the chunk has arrived."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_event(self._cells[chunk.cell].events[1])
+
+    def release(self, chunk: Chunk) -> None:
+        """The products that read the chunk are enqueued."""
+        self._busy -= 1
+        if self._stream is not None:
+            self._cells[chunk.cell].events[2].record()
+
+    def rate(self) -> float | None:
+        """Bytes per second of the last copies that are known to have arrived."""
+        nbytes, seconds = 0, 0.0
+        for cell in self._cells:
+            if cell.nbytes and cell.events[1].query():
+                seconds += 1e-3 * cell.events[0].elapsed_time(cell.events[1])
+                nbytes, cell.nbytes = nbytes + cell.nbytes, 0
+        return nbytes / seconds if seconds else None

@@ -1,0 +1,238 @@
+"""Routed experts of prompts on a GPU: cached ones where they lie, others through a ring, a few on the CPU meanwhile.
+
+    look at the router's choice -> divide the experts -> begin copies -> products of what is there -> the CPU's share
+
+Copies run ahead of the products, into the next layer too. The host waits once per layer, for the router's choice; only
+the products that need an expert wait for its copy. Slots and their table stay as they are.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_engine.expert_ring import Chunk, Ring
+from moe_engine.kernels.grouped_product import PromptProduct
+from moe_engine.kernels.host_copy import upload
+from moe_engine.prompt_split import Rates, choose_for_cpu, cpu_seconds
+
+if TYPE_CHECKING:
+    from moe_engine.expert_cache import CachedExperts, SlotPool
+
+SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
+RUN_AHEAD_SHARE = 0.5  # of a layer's experts in use, from which the next one's are copied before they are asked for
+NEWEST = 0.2  # weight of the newest measurement in a rate
+
+
+@dataclass
+class PromptCounts:
+    """Since the last reset. An expert counts once for each layer and micro-batch in which tokens chose it."""
+
+    cached: int = 0
+    streamed: int = 0
+    cpu: int = 0
+    unused: int = 0  # copied ahead for nothing
+    streamed_bytes: int = 0  # with the unused ones
+    cpu_bytes: int = 0
+
+
+class _Choice(NamedTuple):
+    """What the host has to know of a layer's routing."""
+
+    counts: list[int]  # tokens of each expert
+    resident: list[int]  # slot of each expert or -1
+    resident_next: list[int]  # the same of the next layer
+
+
+class _CpuShare(NamedTuple):
+    """Tokens that have chosen experts of the CPU's: their numbers on the device, inputs, and choices, -1 for others."""
+
+    tokens: Tensor
+    x: Tensor
+    ids: Tensor
+    weights: Tensor
+
+
+class PromptExperts:
+    """Call it with a MoE layer; see `Experts` for the rest.
+
+    n_token: tokens of a micro-batch at most. exact: the CPU gets nothing, so that results do not depend on what is
+    cached.
+    """
+
+    def __init__(self, experts: "CachedExperts", n_token: int, top_k: int, exact: bool) -> None:
+        self.experts, self.exact = experts, exact
+        self.rates, self.counts = Rates(), PromptCounts()
+        device, n_expert, hidden = experts.device, experts.n_expert, experts.layouts[0].hidden
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._rings = {
+            layout: Ring(pool.staging, experts.store, self._stream) for layout, pool in experts.pools.items()
+        }
+        self._ahead: tuple[int, deque[Chunk]] = (-1, deque())  # a layer, and what is being copied for it
+        n_row = n_token * top_k
+        values = max(PromptProduct.workspace_values(n_row, layout) for layout in experts.pools)
+        self._workspace = torch.empty(values, dtype=torch.bfloat16, device=device)
+
+        def host(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, pin_memory=self._stream is not None)
+
+        # The host writes only after it has waited for a layer's choice, so what earlier layers had to read is read.
+        n_short = min(SHORT_PROMPT, n_token)
+        self._offsets, self._table = host(n_expert + 1), host(2, n_expert)
+        self._x = host(n_short, hidden, dtype=torch.float32)
+        self._ids, self._weights = host(n_short, top_k, dtype=torch.int64), host(n_short, top_k, dtype=torch.float32)
+        self._places = host(4, n_expert)
+        self._partial = host(0, hidden, dtype=torch.float32)
+
+    def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        experts, pool = self.experts, self.experts.pool_of(layer)
+        table = experts.slot_table[layer]
+        product = PromptProduct(x, ids, weights, experts.n_expert, pool.layout, workspace=self._workspace)
+        if experts.holds_all:
+            product.add(pool.memory, table)
+            return product.sum(table)
+
+        arriving = self._take_ahead(layer)
+        choice = self._look(layer, product, x, ids, weights)
+        streamed, on_cpu = self._divide(layer, choice, arriving)
+        coming = {expert for chunk in arriving for expert in chunk.experts}
+        ring = self._rings[pool.layout]
+        chunks = arriving + ring.chunks(layer, [expert for expert in streamed if expert not in coming])
+        self._send(ring, chunks)
+        hits, arrived, added, mine = self._upload_places(choice, streamed, on_cpu, chunks, pool)
+        share = self._cpu_share(x, ids, weights, mine, on_cpu) if on_cpu else None
+
+        n_hit = sum(n for n, slot in zip(choice.counts, choice.resident, strict=True) if slot >= 0)
+        if n_hit:
+            product.add(pool.memory, hits, n_row=n_hit)
+        used = set(streamed)
+        while chunks:
+            self._send(ring, chunks)
+            chunk = chunks.popleft()
+            ring.wait(chunk)
+            n_row = sum(choice.counts[expert] for expert in chunk.experts if expert in used)
+            if n_row:
+                first, last = chunk.experts[0], chunk.experts[-1]
+                product.add(pool.memory, arrived[first : last + 1], first, n_row)
+            ring.release(chunk)
+        self._run_ahead(layer + 1, choice)
+        out = product.sum(added)
+        if share is not None:
+            self._add_cpu_share(layer, out, share, choice, on_cpu)
+        return out
+
+    def _look(self, layer: int, product: PromptProduct, x: Tensor, ids: Tensor, weights: Tensor) -> _Choice:
+        """Waits for the router's choice."""
+        following = self.experts.slot_table[layer : layer + 2]
+        self._offsets.copy_(product.sorted.offsets, non_blocking=True)
+        self._table[: len(following)].copy_(following, non_blocking=True)
+        if not self.exact and len(x) <= len(self._x):
+            for host, device in ((self._x, x), (self._ids, ids), (self._weights, weights)):
+                host[: len(x)].copy_(device, non_blocking=True)
+        if self._stream is not None:
+            torch.cuda.current_stream().synchronize()
+            self._note_link_rate()
+        return _Choice(self._offsets.diff().tolist(), self._table[0].tolist(), self._table[-1].tolist())
+
+    def _divide(self, layer: int, choice: _Choice, arriving: deque[Chunk]) -> tuple[list[int], list[int]]:
+        """Experts to copy, ascending, and those for the CPU."""
+        coming = {expert for chunk in arriving for expert in chunk.experts}
+        wanted = [e for e, n in enumerate(choice.counts) if n and choice.resident[e] < 0]
+        free = sorted((e for e in wanted if e not in coming), key=lambda expert: choice.counts[expert])
+        layout, counts = self.experts.layouts[layer], [choice.counts[expert] for expert in free]
+        n_elsewhere = sum(choice.counts) - sum(counts)
+        operations = 6 * layout.hidden * layout.n_ff
+        n_cpu = 0 if self.exact else choose_for_cpu(counts, n_elsewhere, layout.slot_bytes, operations, self.rates)
+        on_cpu = set(free[:n_cpu])
+        streamed = [expert for expert in wanted if expert not in on_cpu]
+        unused = sum(1 for expert in coming if not choice.counts[expert])
+        n_cached = sum(1 for n, slot in zip(choice.counts, choice.resident, strict=True) if n and slot >= 0)
+        self.counts.cached, self.counts.streamed = self.counts.cached + n_cached, self.counts.streamed + len(streamed)
+        self.counts.cpu, self.counts.unused = self.counts.cpu + n_cpu, self.counts.unused + unused
+        self.counts.streamed_bytes += (len(streamed) + unused) * layout.slot_bytes
+        self.counts.cpu_bytes += n_cpu * layout.slot_bytes
+        return streamed, sorted(on_cpu)
+
+    # -- copies ------------------------------------------------------------------------------------------------
+
+    def _take_ahead(self, layer: int) -> deque[Chunk]:
+        """What has been copied ahead for this layer; anything else is given up."""
+        intended, chunks = self._ahead
+        self._ahead = (-1, deque())
+        if intended == layer:
+            return chunks
+        for chunk in chunks:
+            self._rings[self.experts.layouts[intended]].release(chunk)
+        if self._stream is not None and layer == 0:
+            self._stream.wait_stream(torch.cuda.current_stream())  # whatever else has used the staging slots
+        return deque()
+
+    @staticmethod
+    def _send(ring: Ring, chunks: deque[Chunk]) -> None:
+        for chunk in chunks:
+            if not chunk.sent:
+                if not ring.room:
+                    return
+                ring.send(chunk)
+
+    def _run_ahead(self, layer: int, choice: _Choice) -> None:
+        """Begins to copy the next layer's experts, as many as the ring has room for."""
+        in_use = sum(1 for n in choice.counts if n)
+        if layer == len(self.experts.layouts) or in_use < RUN_AHEAD_SHARE * len(choice.counts):
+            return
+        ring = self._rings[self.experts.layouts[layer]]
+        missing = [expert for expert, slot in enumerate(choice.resident_next) if slot < 0]
+        chunks = ring.chunks(layer, missing[: ring.room * ring.width])
+        self._send(ring, chunks)
+        self._ahead = (layer, chunks)
+
+    def _note_link_rate(self) -> None:
+        for ring in self._rings.values():
+            if (rate := ring.rate()) is not None:
+                self.rates = replace(self.rates, pcie=self.rates.pcie + NEWEST * (rate - self.rates.pcie))
+
+    def _upload_places(
+        self, choice: _Choice, streamed: list[int], on_cpu: list[int], chunks: deque[Chunk], pool: "SlotPool"
+    ) -> Tensor:
+        """int32 `[4, n_expert]`: slots of cached experts, of streamed ones, of both, -1 for others; 1 for the CPU's."""
+        hits, arrived, added, mine = self._places.fill_(-1).numpy()
+        hits[:] = choice.resident
+        ring, wanted = self._rings[pool.layout], set(streamed)
+        for chunk in chunks:
+            for expert, slot in zip(chunk.experts, ring.slots(chunk), strict=False):
+                if expert in wanted:
+                    arrived[expert] = len(pool.slots) + slot
+        added[:] = hits
+        added[streamed] = arrived[streamed]
+        mine[:] = 0
+        mine[on_cpu] = 1
+        return upload(self._places, self.experts.device)
+
+    # -- the CPU's share ---------------------------------------------------------------------------------------
+
+    def _cpu_share(self, x: Tensor, ids: Tensor, weights: Tensor, mine: Tensor, on_cpu: list[int]) -> _CpuShare:
+        n = len(x)
+        if n <= len(self._x):
+            tokens = torch.arange(n, device=x.device)
+            x, ids, weights = self._x[:n], self._ids[:n], self._weights[:n]
+        else:
+            tokens = mine[ids].any(dim=1).nonzero().flatten()
+            x, ids, weights = (tensor[tokens].cpu() for tensor in (x, ids, weights))
+        return _CpuShare(tokens, x, torch.where(torch.isin(ids, torch.tensor(on_cpu)), ids, -1), weights)
+
+    def _add_cpu_share(self, layer: int, out: Tensor, share: _CpuShare, choice: _Choice, on_cpu: list[int]) -> None:
+        started = time.perf_counter()
+        sums = self.experts.cpu.expert_ffn(self.experts.handles[layer], share.x, share.ids, share.weights)
+        seconds = time.perf_counter() - started
+        if len(self._partial) < len(sums):
+            self._partial = torch.empty_like(sums, pin_memory=self._stream is not None)
+        partial = self._partial[: len(sums)].copy_(sums)
+        out.index_add_(0, share.tokens, upload(partial, out.device))
+        layout = self.experts.layouts[layer]
+        bytes_operations = layout.slot_bytes, 6 * layout.hidden * layout.n_ff
+        expected = sum(cpu_seconds(choice.counts[expert], *bytes_operations, self.rates) for expert in on_cpu)
+        factor = 1 + NEWEST * (seconds / expected - 1)
+        self.rates = replace(self.rates, cpu_factor=self.rates.cpu_factor * factor)

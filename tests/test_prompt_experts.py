@@ -1,0 +1,181 @@
+"""Prompts through the ring against expert by expert, for any state of cache and ring; and who computes what."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_blocks import random_blocks
+from torch import Tensor
+
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import BY_NAME
+from moe_engine.prompt_experts import PromptExperts
+from moe_engine.prompt_split import Rates, choose_for_cpu, cpu_seconds
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+N_LAYER, N_EXPERT, TOP_K, HIDDEN, N_FF, N_TOKEN = 3, 6, 2, 64, 32, 20
+DOWN = ["Q8_0", "Q4_0", "Q8_0"]  # two layouts
+TOLERANCE = 0.03  # random weights, 8-bit activations on the CPU; an expert left out changes far more
+SLOW_LINK = Rates(pcie=1.0)  # every expert would rather be computed on the CPU
+SLOW_CPU = Rates(cpu=1.0)
+
+
+def weights_of(layer: int) -> list[QuantTensor]:
+    """Gate, up and down of a layer."""
+    found = []
+    for i, (name, n_out, n_in) in enumerate(
+        (("Q8_0", N_FF, HIDDEN), ("Q8_0", N_FF, HIDDEN), (DOWN[layer], HIDDEN, N_FF))
+    ):
+        rows = random_blocks(BY_NAME[name], N_EXPERT * n_out, n_in, np.random.default_rng(10 * layer + i))
+        found.append(QuantTensor(torch.from_numpy(rows).view(N_EXPERT, n_out, -1), BY_NAME[name], n_in))
+    return found
+
+
+class Layers:
+    """Three MoE layers, of two layouts, with `n_slot` slots a pool that hold the experts in `resident`."""
+
+    def __init__(self, n_slot: int, n_stage: int, resident: list[tuple[int, int]], exact: bool, rates: Rates) -> None:
+        scratch = torch.empty(1 << 16, device=DEVICE)
+        self.experts = experts = CachedExperts(DEVICE, scratch, CpuKernels(2), caches=True)
+        for layer in range(N_LAYER):
+            experts.register(layer, *weights_of(layer))
+        nbytes = sum((n_slot + n_stage) * layout.slot_bytes for layout in experts.pools)
+        experts.allocate(nbytes, TOP_K, n_slot, 0, n_stage)
+        self.prompt = PromptExperts(experts, N_TOKEN, TOP_K, exact)
+        self.prompt.rates = rates
+        free = {layout: list(range(len(pool.slots))) for layout, pool in experts.pools.items()}
+        for layer, expert in dict.fromkeys(resident):
+            slots = free[experts.layouts[layer]]
+            if slots:
+                experts.load((layer, expert), slots.pop())
+
+    def close(self) -> None:
+        self.experts.close()
+
+
+def choice(n_token: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, and choices of which some experts get many and some none."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_token, HIDDEN, generator=generator) / HIDDEN**0.5
+    liking = torch.rand(N_EXPERT, generator=generator) ** 3 + 1e-6
+    ids = torch.multinomial(liking.expand(n_token, -1), TOP_K, generator=generator)
+    return x.to(DEVICE), ids.to(DEVICE), torch.rand(n_token, TOP_K, generator=generator).to(DEVICE)
+
+
+def reference(layers: Layers, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    return layers.experts._one_by_one(layer, x, ids, weights)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+ALL = [(layer, expert) for layer in range(N_LAYER) for expert in range(N_EXPERT)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("n_slot", "n_stage", "rates"),
+    [(2, 2, SLOW_LINK), (3, 9, SLOW_LINK), (3, 9, SLOW_CPU), (2, 2, Rates()), (12, 2, Rates())],
+    ids=["cpu", "cpu and run-ahead", "copies", "both", "all in slots"],
+)
+def test_prompts_give_what_expert_by_expert_gives(n_slot: int, n_stage: int, rates: Rates) -> None:
+    layers = Layers(n_slot, n_stage, ALL if n_slot == 12 else ALL[::2], exact=False, rates=rates)
+    for n_token in (1, N_TOKEN):
+        for layer in range(N_LAYER):
+            inputs = choice(n_token, seed=layer)
+            assert error(layers.prompt(layer, *inputs), reference(layers, layer, *inputs)) < TOLERANCE
+    counts = layers.prompt.counts
+    assert (counts.cached > 0) == (n_slot < 12)
+    if rates is SLOW_LINK:
+        assert counts.cpu > 0
+    if rates is SLOW_CPU:
+        assert counts.cpu == 0
+        assert counts.streamed_bytes > 0
+    layers.close()
+
+
+@torch.inference_mode()
+def test_long_prompts_send_the_cpu_only_the_tokens_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_engine.prompt_experts.SHORT_PROMPT", 8)
+    layers = Layers(2, 2, ALL[:2], exact=False, rates=SLOW_LINK)
+    inputs = choice(N_TOKEN, seed=5)
+    assert error(layers.prompt(0, *inputs), reference(layers, 0, *inputs)) < TOLERANCE
+    assert layers.prompt.counts.cpu > 0
+    layers.close()
+
+
+@torch.inference_mode()
+@settings(max_examples=8, deadline=None)
+@given(
+    resident=st.lists(st.sampled_from(ALL), max_size=12),
+    n_slot=st.integers(2, 8),
+    n_stage=st.integers(2, 9),
+    order=st.lists(st.integers(0, N_LAYER - 1), min_size=1, max_size=4),
+    n_token=st.integers(1, 6),
+)
+def test_exact_results_do_not_depend_on_the_cache(
+    resident: list[tuple[int, int]], n_slot: int, n_stage: int, order: list[int], n_token: int
+) -> None:
+    """Layers in any order: what was copied ahead for one that does not follow is given up."""
+    some, all_missed = (
+        Layers(n_slot, n_stage, resident, exact=True, rates=SLOW_LINK),
+        Layers(2, 2, [], exact=True, rates=Rates()),
+    )
+    for step, layer in enumerate(order):
+        inputs = choice(n_token, seed=step)
+        assert torch.equal(some.prompt(layer, *inputs), all_missed.prompt(layer, *inputs))
+    assert some.prompt.counts.cpu == 0
+    some.close()
+    all_missed.close()
+
+
+@torch.inference_mode()
+def test_the_next_layer_is_copied_ahead() -> None:
+    layers = Layers(2, 8, [], exact=True, rates=Rates())
+    copied: list[int] = []
+    copy = layers.experts.store.copy
+
+    def noted(layer: int, first: int, last: int, slots: Tensor) -> None:
+        copied.extend([layer] * (last - first))
+        copy(layer, first, last, slots)
+
+    layers.experts.store.copy = noted  # type: ignore[method-assign]
+    layers.prompt(0, *choice(N_TOKEN, seed=1))
+    n_ahead = copied.count(1)
+    assert n_ahead == N_EXPERT
+    layers.prompt(1, *choice(N_TOKEN, seed=2))
+    assert copied.count(1) == n_ahead  # nothing twice
+    layers.close()
+
+
+@given(
+    counts=st.lists(st.integers(1, 500), max_size=20),
+    n_elsewhere=st.integers(0, 1000),
+    pcie=st.floats(1e9, 1e11),
+    dram=st.floats(1e10, 4e11),
+    cpu=st.floats(1e10, 1e13),
+)
+def test_the_cut_between_cpu_and_copies_is_the_best(
+    counts: list[int], n_elsewhere: int, pcie: float, dram: float, cpu: float
+) -> None:
+    counts, nbytes, operations = sorted(counts), 3_000_000, 9_000_000
+    rates = Rates(pcie=pcie, dram=dram, cpu=cpu)
+
+    def seconds(n: int) -> float:
+        work = sum(cpu_seconds(count, nbytes, operations, rates) for count in counts[:n])
+        gpu = (n_elsewhere + sum(counts)) * operations / rates.gpu
+        return max(gpu, (len(counts) - n) * nbytes / pcie, work + rates.hand_over if n else 0.0)
+
+    chosen = choose_for_cpu(counts, n_elsewhere, nbytes, operations, rates)
+    times = [seconds(n) for n in range(len(counts) + 1)]
+    assert times[chosen] == pytest.approx(min(times))
+    assert all(later <= earlier for earlier, later in pairwise(times[: chosen + 1]))
+    faster_bus = choose_for_cpu(counts, n_elsewhere, nbytes, operations, replace(rates, pcie=1e15))
+    assert faster_bus == 0
