@@ -1,6 +1,7 @@
 """Experts of a prompt written out as bf16, as many at a time as the scratch memory holds."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,25 +43,27 @@ def dequantize_groups(groups: Groups, pool: Tensor, part: SlotPart, out: Tensor)
     )
 
 
-def expanded(groups: Groups, pool: Tensor, parts: tuple[SlotPart, ...]) -> Iterator[tuple[Groups, Tensor]]:
-    """All groups' parts in bf16, some groups at a time: a pool with the parts one after the other, and the groups with
-    their slots in it, -1 for those whose turn it is not.
+@cache
+def _counting(n: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.arange(n, dtype=torch.int32, device=device)
+
+
+def expanded(groups: Groups, pool: Tensor, parts: tuple[SlotPart, ...]) -> Iterator[tuple[Groups, Groups, Tensor]]:
+    """The groups' parts in bf16, as many groups at a time as there is room for: these groups, the same with their
+    places in a pool of the parts one after the other, and that pool.
     """
     n_group, n_value = len(groups), sum(part.n_out * part.n_in for part in parts)
     n_slot = min(n_group, max(1, SCRATCH_BYTES // (2 * n_value)))
     scratch = torch.empty(n_slot, n_value, dtype=torch.bfloat16, device=pool.device)
-    index = torch.arange(n_group, dtype=torch.int32, device=pool.device)
     for start in range(0, n_group, n_slot):
-        here = slice(start, start + n_slot)
-        some = Groups(groups.offsets[start : start + n_slot + 1], groups.slots[here])
+        stop = min(start + n_slot, n_group)
+        some = Groups(groups.offsets[start : stop + 1], groups.slots[start:stop])
         at = 0
         for part in parts:
             dequantize_groups(some, pool, part, scratch[:, at : at + part.n_out * part.n_in])
             at += part.n_out * part.n_in
-        slots = torch.where(groups.slots < 0, -1, index - start)
-        slots[:start] = -1
-        slots[start + n_slot :] = -1
-        yield Groups(groups.offsets, slots), scratch.view(torch.uint8)
+        yield some, Groups(some.offsets, _counting(stop - start, pool.device)), scratch.view(torch.uint8)
 
 
 def expanded_part(part: SlotPart, offset: int = 0) -> SlotPart:

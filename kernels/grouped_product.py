@@ -96,13 +96,13 @@ def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
 
 def grouped_gate_up(
     x: Tensor, row_index: Tensor | None, groups: Groups, pool: Tensor, gate: SlotPart, up: SlotPart,
-    tiling: _Tiling | None = None, out: Tensor | None = None, n_row: int | None = None,
+    tiling: _Tiling | None = None, out: Tensor | None = None, tiles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """silu(gate x) * (up x) for the rows of each group: bf16 `[n_row, n_ff]`.
 
     x: bf16 `[n, n_in]`; row r is `x[row_index[r]]` (int32 `[n_row]`), or `x[r]`. pool: uint8 `[n_slot, slot_bytes]`.
-    Gate and up must be of one type and shape. Of `out` only the rows of groups with a slot are written; with `out`,
-    n_row may say how many those are at most.
+    Gate and up must be of one type and shape. Of `out` only the rows of groups with a slot are written. tiles: what
+    `_tile_map` says for them.
     """
     from moe_engine.kernels.grouped_kernels import gate_up_kernel
 
@@ -112,13 +112,12 @@ def grouped_gate_up(
     assert x.dtype == torch.bfloat16, x.dtype
     assert x.is_contiguous()
     assert x.shape[1] == gate.n_in, (x.shape, gate)
-    n_all = x.shape[0] if row_index is None else row_index.numel()
-    n_row = n_all if n_row is None else n_row
-    h = x.new_empty(n_all, gate.n_out) if out is None else out
+    n_row = x.shape[0] if row_index is None else row_index.numel()
+    h = x.new_empty(n_row, gate.n_out) if out is None else out
     if n_row == 0:
         return h
     tiling = tiling or _tiling(n_row, len(groups))
-    tile_group, tile_row = _tile_map(groups, n_row, tiling.block_m)
+    tile_group, tile_row = tiles or _tile_map(groups, n_row, tiling.block_m)
     n_column_tile = -(-gate.n_out // (tiling.block_n // 2))
     gate_up_kernel[(tile_group.numel() * n_column_tile,)](
         x,
@@ -146,11 +145,11 @@ def grouped_gate_up(
 def grouped_down(
     h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, row_weight: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16, tiling: _Tiling | None = None, out: Tensor | None = None,
-    n_row: int | None = None,
+    tiles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """down h for the rows of each group, times `row_weight` (f32 `[n_row]`) if given: `[n_row, n_out]` of `dtype`.
 
-    `out` and n_row: as for `grouped_gate_up`.
+    `out` and tiles: as for `grouped_gate_up`.
     """
     from moe_engine.kernels.grouped_kernels import down_kernel
 
@@ -158,12 +157,12 @@ def grouped_down(
     assert h.dtype == torch.bfloat16, h.dtype
     assert h.is_contiguous()
     assert h.shape[1] == down.n_in, (h.shape, down)
-    n_row = len(h) if n_row is None else n_row
-    y = h.new_empty(len(h), down.n_out, dtype=dtype) if out is None else out
+    n_row = len(h)
+    y = h.new_empty(n_row, down.n_out, dtype=dtype) if out is None else out
     if n_row == 0:
         return y
     tiling = tiling or _tiling(n_row, len(groups))
-    tile_group, tile_row = _tile_map(groups, n_row, tiling.block_m)
+    tile_group, tile_row = tiles or _tile_map(groups, n_row, tiling.block_m)
     n_column_tile = -(-down.n_out // tiling.block_n)
     down_kernel[(tile_group.numel() * n_column_tile,)](
         h,
@@ -225,6 +224,7 @@ class PromptProduct:
         self.x, self.ids = x.to(torch.bfloat16).contiguous(), ids.contiguous()
         self.weights, self.layout, self.method = weights.to(torch.float32).contiguous(), layout, method
         self.sorted = sort_by_expert(self.ids, n_expert)
+        self.offsets = self.sorted.offsets  # int32 [n_expert + 1]: where each expert's pairs begin
         n_row = ids.numel()
         self._tiling = _tiling(n_row, n_expert)
         n_h = n_row * layout.n_ff
@@ -245,22 +245,27 @@ class PromptProduct:
         up to grouped_expand.SCRATCH_BYTES for bf16 weights (at least for one expert's gate and up).
         """
         gate, up, down = self.layout.gate, self.layout.up, self.layout.down
-        groups = Groups(self.sorted.offsets[first : first + len(slots) + 1], slots)
+        groups = Groups(self.offsets[first : first + len(slots) + 1], slots)
         n_row = len(self._h) if n_row is None else n_row
-        x, token = self.x, self.sorted.token
+        x, token, h, y, tiling = self.x, self.sorted.token, self._h, self._y, self._tiling
+        tiles = _tile_map(groups, n_row, tiling.block_m)
+
+        def tiles_of(some: Groups) -> tuple[Tensor, Tensor]:
+            return tiles if len(some) == len(groups) else _tile_map(some, n_row, tiling.block_m)
+
         alike = (gate.type, gate.n_out) == (up.type, up.n_out)
         if alike and (self.method or choose_method(gate, pool)) == "fused":
-            grouped_gate_up(x, token, groups, pool, gate, up, self._tiling, self._h, n_row)
+            grouped_gate_up(x, token, groups, pool, gate, up, tiling, h, tiles)
         else:
             parts = expanded_part(gate), expanded_part(up, 2 * gate.n_out * gate.n_in)
-            for some, scratch in expanded(groups, pool, (gate, up)):
-                grouped_gate_up(x, token, some, scratch, *parts, self._tiling, self._h, n_row)
+            for some, placed, scratch in expanded(groups, pool, (gate, up)):
+                grouped_gate_up(x, token, placed, scratch, *parts, tiling, h, tiles_of(some))
         if (self.method or choose_method(down, pool)) == "fused":
-            grouped_down(self._h, groups, pool, down, tiling=self._tiling, out=self._y, n_row=n_row)
+            grouped_down(h, groups, pool, down, tiling=tiling, out=y, tiles=tiles)
         else:
-            for some, scratch in expanded(groups, pool, (down,)):
+            for some, placed, scratch in expanded(groups, pool, (down,)):
                 part = expanded_part(down)
-                grouped_down(self._h, some, scratch, part, tiling=self._tiling, out=self._y, n_row=n_row)
+                grouped_down(h, placed, scratch, part, tiling=tiling, out=y, tiles=tiles_of(some))
 
     def sum(self, added: Tensor) -> Tensor:
         """The weighted sum of each token's experts: f32 `[n_token, n_embd]`.

@@ -21,7 +21,7 @@ LOGIT_BYTES = 64 << 20  # one chunk of logits
 GRAPH_BYTES = 160 << 20  # for the captured steps of a model
 ATTENTION_BYTES = 16 << 20  # partial results of one token's attention over splits of the context
 STAGING_BYTES = 384 << 20  # for experts on their way to the GPU in prompts
-STAGING_SHARE = 0.125  # of what is left for experts: the most that staging takes
+STAGING_SHARE = 0.25  # of what is left for experts: the most that staging takes
 UBATCHES = (16384, 8192, 4096, 2048, 1024)  # to choose from; a prompt streams the experts once per micro-batch
 WORKSPACE_SHARE = 0.2  # of the budget without dense weights and KV cache: the most that a chosen micro-batch takes
 SCRATCH_ELEMENTS = 16 << 20  # one chunk of dequantized weights: 64 MiB keep a 7168-wide matrix to few chunks
@@ -137,8 +137,9 @@ def _least_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig) -> tuple[
             block, part = info.name.rsplit(".", 2)[0], info.name.rsplit(".", 2)[1]
             layers.setdefault(block, []).append((part, info.type_id, info.nbytes // n_expert))
     pools = {tuple(sorted(parts)) for parts in layers.values()}
-    slot_of_each = sum(aligned(nbytes) for parts in pools for _, _, nbytes in parts)
-    return min(config.slots_at_once(top_k), n_expert) * slot_of_each, config.staging_slots(top_k) * slot_of_each
+    slots = [sum(aligned(nbytes) for _, _, nbytes in parts) for parts in pools]
+    staging = config.staging_slots(top_k) * max(slots, default=0)
+    return min(config.slots_at_once(top_k), n_expert) * sum(slots), staging
 
 
 def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: torch.device) -> int:

@@ -28,7 +28,6 @@ from moe_engine.experts import CpuExperts, Experts
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Bound, Hardware, measure
 from moe_engine.kernels.cpu import CpuKernels
-from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.sampling_kernel import SamplerState
 from moe_engine.kv_cache import KVCache
 from moe_engine.metadata import Metadata
@@ -150,7 +149,7 @@ class Engine:
                     raise ConfigError(f"cache_slots is {config.cache_slots}, but exact needs at least {n_choice}")
                 n_stage = config.staging_slots(model.router.top_k)
                 experts.allocate(_slot_budget(plan, device, held), n_choice, config.cache_slots, plan.staging, n_stage)
-                if plan.caches_experts and config.activations == "int8" and run_kernels(model.output_norm):
+                if plan.caches_experts and config.activations == "int8":
                     experts.prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact)
             return cls(config, file, tokenizer, model, experts, cache, plan)
 
@@ -233,6 +232,8 @@ class Engine:
             sampler = Sampler(generation.params, self.tokenizer.suppress_ids)
             running.append(Running(list(generation.prompt_tokens), generation.params, sampler))
             self._prompt(index, generation.prompt_tokens, stats)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         stats.prompt_seconds = clock.lap()
         self.decoder.reset_stats()
         active = [index for index, generation in enumerate(generations) if not generation.done]
@@ -427,7 +428,7 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
 
 
 class _Clock:
-    """Wall-clock laps. Tokens and logits are on the CPU at their ends, so the device is done with them."""
+    """Wall-clock laps. The device is done with them at their ends: it was waited for, or tokens are on the CPU."""
 
     def __init__(self) -> None:
         self.last = time.perf_counter()

@@ -27,13 +27,11 @@ Key = tuple[int, int]
 
 @dataclass
 class SlotPool:
-    """The slots that all layers with the same layout share, and a few more for staging."""
+    """The slots that all layers with the same layout share."""
 
     layout: SlotLayout
     layers: list[int] = field(default_factory=list)  # MoE layers
-    memory: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.uint8))  # slots, then staging
     slots: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.uint8))  # [n_slot, slot_bytes]
-    staging: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.uint8))  # [n_stage, slot_bytes]
 
 
 class CachedExperts:
@@ -51,6 +49,7 @@ class CachedExperts:
         self.pools: dict[SlotLayout, SlotPool] = {}
         self.slot_table = torch.empty(0, 0, dtype=torch.int32)  # [n_layer, n_expert]: slot or -1
         self.layouts: list[SlotLayout] = []  # by MoE layer
+        self.staging = torch.empty(0, dtype=torch.uint8)  # bytes that experts pass through
         self.store = ExpertStore(page_locked=caches and device.type == "cuda")
         self.prompt: PromptExperts | None = None  # where its kernels run
 
@@ -74,21 +73,17 @@ class CachedExperts:
     def allocate(self, budget: int, n_choice: int, limit: int | None, staging: int, n_stage: int) -> None:
         """Takes slots for at most `budget` bytes, at most `limit` a pool, shared out by the pools' sizes.
 
-        n_choice: experts that one layer of a step may need at once. staging: bytes of the budget for staging slots,
-        where not all experts get a slot. n_stage: staging slots of a pool at least.
+        n_choice: experts that one layer of a step may need at once. staging: bytes of the budget that experts pass
+        through, where not all get a slot; at least n_stage experts.
         """
-        stages = {
-            layout: max(n_stage, min(2 * self.n_expert, staging // len(self.pools) // layout.slot_bytes))
-            for layout in self.pools
-        }
         if not self.caches:
-            self._allocate(dict.fromkeys(self.pools, 0), dict.fromkeys(self.pools, 0))
+            self._allocate(dict.fromkeys(self.pools, 0), 0)
             return
         total = sum(layout.slot_bytes * self._size(pool) for layout, pool in self.pools.items())
-        if limit is None and budget >= total + sum(layout.slot_bytes * n_stage for layout in self.pools):
-            stages = dict.fromkeys(self.pools, n_stage)
+        least_staging = n_stage * max(layout.slot_bytes for layout in self.pools)
+        staging = least_staging if limit is None and budget >= total + least_staging else max(staging, least_staging)
         least = {layout: min(n_choice, self._size(pool)) for layout, pool in self.pools.items()}
-        needed = sum(layout.slot_bytes * (least[layout] + stages[layout]) for layout in self.pools)
+        needed = staging + sum(layout.slot_bytes * n_slot for layout, n_slot in least.items())
         if budget < needed:
             raise CapacityError(
                 f"{format_size(max(budget, 0))} of VRAM is left for experts, but one step needs "
@@ -99,14 +94,17 @@ class CachedExperts:
             size = self._size(pool)
             n_slot = min(size, least[layout] + (budget - needed) * size // max(1, total))
             sizes[layout] = n_slot if limit is None else min(n_slot, limit)
-        self._allocate(sizes, stages)
+        self._allocate(sizes, staging)
 
-    def _allocate(self, sizes: dict[SlotLayout, int], stages: dict[SlotLayout, int]) -> None:
+    def _allocate(self, sizes: dict[SlotLayout, int], staging: int) -> None:
         for layout, pool in self.pools.items():
-            parts = [sizes[layout], stages[layout]]
-            pool.memory = torch.empty(sum(parts), layout.slot_bytes, dtype=torch.uint8, device=self.device)
-            pool.slots, pool.staging = pool.memory.split(parts)
+            pool.slots = torch.empty(sizes[layout], layout.slot_bytes, dtype=torch.uint8, device=self.device)
+        self.staging = torch.empty(staging, dtype=torch.uint8, device=self.device)
         self.slot_table = torch.full((len(self.handles), self.n_expert), -1, dtype=torch.int32, device=self.device)
+
+    def _staging_slots(self, layout: SlotLayout, n_slot: int) -> Tensor:
+        """The staging memory as slots, for use in order of the current stream: uint8 `[n_slot, slot_bytes]`."""
+        return self.staging[: n_slot * layout.slot_bytes].view(n_slot, layout.slot_bytes)
 
     @property
     def n_slot(self) -> int:
@@ -154,13 +152,14 @@ class CachedExperts:
     def _one_by_one(self, index: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """Dequantizes each expert and multiplies, in f32."""
         pool, resident = self.pool_of(index), self.slot_table[index].tolist()
+        staging = self._staging_slots(pool.layout, 1)
         outputs = x.new_empty(*expert_ids.shape, x.shape[1])  # [n_token, top_k, hidden]
         for expert in expert_ids.unique().tolist():
             slot = resident[expert]
             self.hits, self.misses = self.hits + (slot >= 0), self.misses + (slot < 0)
-            place = pool.slots[slot] if slot >= 0 else pool.staging[0]
+            place = pool.slots[slot] if slot >= 0 else staging[0]
             if slot < 0:
-                self.store.copy(index, expert, expert + 1, pool.staging[:1])
+                self.store.copy(index, expert, expert + 1, staging)
             gate, up, down = pool.layout.parts(place)
             token, choice = (expert_ids == expert).nonzero(as_tuple=True)
             rows = x[token]
@@ -177,12 +176,13 @@ class CachedExperts:
         """
         if not self.caches:
             return self.cpu.expert_ffn(self.handles[index], x.cpu(), expert_ids.cpu(), weights.cpu()).to(x.device)
-        pool, place = self.pool_of(index), expert_ids.tolist()
+        layout, place = self.layouts[index], expert_ids.tolist()
         chosen = sorted({expert for row in place for expert in row if expert >= 0})
+        staging = self._staging_slots(layout, len(chosen))
         for slot, expert in enumerate(chosen):
-            self.store.copy(index, expert, expert + 1, pool.staging[slot : slot + 1])
+            self.store.copy(index, expert, expert + 1, staging[slot : slot + 1])
         slots = [[chosen.index(expert) if expert >= 0 else -1 for expert in row] for row in place]
-        return moe_decode(x, pool.staging, pool.layout, torch.tensor(slots, dtype=torch.int32).to(x.device), weights)
+        return moe_decode(x, staging, layout, torch.tensor(slots, dtype=torch.int32).to(x.device), weights)
 
     def close(self) -> None:
         self.prompt = None

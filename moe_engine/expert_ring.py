@@ -2,16 +2,18 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
 
 from moe_engine.expert_store import ExpertStore
+from moe_engine.kernels.slot_layout import SlotLayout
 
-CHUNK_BYTES = 32 << 20  # copies of 16 MiB and more run at the full rate of the bus
-MIN_CELLS = 4  # so that some arrive while others are computed
+CELL_BYTES = 96 << 20  # at most: a chunk costs the host some launches
+N_CELL = 4  # at least, where experts are small enough, so that some arrive while others are computed
+ALIGNMENT = 256
 
 
 @dataclass
@@ -21,47 +23,48 @@ class Chunk:
     layer: int
     experts: list[int]
     cell: int
+    slots: Tensor  # uint8 [n_expert, slot_bytes]
     sent: bool = False
 
 
 @dataclass
 class _Cell:
-    slots: Tensor  # [n, slot_bytes]
     events: tuple[torch.cuda.Event, ...] = ()  # copies begin, copies have arrived, products have read them
     used: bool = False  # since the events were made
-    nbytes: int = field(default=0)  # of the copies between the first two
+    nbytes: int = 0  # of the copies between the first two
 
 
 class Ring:
-    """The staging slots of a pool in cells, used in turn. All calls only enqueue; nothing waits for the device.
+    """Memory in cells that are used in turn. All calls only enqueue; nothing waits for the device.
 
-    memory: `[n_slot, slot_bytes]`. stream: for the copies; None: the simulated device, where everything is done at
-    once.
+    memory: uint8, flat, room for two experts at least. largest: bytes of the largest slot. stream: for the copies;
+    None: the simulated device, where everything is done at once.
     """
 
-    def __init__(self, memory: Tensor, store: ExpertStore, stream: torch.cuda.Stream | None) -> None:
-        n_slot, slot_bytes = memory.shape
-        self.width = min(max(1, CHUNK_BYTES // slot_bytes), max(1, n_slot // MIN_CELLS))
-        self._store, self._stream = store, stream
-        self._cells = [_Cell(slots) for slots in memory.split(self.width) if len(slots) == self.width]
+    def __init__(self, memory: Tensor, largest: int, store: ExpertStore, stream: torch.cuda.Stream | None) -> None:
+        n_cell = max(2, min(N_CELL, len(memory) // largest), len(memory) // CELL_BYTES)
+        self._cell_bytes = max(largest, len(memory) // n_cell // ALIGNMENT * ALIGNMENT)
+        self._memory, self._store, self._stream = memory, store, stream
+        self._cells = [_Cell() for _ in range(min(n_cell, len(memory) // self._cell_bytes))]
         if stream is not None:
             for cell in self._cells:
                 cell.events = tuple(torch.cuda.Event(enable_timing=timed) for timed in (True, True, False))
         self._next = 0
         self._busy = 0  # chunks that are sent and not released
 
-    def chunks(self, layer: int, experts: Sequence[int]) -> deque[Chunk]:
+    def chunks(self, layer: int, layout: SlotLayout, experts: Sequence[int]) -> deque[Chunk]:
         """Gives experts, ascending, their places; every chunk has to be sent and released, in this order."""
-        rest, found = iter(experts), deque[Chunk]()
-        while some := list(islice(rest, self.width)):
-            found.append(Chunk(layer, some, self._next))
+        width, rest, found = self.width(layout), iter(experts), deque[Chunk]()
+        while some := list(islice(rest, width)):
+            first, nbytes = self._next * self._cell_bytes, len(some) * layout.slot_bytes
+            slots = self._memory[first : first + nbytes].view(len(some), layout.slot_bytes)
+            found.append(Chunk(layer, some, self._next, slots))
             self._next = (self._next + 1) % len(self._cells)
         return found
 
-    def slots(self, chunk: Chunk) -> range:
-        """Where the experts of a chunk lie in the ring's memory."""
-        first = chunk.cell * self.width
-        return range(first, first + len(chunk.experts))
+    def width(self, layout: SlotLayout) -> int:
+        """Experts of a chunk."""
+        return self._cell_bytes // layout.slot_bytes
 
     @property
     def room(self) -> int:
@@ -74,20 +77,20 @@ class Ring:
         self._busy, chunk.sent = self._busy + 1, True
         cell = self._cells[chunk.cell]
         if self._stream is None:
-            self._copy(chunk, cell.slots)
+            self._copy(chunk)
             return
         begun, arrived, free = cell.events
         with torch.cuda.stream(self._stream):
             if cell.used:
                 self._stream.wait_event(free)
             begun.record(self._stream)
-            self._copy(chunk, cell.slots)
+            self._copy(chunk)
             arrived.record(self._stream)
-        cell.used, cell.nbytes = True, len(chunk.experts) * cell.slots.shape[1]
+        cell.used, cell.nbytes = True, chunk.slots.numel()
 
-    def _copy(self, chunk: Chunk, slots: Tensor) -> None:
+    def _copy(self, chunk: Chunk) -> None:
         """Neighbours lie together on both sides: one copy."""
-        experts, start = chunk.experts, 0
+        experts, slots, start = chunk.experts, chunk.slots, 0
         for stop in range(1, len(experts) + 1):
             if stop == len(experts) or experts[stop] != experts[stop - 1] + 1:
                 self._store.copy(chunk.layer, experts[start], experts[stop - 1] + 1, slots[start:stop])

@@ -17,10 +17,11 @@ from torch import Tensor
 from moe_engine.expert_ring import Chunk, Ring
 from moe_engine.kernels.grouped_product import PromptProduct
 from moe_engine.kernels.host_copy import upload
+from moe_engine.kernels.plain_product import PlainProduct
 from moe_engine.prompt_split import Rates, choose_for_cpu, cpu_seconds
 
 if TYPE_CHECKING:
-    from moe_engine.expert_cache import CachedExperts, SlotPool
+    from moe_engine.expert_cache import CachedExperts
 
 SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 RUN_AHEAD_SHARE = 0.5  # of a layer's experts in use, from which the next one's are copied before they are asked for
@@ -68,11 +69,11 @@ class PromptExperts:
         self.rates, self.counts = Rates(), PromptCounts()
         device, n_expert, hidden = experts.device, experts.n_expert, experts.layouts[0].hidden
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._rings = {
-            layout: Ring(pool.staging, experts.store, self._stream) for layout, pool in experts.pools.items()
-        }
+        largest = max(layout.slot_bytes for layout in experts.pools)
+        self._ring = Ring(experts.staging, largest, experts.store, self._stream)
         self._ahead: tuple[int, deque[Chunk]] = (-1, deque())  # a layer, and what is being copied for it
-        n_row = n_token * top_k
+        self._product: type[PromptProduct] | type[PlainProduct] = PromptProduct if self._stream else PlainProduct
+        n_row = n_token * top_k if self._stream else 0
         values = max(PromptProduct.workspace_values(n_row, layout) for layout in experts.pools)
         self._workspace = torch.empty(values, dtype=torch.bfloat16, device=device)
 
@@ -90,33 +91,33 @@ class PromptExperts:
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         experts, pool = self.experts, self.experts.pool_of(layer)
         table = experts.slot_table[layer]
-        product = PromptProduct(x, ids, weights, experts.n_expert, pool.layout, workspace=self._workspace)
+        product = self._product(x, ids, weights, experts.n_expert, pool.layout, workspace=self._workspace)
         if experts.holds_all:
-            product.add(pool.memory, table)
+            product.add(pool.slots, table)
             return product.sum(table)
 
         arriving = self._take_ahead(layer)
-        choice = self._look(layer, product, x, ids, weights)
+        choice = self._look(layer, product.offsets, x, ids, weights)
         streamed, on_cpu = self._divide(layer, choice, arriving)
         coming = {expert for chunk in arriving for expert in chunk.experts}
-        ring = self._rings[pool.layout]
-        chunks = arriving + ring.chunks(layer, [expert for expert in streamed if expert not in coming])
-        self._send(ring, chunks)
-        hits, arrived, added, mine = self._upload_places(choice, streamed, on_cpu, chunks, pool)
+        ring = self._ring
+        chunks = arriving + ring.chunks(layer, pool.layout, [expert for expert in streamed if expert not in coming])
+        self._send(chunks)
+        hits, arrived, added, mine = self._upload_places(choice, streamed, on_cpu, chunks)
         share = self._cpu_share(x, ids, weights, mine, on_cpu) if on_cpu else None
 
         n_hit = sum(n for n, slot in zip(choice.counts, choice.resident, strict=True) if slot >= 0)
         if n_hit:
-            product.add(pool.memory, hits, n_row=n_hit)
+            product.add(pool.slots, hits, n_row=n_hit)
         used = set(streamed)
         while chunks:
-            self._send(ring, chunks)
+            self._send(chunks)
             chunk = chunks.popleft()
             ring.wait(chunk)
             n_row = sum(choice.counts[expert] for expert in chunk.experts if expert in used)
             if n_row:
                 first, last = chunk.experts[0], chunk.experts[-1]
-                product.add(pool.memory, arrived[first : last + 1], first, n_row)
+                product.add(chunk.slots, arrived[first : last + 1], first, n_row)
             ring.release(chunk)
         self._run_ahead(layer + 1, choice)
         out = product.sum(added)
@@ -124,10 +125,10 @@ class PromptExperts:
             self._add_cpu_share(layer, out, share, choice, on_cpu)
         return out
 
-    def _look(self, layer: int, product: PromptProduct, x: Tensor, ids: Tensor, weights: Tensor) -> _Choice:
+    def _look(self, layer: int, offsets: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> _Choice:
         """Waits for the router's choice."""
         following = self.experts.slot_table[layer : layer + 2]
-        self._offsets.copy_(product.sorted.offsets, non_blocking=True)
+        self._offsets.copy_(offsets, non_blocking=True)
         self._table[: len(following)].copy_(following, non_blocking=True)
         if not self.exact and len(x) <= len(self._x):
             for host, device in ((self._x, x), (self._ids, ids), (self._weights, weights)):
@@ -165,46 +166,44 @@ class PromptExperts:
         if intended == layer:
             return chunks
         for chunk in chunks:
-            self._rings[self.experts.layouts[intended]].release(chunk)
+            self._ring.release(chunk)
         if self._stream is not None and layer == 0:
             self._stream.wait_stream(torch.cuda.current_stream())  # whatever else has used the staging slots
         return deque()
 
-    @staticmethod
-    def _send(ring: Ring, chunks: deque[Chunk]) -> None:
+    def _send(self, chunks: deque[Chunk]) -> None:
         for chunk in chunks:
             if not chunk.sent:
-                if not ring.room:
+                if not self._ring.room:
                     return
-                ring.send(chunk)
+                self._ring.send(chunk)
 
     def _run_ahead(self, layer: int, choice: _Choice) -> None:
         """Begins to copy the next layer's experts, as many as the ring has room for."""
         in_use = sum(1 for n in choice.counts if n)
         if layer == len(self.experts.layouts) or in_use < RUN_AHEAD_SHARE * len(choice.counts):
             return
-        ring = self._rings[self.experts.layouts[layer]]
+        ring, layout = self._ring, self.experts.layouts[layer]
         missing = [expert for expert, slot in enumerate(choice.resident_next) if slot < 0]
-        chunks = ring.chunks(layer, missing[: ring.room * ring.width])
-        self._send(ring, chunks)
+        chunks = ring.chunks(layer, layout, missing[: ring.room * ring.width(layout)])
+        self._send(chunks)
         self._ahead = (layer, chunks)
 
     def _note_link_rate(self) -> None:
-        for ring in self._rings.values():
-            if (rate := ring.rate()) is not None:
-                self.rates = replace(self.rates, pcie=self.rates.pcie + NEWEST * (rate - self.rates.pcie))
+        if (rate := self._ring.rate()) is not None:
+            self.rates = replace(self.rates, pcie=self.rates.pcie + NEWEST * (rate - self.rates.pcie))
 
-    def _upload_places(
-        self, choice: _Choice, streamed: list[int], on_cpu: list[int], chunks: deque[Chunk], pool: "SlotPool"
-    ) -> Tensor:
-        """int32 `[4, n_expert]`: slots of cached experts, of streamed ones, of both, -1 for others; 1 for the CPU's."""
+    def _upload_places(self, choice: _Choice, streamed: list[int], on_cpu: list[int], chunks: deque[Chunk]) -> Tensor:
+        """int32 `[4, n_expert]`: slots of cached experts, places of streamed ones in their chunks, both, -1 for others;
+        1 for the CPU's.
+        """
         hits, arrived, added, mine = self._places.fill_(-1).numpy()
         hits[:] = choice.resident
-        ring, wanted = self._rings[pool.layout], set(streamed)
+        wanted = set(streamed)
         for chunk in chunks:
-            for expert, slot in zip(chunk.experts, ring.slots(chunk), strict=False):
+            for place, expert in enumerate(chunk.experts):
                 if expert in wanted:
-                    arrived[expert] = len(pool.slots) + slot
+                    arrived[expert] = place
         added[:] = hits
         added[streamed] = arrived[streamed]
         mine[:] = 0

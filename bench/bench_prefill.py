@@ -1,0 +1,225 @@
+"""Prompt speed of full-size models with part of their experts in VRAM, with checks, on a CUDA machine.
+
+    python bench/bench_prefill.py --work /tmp/models --out bench/results/prefill.json [--only qwen3-30b-a3b] [--tiny]
+
+Writes random models of the real shapes. A first check compares the logits of a prompt with those of the engine that
+computes expert by expert in f32. The bound of a row is max(bytes streamed / PCIe rate, operations / rate of a bf16
+matrix product), both rates measured in the run. `--profile N` adds where the GPU's time goes for a prompt of N tokens.
+`--tiny` is a dry run on the simulated device.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from check_gpu import MemoryWatch
+from synth_gguf import write_model
+
+from moe_engine import Engine
+from moe_engine.config import format_size
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.inspection import inspect_file
+
+
+@dataclass(frozen=True)
+class Setting:
+    model: str
+    cache: float | str  # share of the experts, or bytes as text
+    targets: dict[int, float | None]  # tokens/s by prompt length
+    layers: int | None = None
+
+    @property
+    def name(self) -> str:
+        cached = self.cache if isinstance(self.cache, str) else f"{self.cache:.0%}"
+        return f"{self.model} {cached} cached"
+
+
+QWEN, LITE, V3 = "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3"
+CURVE: dict[int, float | None] = dict.fromkeys([1, 2, 4, 16, 32, 64, 128, 256, 1024])
+TARGETS: dict[int, float | None] = {8: 150, 31: 350, 512: 1850, 2048: 6500, 4096: 12500, 8192: 22000, 16384: 28000}
+SETTINGS = [
+    Setting(QWEN, "1GiB", dict(sorted((CURVE | TARGETS).items()))),
+    Setting(QWEN, 0.5, {512: None, 2048: 10000, 8192: None}),
+    Setting(QWEN, 1.0, {512: None, 2048: 20000, 8192: None}),
+    Setting(LITE, 0.0, {8: None, 512: None, 2048: 9000, 8192: None}),
+    Setting(LITE, 1.0, {512: None, 2048: 22000, 8192: None}),
+    Setting(V3, "1GiB", {8: None, 31: None, 512: None, 2048: None, 4096: None, 8192: None, 16384: None}, layers=7),
+]
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations per second of a large bf16 product."""
+    n = 8192 if device.type == "cuda" else 64
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def operations(engine: Engine, n: int) -> float:
+    """Of a prompt's products and attention."""
+    dense = sum(
+        2.0 * torch.Size(info.shape).numel()
+        for info in engine.file.tensors.values()
+        if len(info.shape) == 2 and info.name.startswith("blk.") and "_exps" not in info.name
+    )
+    experts = engine.experts
+    assert isinstance(experts, CachedExperts)
+    chosen = sum(6.0 * layout.hidden * layout.n_ff * engine.model.router.top_k for layout in experts.layouts)
+    n_head = engine.model.meta.integer("attention.head_count")
+    values = sum(sum(shape[-1] for shape in layer) for layer in engine.model.kv_shapes)
+    return n * (dense + chosen) + n * n * n_head * values  # half of the scores are masked
+
+
+def prompt(n: int, seed: int) -> list[int]:
+    return [seed, *((i * 7919 + seed) % 400 for i in range(n))]
+
+
+def check(path: Path, device: str, n: int) -> float:
+    """Relative error of the logits against products in f32, expert by expert."""
+    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": 64, "cache_slots": 24}
+    ids = prompt(n - 1, 1)
+    with Engine.load(path, **options) as engine:
+        found = engine.forward(ids)
+    with Engine.load(path, activations="float", **options) as engine:
+        exact = engine.forward(ids)
+    return float((found - exact).norm() / exact.norm())
+
+
+def measure(path: Path, setting: Setting, device: str, repeats: int, profile: int | None) -> list[dict[str, Any]]:
+    longest = max(setting.targets)
+    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 8, "ubatch": longest + 8}
+    plan, found = Engine.plan(path, **options), inspect_file(path)
+    if isinstance(setting.cache, str):
+        options |= {"vram_budget": plan.budget - plan.slots + (1 << 30)}
+    elif setting.cache == 0:
+        options |= {"cache_slots": 8, "vram_budget": plan.budget - plan.slots + (1 << 30)}
+    else:
+        cached = int(setting.cache * found.routed_bytes) + 3 * sum(found.expert_bytes)
+        options |= {"vram_budget": plan.budget - plan.slots + cached}
+    rows = []
+    watch = MemoryWatch(enabled=device == "cuda")
+    with watch, Engine.load(path, **options) as engine:
+        experts = engine.experts
+        assert isinstance(experts, CachedExperts)
+        assert experts.prompt is not None
+        rate, hardware = matrix_rate(engine.device), engine.hardware
+        for n, target in setting.targets.items():
+            for seed in range(2):
+                engine.generate(prompt(n, seed), max_tokens=0)  # compiles
+            before = dict(vars(experts.prompt.counts))
+            seconds = []
+            for seed in range(repeats):
+                stats = engine.generate(prompt(n, 10 + seed), max_tokens=0).stats
+                seconds.append(stats.prompt_seconds)
+            counts = {key: (value - before[key]) / repeats for key, value in vars(experts.prompt.counts).items()}
+            middle = statistics.median(seconds)
+            link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
+            row = {
+                "row": setting.name,
+                "prompt": n,
+                "target": target,
+                "tokens_per_second": n / middle,
+                "seconds": seconds,
+                "bound_share": max(link, gpu) / middle,
+                "link_seconds": link,
+                "gpu_seconds": gpu,
+                "counts": counts,
+                "budget": options["vram_budget"],
+                "slots": experts.n_slot,
+            }
+            rows.append(row)
+            missed = "" if target is None or n / middle >= target else " MISSED"
+            print(
+                f"{setting.name:32} {n:6} tokens {n / middle:9.0f} tok/s (target {target or '-'}){missed}, "
+                f"{middle * 1e3:8.1f} ms, link {link * 1e3:7.1f}, matrix {gpu * 1e3:6.1f} ms, "
+                f"cached {counts['cached']:.0f} streamed {counts['streamed']:.0f} cpu {counts['cpu']:.0f} "
+                f"unused {counts['unused']:.0f}",
+                flush=True,
+            )
+        print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
+        if profile:
+            where_time_goes(engine, profile)
+    for row in rows:
+        row["peak_nvidia_smi"] = watch.peak
+    if watch.enabled:
+        over = " PEAK OVER BUDGET" if watch.peak > options["vram_budget"] else ""
+        print(f"  peak {format_size(watch.peak)} of {format_size(options['vram_budget'])}{over}", flush=True)
+    return rows
+
+
+def where_time_goes(engine: Engine, n: int) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    with profiled(activities=[ProfilerActivity.CUDA]) as found:
+        start = time.perf_counter()
+        engine.generate(prompt(n, 99), max_tokens=0)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    events = [event for event in found.key_averages() if event.device_time_total > 0]
+    busy = sum(event.device_time_total for event in events if "Memcpy" not in event.key) * 1e-6
+    print(
+        f"  {n} tokens under the profiler: {seconds * 1e3:.1f} ms, kernels {busy * 1e3:.1f} ms ({busy / seconds:.0%})"
+    )
+    for event in sorted(events, key=lambda event: -event.device_time_total)[:24]:
+        print(f"    {event.device_time_total / 1e3:8.2f} ms {event.count:6} x {event.key[:90]}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", action="append", help="rows whose name contains this")
+    parser.add_argument("--lengths", help="only these prompt lengths, with commas")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", type=int)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    device = "simulated" if options.tiny else "cuda"
+    settings = [one for one in SETTINGS if not options.only or any(part in one.name for part in options.only)]
+    results: dict[str, Any] = {
+        "command": "python bench/bench_prefill.py",
+        "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "checks": {},
+        "rows": [],
+    }
+    for model in dict.fromkeys(setting.model for setting in settings):
+        path = options.work / f"{model}.gguf"
+        mine = [setting for setting in settings if setting.model == model]
+        if not path.exists():
+            write_model(model, path, layers=2 if options.tiny else mine[0].layers, skew=0.35)
+        results["checks"][model] = check(path, device, 3 if options.tiny else 40)
+        print(f"{model}: logits differ by {results['checks'][model]:.2%} from f32", flush=True)
+        for setting in mine:
+            wanted = {int(n) for n in options.lengths.split(",")} if options.lengths else set(setting.targets)
+            targets = {n: t for n, t in setting.targets.items() if n in wanted}
+            targets = dict.fromkeys([2]) if options.tiny else targets
+            one = Setting(setting.model, setting.cache, targets, setting.layers)
+            results["rows"] += measure(path, one, device, options.repeats, options.profile)
+            gc.collect()
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=1) + "\n")
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main()
