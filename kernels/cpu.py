@@ -179,11 +179,17 @@ class CpuKernels:
         return ExpertHandle(gate, up, down, layer)
 
     def expert_ffn(
-        self, handle: ExpertHandle, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+        self,
+        handle: ExpertHandle,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sum over a token's experts of weight * down(silu(gate x) * up x), float32 `[T, hidden]`.
 
-        x float32 `[T, hidden]`; expert_ids int `[T, k]`, where -1 skips the place; weights float32 `[T, k]`.
+        x float32 `[T, hidden]`; expert_ids int `[T, k]`, where -1 skips the place; weights float32 `[T, k]`. The sums
+        are written to `out`, contiguous, if given.
         """
         n_tokens, top_k = expert_ids.shape
         assert x.shape == (n_tokens, handle.hidden), (x.shape, expert_ids.shape, handle.hidden)
@@ -191,7 +197,11 @@ class CpuKernels:
         x = _float_rows(x)
         expert_ids = expert_ids.to(torch.int64).contiguous()
         weights = weights.to(torch.float32).contiguous()
-        out = torch.empty_like(x)
+        if out is None:
+            out = torch.empty_like(x)
+        assert out.shape == x.shape, (out.shape, x.shape)
+        assert out.dtype == torch.float32, out.dtype
+        assert out.is_contiguous()
         in_range = _cpu.expert_ffn(
             self._pool,
             handle.layer,

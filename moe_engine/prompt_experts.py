@@ -223,15 +223,17 @@ class PromptExperts:
         return _CpuShare(tokens, x, torch.where(torch.isin(ids, torch.tensor(on_cpu)), ids, -1), weights)
 
     def _add_cpu_share(self, layer: int, out: Tensor, share: _CpuShare, choice: _Choice, on_cpu: list[int]) -> None:
+        n = len(share.x)
+        if len(self._partial) < n:
+            self._partial = torch.empty(n, out.shape[1], pin_memory=self._stream is not None)
+        partial, experts = self._partial[:n], self.experts
         started = time.perf_counter()
-        sums = self.experts.cpu.expert_ffn(self.experts.handles[layer], share.x, share.ids, share.weights)
+        # Right into page-locked memory: PyTorch's threads would have to wake for a copy, beside the pool's.
+        experts.cpu.expert_ffn(experts.handles[layer], share.x, share.ids, share.weights, out=partial)
         seconds = time.perf_counter() - started
-        if len(self._partial) < len(sums):
-            self._partial = torch.empty_like(sums, pin_memory=self._stream is not None)
-        partial = self._partial[: len(sums)].copy_(sums)
         out.index_add_(0, share.tokens, upload(partial, out.device))
         layout = self.experts.layouts[layer]
         bytes_operations = layout.slot_bytes, 6 * layout.hidden * layout.n_ff
         expected = sum(cpu_seconds(choice.counts[expert], *bytes_operations, self.rates) for expert in on_cpu)
-        factor = 1 + NEWEST * (seconds / expected - 1)
+        factor = 1 + NEWEST * (min(2.0, max(0.5, seconds / expected)) - 1)  # one stall says little
         self.rates = replace(self.rates, cpu_factor=self.rates.cpu_factor * factor)
