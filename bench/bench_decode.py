@@ -4,7 +4,8 @@
 
 Writes random models of the real shapes, loads each with a given share of its experts in VRAM, and decodes after a
 512-token prompt. Random weights do not route as trained ones do, so rows marked "trace" follow recorded routing of a
-trained model (data/routing.npz: 12 layers, 64 experts, top-8) in place of the router's choice; see `routing_for`.
+trained model (data/routing.npz: 12 layers, 64 experts, top-8, and what was predicted of each layer) in place of the
+router's choice; see `routing_for`. Rows with "compare" decode with and without lookahead in turn.
 `--tiny` is a dry run on the simulated device with few layers.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from check_gpu import MemoryWatch
 from synth_gguf import write_model
@@ -30,6 +32,8 @@ from moe_engine.config import format_size
 from moe_engine.decoder import GraphDecoder
 from moe_engine.inspection import inspect_file
 from moe_engine.stats import Stats
+
+IntArray = npt.NDArray[np.int32]
 
 ROUTING = Path(__file__).parent / "data" / "routing.npz"
 
@@ -43,6 +47,7 @@ class Row:
     batch: int = 1
     layers: int | None = None
     miss: str = "auto"
+    compare: bool = False
 
     @property
     def name(self) -> str:
@@ -52,9 +57,9 @@ class Row:
 QWEN, LITE, V3 = "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3"
 ROWS = [
     Row(QWEN, 0.0, "own", 80),
-    Row(QWEN, 0.25, "trace", 135),
+    Row(QWEN, 0.25, "trace", 135, compare=True),
     Row(QWEN, 0.25, "own", 260),
-    Row(QWEN, 0.5, "trace", 215),
+    Row(QWEN, 0.5, "trace", 215, compare=True),
     Row(QWEN, 0.5, "own", 370),
     Row(QWEN, 1.0, "own", 430),
     Row(QWEN, 0.0, "own", batch=4),
@@ -66,7 +71,7 @@ ROWS = [
     Row(QWEN, 0.25, "trace", miss="cpu"),
     Row(QWEN, 0.25, "trace", miss="fetch"),
     Row(LITE, 0.0, "own", 90),
-    Row(LITE, 0.25, "trace", 150),
+    Row(LITE, 0.25, "trace", 150, compare=True),
     Row(LITE, 1.0, "own", 460),
     Row(LITE, 0.25, "trace", batch=4),
     Row(LITE, 0.25, "trace", batch=8),
@@ -74,25 +79,45 @@ ROWS = [
 ]
 
 
-def routing_for(n_layer: int, n_expert: int, top_k: int) -> Tensor:
-    """Recorded choices mapped onto a model: int32 `[n_step, n_layer, top_k]`.
+def routing_for(n_layer: int, n_expert: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Recorded choices, and what was predicted of them, mapped onto a model: int32 `[n_step, n_layer, top_k]` each.
 
     64 experts: the recorded ones, the best top_k of them. 128: a layer joins two recorded layers, one choice in two
     from each, so that the share of experts in use and their locality stay those of the recording (LRU over all layers
     hits 46 % with 25 % of the experts in slots and 77 % with 50 %; the recording itself 46 and 76). Layers beyond the
     recording's twelve repeat it some hundreds of tokens later.
+
+    Predictions have the recorded recall: 21 % in layer 1, which is the same in all models, 70 to 83 % in the others.
+    Where the first two recorded layers stand for later ones, they are predicted as layer 2 is.
     """
-    ids = np.load(ROUTING)["ids"].astype(np.int32)  # [n_step, 12, 8]
+    recorded = np.load(ROUTING)
+    ids, ahead = recorded["ids"].astype(np.int32), recorded["ahead"].astype(np.int32)  # [n_step, 12, 8]
     n_recorded = ids.shape[1]
+    found = (ids[:, 2, :, None] == ahead[:, 2, None]).any(2)  # [n_step, 8]
+    random = np.random.default_rng(0)
+    later_ahead = ahead.copy()
+    for layer in (0, 1):
+        others = (ids[:, layer] + random.integers(1, 64, found.shape, dtype=np.int32)) % 64
+        later_ahead[:, layer] = np.where(found, ids[:, layer], others)
+
+    def half(choices: IntArray, guesses: IntArray, which: int) -> tuple[IntArray, IntArray]:
+        """Every other choice, and as many guesses: those of them that were guessed, and wrong ones."""
+        chosen = choices[:, which::2]
+        right, other = ((guesses[:, :, None] == some[:, None]).any(2) for some in (chosen, choices))
+        best = np.argsort(np.where(right, 0, np.where(other, 2, 1)), axis=1, kind="stable")[:, : chosen.shape[1]]
+        return chosen, np.take_along_axis(guesses, np.sort(best, axis=1), axis=1)
+
     layers = []
     for layer in range(n_layer):
-        later = np.roll(ids, -(layer // n_recorded) * 640, axis=0)
-        first = later[:, layer % n_recorded]
+        guessed = ahead if layer == 1 else later_ahead
+        later = [np.roll(part, -(layer // n_recorded) * 640, axis=0) for part in (ids, guessed)]
+        one, two = ([part[:, i % n_recorded] for part in later] for i in (layer, layer + 5))
         if n_expert > 64:
-            second = 64 + later[:, (layer + 5) % n_recorded]
-            first = np.concatenate([first[:, 0::2], second[:, 1::2]], axis=1)
-        layers.append(first[:, :top_k] % n_expert)
-    return torch.from_numpy(np.stack(layers, axis=1))
+            halves = zip(half(one[0], one[1], 0), half(two[0], two[1], 1), strict=True)
+            one = [np.concatenate([left, 64 + right], axis=1) for left, right in halves]
+        layers.append([part[:, :top_k] % n_expert for part in one])
+    choices, predicted = (torch.from_numpy(np.stack(part, axis=1)) for part in zip(*layers, strict=True))
+    return choices, predicted
 
 
 def vram_budget(path: Path, row: Row, options: dict[str, Any]) -> int:
@@ -121,33 +146,44 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats
             assert isinstance(decoder, GraphDecoder)
             if row.routing == "trace":
                 n_layer, n_expert = decoder.step.experts.slot_table.shape
-                decoder.step.replay = routing_for(n_layer, n_expert, engine.model.router.top_k).to(engine.device)
+                routing = routing_for(n_layer, n_expert, engine.model.router.top_k)
+                decoder.step.replay, decoder.step.replay_ahead = (part.to(engine.device) for part in routing)
             prompts = [[(i * 7919 + 31 * b) % 400 for i in range(n_prompt)] for b in range(row.batch)]
-            engine.generate_batch(prompts, temperature=0, max_tokens=n_decode)  # compiles, captures, fills the cache
-            results = [engine.generate_batch(prompts, temperature=0, max_tokens=n_decode) for _ in range(repeats)]
+            ways = (False, True) if row.compare else (decoder.lookahead,)
+            stats: dict[bool, list[Stats]] = {way: [] for way in ways}
+            timelines: dict[bool, dict[str, float]] = {}
+            for repeat in range(repeats + 1):
+                for decoder.lookahead in ways:
+                    result = engine.generate_batch(prompts, temperature=0, max_tokens=n_decode)[0]
+                    timelines[decoder.lookahead] = timeline_of(decoder)
+                    if repeat > 0:  # the first compiles, captures, fills the cache
+                        stats[decoder.lookahead].append(result.stats)
             decoder.worker.settle()
             decoder.worker.check_integrity()
-            timeline = timeline_of(decoder)
             hardware = engine.hardware
             del decoder
     torch.cuda.empty_cache() if device == "cuda" else None
-    stats = [result[0].stats for result in results]
-    rates = [s.decode_rate or 0.0 for s in stats]
-    middle = stats[rates.index(statistics.median_low(rates))]
+    rates = {way: [s.decode_rate or 0.0 for s in of_way] for way, of_way in stats.items()}
+    way = ways[-1]
+    middle = stats[way][rates[way].index(statistics.median_low(rates[way]))]
     found = {
         "row": row.name,
         "target": row.target,
-        "tokens_per_second": statistics.median(rates),
-        "all": rates,
+        "tokens_per_second": statistics.median(rates[way]),
+        "all": rates[way],
         "bound_share": middle.bound.share if middle.bound else None,
         "budget": budget,
         "peak_nvidia_smi": watch.peak,
         "load_seconds": loaded,
         "hardware": vars(hardware),
-        "timeline": timeline,
+        "timeline": timelines[way],
         "stats": {k: v for k, v in middle.as_dict().items() if k not in ("layer_hits", "layer_misses")},
     }
+    if row.compare:
+        found["without_lookahead"] = {"all": rates[False], "timeline": timelines[False]}
     print(summary(found, middle), flush=True)
+    if row.compare:
+        print(comparison(found, middle), flush=True)
     if watch.enabled and watch.peak > budget:
         print(f"  PEAK OVER BUDGET by {format_size(watch.peak - budget)}", flush=True)
     return found
@@ -163,6 +199,18 @@ def summary(found: dict[str, Any], stats: Stats) -> str:
         f"{stats.gpu_wait_seconds / steps * 1e3:.2f}, CPU {stats.cpu_seconds / steps * 1e3:.2f}; fetched "
         f"{stats.fetched_now} now, {stats.fetched_ahead} ahead, {stats.fetches_wasted} wasted; peak "
         f"{format_size(found['peak_nvidia_smi'])} of {format_size(found['budget'])}; {found['timeline']}"
+    )
+
+
+def comparison(found: dict[str, Any], stats: Stats) -> str:
+    without = found["without_lookahead"]
+    rate = statistics.median(without["all"])
+    return (
+        f"  lookahead: {found['tokens_per_second'] / rate - 1:+.1%} over {rate:.1f} tok/s; foresees "
+        f"{stats.lookahead_recall or 0:.0%} of the missed experts, {stats.lookahead_precision or 0:.0%} of what it "
+        f"expects is missed; pulled {format_size(stats.pulled_bytes / max(1, stats.steps))} a step, CPU computed "
+        f"{format_size(stats.cpu_bytes / max(1, stats.steps))}; all {found['all']} and {without['all']}; without: "
+        f"{without['timeline']}"
     )
 
 

@@ -179,6 +179,17 @@ class WorkerStats:
     def copy_wait_ns(self) -> int:
         """How long answers waited for copies after the CPU was done."""
     @property
+    def expected(self) -> list[int]:
+        """Experts by layer that were expected to be missed. This and the next two: where there was a prediction."""
+    @property
+    def missed_experts(self) -> list[int]: ...
+    @property
+    def foreseen(self) -> list[int]:
+        """Experts that were expected to be missed, and were."""
+    @property
+    def pulled_bytes(self) -> int:
+        """Into the CPU's caches, ahead of use."""
+    @property
     def rates(self) -> Rates: ...
 
 class DecodeWorker:
@@ -196,6 +207,7 @@ class DecodeWorker:
         float_activations: bool,
         rates: Rates,
         stall_seconds: float,
+        lookahead_bytes: int,
     ) -> None: ...
     def stop(self) -> None: ...
     def expect(self, step: int, n_token: int, allow_late: bool, posted: bool) -> None: ...

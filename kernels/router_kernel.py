@@ -1,5 +1,7 @@
 """The router in two Triton launches, the product, and all the rest: gating, group limits, top-k, weights, slot lookup.
 
+The same launches can choose for the next layer, as its router would if its input were this layer's: a guess.
+
 `router.route` is the definition of correct. Ids are equal to its wherever the selection scores are tied exactly or
 differ by more than the rounding of the last bit (exponentials round differently); weights to 1e-6. Sources as there.
 
@@ -30,35 +32,47 @@ class Routing(NamedTuple):
     ids: Tensor  # int32
     weights: Tensor  # f32
     slots: Tensor  # int32; -1: not in a slot
+    ahead: Tensor | None = None  # int32, the experts that the next layer will probably choose
 
     @classmethod
-    def empty(cls, n_token: int, top_k: int, device: torch.device) -> "Routing":
-        ids, slots = (torch.empty(n_token, top_k, dtype=torch.int32, device=device) for _ in range(2))
-        return cls(ids, torch.empty(n_token, top_k, device=device), slots)
+    def empty(cls, n_token: int, top_k: int, device: torch.device, ahead: bool = False) -> "Routing":
+        ids, slots, guess = (torch.empty(n_token, top_k, dtype=torch.int32, device=device) for _ in range(3))
+        return cls(ids, torch.empty(n_token, top_k, device=device), slots, guess if ahead else None)
 
 
-def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+class NextRouter(NamedTuple):
+    """The router of the next layer, of the same kind and with a bias where this layer's has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None, next_weight: Tensor | None = None) -> Tensor:
     """`x` f32 `[n_token, hidden]` times the router matrix f32 `[n_expert, hidden]`: f32 `[n_token, n_expert]`.
 
-    For a few tokens: the matrix is read once per eight of them.
+    For a few tokens: the matrix is read once per eight of them. next_weight: another one, whose logits follow each
+    token's: `[n_token, 2 * n_expert]`.
     """
     (n_token, hidden), n_expert = x.shape, weight.shape[0]
-    assert weight.shape[1] == hidden, (x.shape, weight.shape)
-    assert x.dtype == weight.dtype == torch.float32, (x.dtype, weight.dtype)
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    out = x.new_empty(n_token, n_expert) if out is None else _checked(out, (n_token, n_expert), torch.float32)
+    n_row = n_expert if next_weight is None else 2 * n_expert
+    assert x.shape[1] == hidden, (x.shape, weight.shape)
+    for tensor, shape in ((x, x.shape), (weight, (n_expert, hidden)), (next_weight, (n_expert, hidden))):
+        if tensor is not None:
+            _checked(tensor, shape, torch.float32)
+    out = x.new_empty(n_token, n_row) if out is None else _checked(out, (n_token, n_row), torch.float32)
     if n_token == 0:
         return out
     tokens = min(_TOKEN_TILE, triton.next_power_of_2(n_token))
     hidden_tile, num_warps = _ONE_TOKEN if n_token == 1 else _MORE_TOKENS
     with torch.cuda.device_of(x):
-        logits_kernel[n_expert, triton.cdiv(n_token, tokens)](
+        logits_kernel[n_row, triton.cdiv(n_token, tokens)](
             x,
             weight,
+            weight if next_weight is None else next_weight,
             out,
             n_token,
             N_EXPERT=n_expert,
+            AHEAD=int(next_weight is not None),
             HIDDEN=hidden,
             TOKENS=tokens,
             HIDDEN_TILE=min(hidden_tile, triton.next_power_of_2(hidden)),
@@ -76,35 +90,45 @@ def route_and_lookup(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     logits: Tensor | None = None,
+    ahead: NextRouter | None = None,
     out: Routing | None = None,
 ) -> Routing:
     """Chooses each token's experts and looks up their slots, on the device, with no synchronisation.
 
     x: logits f32 `[n_token, n_expert]`, or, with `weight` (the router matrix, f32 `[n_expert, hidden]`), the normed
     hidden states f32 `[n_token, hidden]`. slot_table: int32 `[n_expert]`, an expert's slot or -1. bias: f32
-    `[n_expert]`, for the selection only. logits: where to put them in the second form. All contiguous.
+    `[n_expert]`, for the selection only. logits: where to put them in the second form. ahead: whose choice to guess,
+    in the second form. All contiguous.
     """
     if weight is not None:
-        x = router_logits(x, weight, logits)
+        x = router_logits(x, weight, logits, None if ahead is None else ahead.weight)
     n_token, n_expert = x.shape[0], config.n_expert
-    _checked(x, (n_token, n_expert), torch.float32)
+    _checked(x, (n_token, n_expert if ahead is None else 2 * n_expert), torch.float32)
     _checked(slot_table, (n_expert,), torch.int32)
-    if bias is not None:
-        _checked(bias, (n_expert,), torch.float32)
+    next_bias = bias if ahead is None else ahead.bias
+    assert (bias is None) == (next_bias is None)
+    for tensor in (bias, next_bias):
+        if tensor is not None:
+            _checked(tensor, (n_expert,), torch.float32)
     if out is None:
-        out = Routing.empty(n_token, config.top_k, x.device)
-    for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.int32), strict=True):
-        _checked(tensor, (n_token, config.top_k), dtype)
+        out = Routing.empty(n_token, config.top_k, x.device, ahead is not None)
+    assert (out.ahead is None) == (ahead is None)
+    for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.int32, torch.int32), strict=True):
+        if tensor is not None:
+            _checked(tensor, (n_token, config.top_k), dtype)
     if n_token == 0:
         return out
     group_size = n_expert // config.n_group
     with torch.cuda.device_of(x):
-        choose_kernel[n_token,](
+        choose_kernel[n_token, 1 if ahead is None else 2](
             x,
             x if bias is None else bias,  # a stand-in that is never read
+            x if next_bias is None else next_bias,
             slot_table,
-            *out,
+            *out[:3],
+            out.ids if out.ahead is None else out.ahead,
             config.scale,
+            AHEAD=int(ahead is not None),
             HAS_BIAS=bias is not None,
             N_EXPERT=n_expert,
             TOP_K=config.top_k,

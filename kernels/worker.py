@@ -68,7 +68,7 @@ class Mailbox:
             top_k,
             hidden,
             max_batch,
-            messages=zeros(RING * n_layer, _whole_lines(HEADER_BYTES + 12 * max_batch * top_k)),
+            messages=zeros(RING * n_layer, _whole_lines(HEADER_BYTES + 16 * max_batch * top_k)),
             tokens=zeros(RING, HEADER_BYTES + _whole_lines(4 * max_batch)),
             x=zeros(max_batch, hidden, dtype=torch.float32),
             answer=zeros(HEADER_BYTES + 2 * pairs),
@@ -92,6 +92,11 @@ class Mailbox:
     @property
     def slots_offset(self) -> int:
         return HEADER_BYTES + 8 * self.max_batch * self.top_k
+
+    @property
+    def ahead_offset(self) -> int:
+        """In a message: int32 `[n_token, top_k]`, what the next layer will probably choose."""
+        return HEADER_BYTES + 12 * self.max_batch * self.top_k
 
     @property
     def token_bytes(self) -> int:
@@ -164,8 +169,12 @@ class DecodeWorker:
         max_background: int = 1,
         stall_seconds: float = 4.0,
         copies: _cpu.CopyEngine | None = None,
+        lookahead_bytes: int | None = None,
     ) -> None:
         """max_background: fetches in flight up to which another may start behind an answer.
+
+        lookahead_bytes: what each CPU thread may pull into its cache for the next layer at a time; default: three
+        quarters of its second-level cache.
 
         stall_seconds: how long `wait_tokens` bears that neither side gets on. copies: an engine that nobody else uses;
         by default the one for slot_table's device.
@@ -196,6 +205,7 @@ class DecodeWorker:
             kernels.float_activations,
             _cpu.Rates(rates.cpu, rates.cpu, rates.copy, rates.copy, rates.cpu_fixed, rates.copy_fixed),
             stall_seconds,
+            -1 if lookahead_bytes is None else lookahead_bytes,
         )
         # Before the memory goes, and before the interpreter does.
         self.stop = weakref.finalize(self, self._worker.stop)

@@ -76,6 +76,8 @@ class EngineConfig(_Options):
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
     miss         what a decode step does with experts that are in no slot: "cpu" computes them on the CPU, "fetch"
                  copies them into slots first, "auto" divides them so that both finish together.
+    lookahead    while the GPU is in attention, the CPU pulls experts that it will probably compute next from RAM into
+                 its caches. Results do not depend on it.
     exact        tokens do not depend on the cache's size, contents or timing, bit for bit: every miss is fetched.
     n_sequence   sequences that can decode together (`generate_batch`); each has a KV cache of its own.
     eager        decode without a CUDA graph, one kernel at a time and without the native worker: the reference.
@@ -93,6 +95,7 @@ class EngineConfig(_Options):
     experts: ExpertHome = "auto"
     cache_slots: int | None = None
     miss: MissMode = "auto"
+    lookahead: bool = True
     exact: bool = False
     n_sequence: int = 1
     eager: bool = False

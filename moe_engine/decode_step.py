@@ -21,7 +21,7 @@ from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.decode_product import matvec, moe_decode
 from moe_engine.kernels.mailbox import finish, post, wait
 from moe_engine.kernels.norm_rope import rms_norm
-from moe_engine.kernels.router_kernel import Routing, route_and_lookup
+from moe_engine.kernels.router_kernel import NextRouter, Routing, route_and_lookup
 from moe_engine.kernels.sampling_kernel import SamplerState, Variant, sample
 from moe_engine.kernels.worker import Mailbox
 from moe_engine.kv_cache import KVCache
@@ -48,6 +48,7 @@ class StepForm:
     n_token: int  # one of each sequence
     misses: Misses
     sampling: Variant
+    ahead: bool = False  # layers also say what the next layer will probably choose
 
 
 @dataclass
@@ -65,6 +66,7 @@ class DecodeStep:
     Attributes are device tensors that the host sets before a generation: tokens, positions int32 `[n_sequence]` (the
     last token of each sequence and where it stands; below zero: none), step int64 `[1]`, `sampler`.
     replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
+    replay_ahead: the same for what was predicted of each layer; None: nothing is predicted then.
     """
 
     def __init__(
@@ -85,6 +87,9 @@ class DecodeStep:
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.waited = torch.zeros(n_layer, dtype=torch.int64, device=device)  # nanoseconds
         self.replay: Tensor | None = None
+        self.replay_ahead: Tensor | None = None
+        mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
+        self._next = dict(zip((moe.layer for moe in mixtures), mixtures[1:], strict=False))
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def begin(self, sequences: Sequence[Running]) -> None:
@@ -126,7 +131,14 @@ class DecodeStep:
         layer, table = self.experts.index[moe.layer], self.experts.slot_table
         pool = self.experts.pool_of(layer)
         layout, slots = pool.layout, pool.slots
-        routing = route_and_lookup(x.values, moe.router, table[layer], weight=moe.ffn_gate_inp, bias=moe.exp_probs_b)
+        routing = route_and_lookup(
+            x.values,
+            moe.router,
+            table[layer],
+            weight=moe.ffn_gate_inp,
+            bias=moe.exp_probs_b,
+            ahead=self._next_router(moe) if form.ahead else None,
+        )
         if form.misses != "none" or self.replay is not None:
             post(
                 self.mailbox,
@@ -138,6 +150,7 @@ class DecodeStep:
                 self._arrived,
                 slot_table=table,
                 replay=self.replay,
+                replay_ahead=self.replay_ahead,
             )
 
         def on_gpu(chosen: Tensor, add_to: Tensor) -> Tensor:
@@ -157,6 +170,13 @@ class DecodeStep:
         late = torch.empty_like(routing.slots) if form.misses == "late" else None
         self._wait(layer, routing, out=out, hits=hits, late=late)
         return out if late is None else on_gpu(late, out)
+
+    def _next_router(self, moe: MixtureOfExperts) -> NextRouter | None:
+        """Of the next layer of experts, if there is one and it routes alike."""
+        following = self._next.get(moe.layer)
+        if following is None or (following.exp_probs_b is None) != (moe.exp_probs_b is None):
+            return None
+        return NextRouter(following.ffn_gate_inp, following.exp_probs_b)
 
     def _wait(
         self,

@@ -121,9 +121,12 @@ class StagedDecoder:
 class GraphDecoder:
     """Replays the captured step, two steps ahead of the tokens; on the simulated device it launches each kernel."""
 
-    def __init__(self, step: DecodeStep, worker: DecodeWorker, misses: tuple[Misses, ...]) -> None:
-        """misses: the form of step to run; of two, the first, and the second as long as fetching is found to pay."""
-        self.step, self.worker, self.misses = step, worker, misses
+    def __init__(self, step: DecodeStep, worker: DecodeWorker, misses: tuple[Misses, ...], lookahead: bool) -> None:
+        """misses: the form of step to run; of two, the first, and the second as long as fetching is found to pay.
+
+        lookahead: whether steps predict the next layers' experts. May be changed between generations.
+        """
+        self.step, self.worker, self.misses, self.lookahead = step, worker, misses, lookahead
         self.launched = self.taken = 0  # the last step of each
         self._last = 0  # that `next` can ask for
         self._form = StepForm(1, misses[0], "greedy")
@@ -158,14 +161,16 @@ class GraphDecoder:
             return place.slot
 
         experts.fill(reserve)
-        return cls(step, worker, ("none",) if experts.holds_all else forms[mode])
+        misses = ("none",) if experts.holds_all else forms[mode]
+        # What the CPU does not compute it need not foresee.
+        return cls(step, worker, misses, lookahead=config.lookahead and "cpu" in misses)
 
     @torch.inference_mode()
     def begin(self, sequences: Sequence[Running], n_step: int) -> None:
         self._drain()
         self.step.begin(sequences)
         sampling = variant_for(running.params for running in sequences)
-        self._form = StepForm(len(sequences), self.misses[0], sampling)
+        self._form = StepForm(len(sequences), self.misses[0], sampling, self.lookahead)
         self._last = self.taken + n_step
 
     @torch.inference_mode()

@@ -66,9 +66,12 @@ class FakeGpu:
         stall_seconds: float = 4.0,
         meanwhile: Callable[[], None] = lambda: None,
         device: str = "cpu",
+        threads: int = 2,
+        lookahead_bytes: int | None = None,
     ) -> None:
         self.mode, self.meanwhile = mode, meanwhile
-        self.kernels = CpuKernels(2, spin_microseconds=0)
+        self.ahead: Ids | None = None  # what is predicted of each layer, as the ids of a step
+        self.kernels = CpuKernels(threads, spin_microseconds=0)
         self.handles = [self.kernels.register_experts(*weights) for weights in WEIGHTS]
         self.mailbox = Mailbox.allocate(N_LAYER, N_EXPERT, TOP_K, HIDDEN, MAX_BATCH, pinned=device == "cuda")
         self.table = torch.full((N_LAYER, N_EXPERT), -1, dtype=torch.int32, device=device)
@@ -88,6 +91,7 @@ class FakeGpu:
             max_background=max_background,
             stall_seconds=stall_seconds,
             copies=copies,
+            lookahead_bytes=lookahead_bytes,
         )
 
     def seq(self, step: int, layer: int) -> int:
@@ -160,14 +164,16 @@ class FakeGpu:
     ) -> None:
         box = self.mailbox
         record = box.messages[step % RING * N_LAYER + layer].numpy()
+        ahead = self.ahead[layer + 1] if self.ahead is not None and layer + 1 < N_LAYER else None
         for offset, values, dtype in (
             (box.ids_offset, ids, np.int32),
             (box.weights_offset, weights, np.float32),
             (box.slots_offset, slots, np.int32),
+            (box.ahead_offset, ids if ahead is None else ahead, np.int32),
         ):
             record[offset : offset + 4 * values.size] = np.ascontiguousarray(values, dtype).view(np.uint8).reshape(-1)
         header = record[:64].view(np.int64)
-        header[1:3] = len(ids), n_missed
+        header[1:4] = len(ids), n_missed, 0 if ahead is None else ahead.size
         header[0] = self.seq(step, layer)
 
     def answer(self, step: int, layer: int, n_token: int) -> tuple[int, npt.NDArray[np.int32], list[int]]:

@@ -35,13 +35,13 @@ def header(region: Tensor) -> Tensor:
 
 
 def posted(
-    hidden: int, slots: list[list[int]], positions: list[int], **options: Tensor
+    hidden: int, slots: list[list[int]], positions: list[int], ahead: Tensor | None = None, **options: Tensor
 ) -> tuple[Mailbox, Routing, Tensor]:
     """Posts layer 1 of step 6."""
     box = mailbox(hidden)
     n_token = len(slots)
     ids = on_device([[(5 * t + 3 * k) % N_EXPERT for k in range(TOP_K)] for t in range(n_token)])
-    routing = Routing(ids, torch.rand(n_token, TOP_K, device=DEVICE), on_device(slots))
+    routing = Routing(ids, torch.rand(n_token, TOP_K, device=DEVICE), on_device(slots), ahead)
     x = torch.randn(n_token, hidden, device=DEVICE)
     table = options.pop("slot_table", torch.full((N_LAYER, N_EXPERT), -1, dtype=torch.int32, device=DEVICE))
     arrived = on_device([0])
@@ -88,6 +88,25 @@ def test_recorded_routing_takes_the_routers_place() -> None:
     expected = torch.stack([replay[6 % 5, 1], replay[(6 + 97) % 5, 1]])
     assert torch.equal(routing.ids, expected)
     assert torch.equal(routing.slots, table[1][expected.long()])
+
+
+def test_what_the_next_layer_will_choose_is_posted_too() -> None:
+    ahead = on_device([[3, 1, 2, 0], [4, 5, 6, 7], [15, 8, 9, 10]])
+    slots = [[0, 1, 2, 3]] * 3
+    box, routing, _ = posted(48, slots, [5, -1, 8], ahead)
+    record = box.messages[6 % RING * N_LAYER + 1]
+    assert header(record)[:4].tolist() == [25, 3, 0, 12]
+    assert part(record, box.ahead_offset, 12).tolist() == [3, 1, 2, 0, -1, -1, -1, -1, 15, 8, 9, 10]
+    assert part(record, box.slots_offset, 4).tolist() == routing.slots[0].tolist() == [0, 1, 2, 3]
+
+    replay, guesses = torch.randint(0, N_EXPERT, (2, 5, N_LAYER, TOP_K), dtype=torch.int32, device=DEVICE)
+    box, _, _ = posted(48, slots, [5, 6, 7], ahead, replay=replay, replay_ahead=guesses)
+    record = box.messages[6 % RING * N_LAYER + 1]
+    expected = torch.cat([guesses[(6 + 97 * token) % 5, 2] for token in range(3)])  # of layer 2
+    assert part(record, box.ahead_offset, 12).tolist() == expected.tolist()
+
+    box, _, _ = posted(48, slots, [5, 6, 7], ahead, replay=replay)
+    assert header(box.messages[6 % RING * N_LAYER + 1])[:4].tolist()[3] == 0
 
 
 def answer(box: Mailbox, seq: int, flags: int, late: list[int], evicted: list[int]) -> None:

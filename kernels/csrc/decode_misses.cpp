@@ -1,37 +1,65 @@
 // What the worker's thread does with one message: see decode_worker.h.
 
 #include <algorithm>
-#include <chrono>
-#include <algorithm>
 #include <stdexcept>
 
 #include "decode_worker.h"
 
 namespace moe {
 
-namespace {
-
-int64_t now() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-}  // namespace
-
 void DecodeWorker::handle(const Step& step, int layer) {
     const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
-    entry_ = {spec_.mailbox.seq(step.number, layer), now(), 0, 0, 0, 0};
+    entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0};
     poll_copies();
     cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k);
     read_message(step, layer, message);
     if (n_missed_ > 0) answer(step, layer, message);
     cache_.end_layer_step();
     ++progress_;
+    note_message(layer);
+    look_ahead(step, layer, message);
+}
+
+void DecodeWorker::note_message(int layer) {
+    const size_t i = static_cast<size_t>(layer);
     std::lock_guard<std::mutex> lock(stats_mutex_);
-    stats_.hits[static_cast<size_t>(layer)] += entry_.n_hit;
-    stats_.misses[static_cast<size_t>(layer)] += n_missed_;
+    stats_.hits[i] += entry_.n_hit;
+    stats_.misses[i] += n_missed_;
+    if (predicted_) {
+        stats_.missed_experts[i] += static_cast<int64_t>(missed_.size());
+        stats_.expected[i] += static_cast<int64_t>(expected_.size());
+        stats_.foreseen[i] += std::count_if(expected_.begin(), expected_.end(), [&](int32_t expert) {
+            return fate_[static_cast<size_t>(expert)] != Fate::none;
+        });
+    }
     timeline_[static_cast<size_t>(n_message_++ % kTimeline)] = entry_;
+}
+
+// Starts to pull what the next layer will probably miss into the CPU's caches.
+void DecodeWorker::look_ahead(const Step& step, int layer, const Mailbox::Message& message) {
+    const int64_t top_k = spec_.mailbox.top_k, n_pair = message.header[Mailbox::kAhead];
+    expected_.clear();
+    predicted_ = n_pair != 0;
+    if (!predicted_) return;
+    if (n_pair != step.n_token * top_k || layer + 1 == static_cast<int>(spec_.layers.size()))
+        throw std::runtime_error("a message of layer " + std::to_string(layer) + " predicts " +
+                                 std::to_string(n_pair) + " pairs");
+    for (int64_t choice = 0; choice < top_k; ++choice)
+        for (int64_t token = 0; token < step.n_token; ++token) {
+            const int32_t expert = message.ahead[token * top_k + choice];
+            if (expert < 0 || !cache_.absent(cache_.key(layer + 1, expert))) continue;
+            if (std::find(expected_.begin(), expected_.end(), expert) == expected_.end())
+                expected_.push_back(expert);
+        }
+    if (spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced)
+        lookahead_.begin(spec_.layers[static_cast<size_t>(layer) + 1].experts, expected_);
+}
+
+void DecodeWorker::end_lookahead() {
+    if (!lookahead_.running()) return;
+    const int64_t n_bytes = lookahead_.end();
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.pulled_bytes += n_bytes;
 }
 
 // Counts the pairs and lists the missed experts. A wrong message would mean wrong results: it ends the worker.

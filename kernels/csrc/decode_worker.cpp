@@ -42,6 +42,7 @@ DecodeWorker::DecodeWorker(WorkerSpec spec, ThreadPool& pool, CopyEngine& copies
       cache_(spec_.n_expert, classes_of(spec_.layers), spec_.n_slot),
       unused_(spec_.layers.size() * static_cast<size_t>(spec_.n_expert)),
       uses_(unused_.size()),
+      lookahead_(pool, spec_.lookahead_bytes),
       fate_(static_cast<size_t>(spec_.n_expert)),
       cost_(spec_.rates),
       timeline_(kTimeline) {
@@ -73,9 +74,18 @@ void DecodeWorker::stop() {
     copies_.stop();
 }
 
+int64_t DecodeWorker::now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
 void DecodeWorker::run() {
     Step step;
+    struct EndLookahead {
+        DecodeWorker* worker;
+        ~EndLookahead() { worker->lookahead_.end(); }
+    };
     try {
+        const EndLookahead at_the_end{this};
         while (next_step(&step)) {
             const int n_layer = step.posted ? static_cast<int>(spec_.layers.size()) : 0;
             for (int layer = 0; layer < n_layer; ++layer) {
@@ -140,15 +150,18 @@ void DecodeWorker::await(const int64_t* header, int64_t seq) {
         for (int spin = 0; spin < kSpins; ++spin) {
             const int64_t seen = load_acquire(header);
             if (seen == seq) {
+                seen_ = now();
+                end_lookahead();
                 ++progress_;
                 return;
             }
             if (seen > seq)
                 throw std::runtime_error("the GPU posted number " + std::to_string(seen) + " where " +
                                          std::to_string(seq) + " was due");
-            pause();
+            if (!lookahead_.help()) pause();
         }
         look_around();
+        if (lookahead_.finished()) end_lookahead();  // others may want the pool
         if (Clock::now() - start > kPatience) std::this_thread::sleep_for(kNap);
     }
 }
@@ -262,7 +275,8 @@ void DecodeWorker::reset_stats() {
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_ = WorkerStats{};
     stats_.hits.assign(spec_.layers.size(), 0);
-    stats_.misses.assign(spec_.layers.size(), 0);
+    for (auto* counts : {&stats_.misses, &stats_.expected, &stats_.missed_experts, &stats_.foreseen})
+        counts->assign(spec_.layers.size(), 0);
     n_message_ = 0;
 }
 

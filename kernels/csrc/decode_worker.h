@@ -11,6 +11,8 @@
 // Insertions          The slot table's entry is copied behind the expert's bytes. So the GPU may report a hit
 //                     that the thread does not know of yet, and, having routed before, a miss of an expert that
 //                     has arrived meanwhile.
+// Lookahead           A message also says what the next layer will probably choose. Of these the experts in no slot
+//                     are pulled into the CPU's caches until the next message comes (lookahead.h).
 // Failures            Any exception of the thread, and a standstill found by wait_tokens(), sets the mailbox's
 //                     abort, on which every wait of the GPU returns; all later calls throw the reason.
 
@@ -28,6 +30,7 @@
 #include <vector>
 
 #include "copy_engine.h"
+#include "lookahead.h"
 #include "mailbox.h"
 #include "miss_cost.h"
 #include "moe_cpu.h"
@@ -66,6 +69,7 @@ struct WorkerSpec {
     bool float_activations;
     Rates rates;
     double stall_seconds;
+    int64_t lookahead_bytes;  // by thread (lookahead.h)
 };
 
 struct WorkerStats {
@@ -77,6 +81,9 @@ struct WorkerStats {
     int64_t fetched_used = 0, fetched_unused = 0;
     int64_t cpu_ns = 0;        // in expert_ffn
     int64_t copy_wait_ns = 0;  // answers waited for copies after the CPU was done
+    // Experts by layer, where there were predictions: expected to be missed, missed, and both.
+    std::vector<int64_t> expected, missed_experts, foreseen;
+    int64_t pulled_bytes = 0;  // into the CPU's caches
     Rates rates{};
 };
 
@@ -128,6 +135,7 @@ class DecodeWorker {
         bool beside_cpu;
     };
 
+    static int64_t now();  // nanoseconds of the steady clock
     void run();
     bool next_step(Step* step);
     void publish(const Step& step);
@@ -144,6 +152,9 @@ class DecodeWorker {
     void admit();
     bool reserve(ExpertKey key);
     void start_fetch(ExpertKey key);
+    void look_ahead(const Step& step, int layer, const Mailbox::Message& message);
+    void end_lookahead();
+    void note_message(int layer);
     void note_use(ExpertKey key);
 
     void require_idle();
@@ -175,6 +186,9 @@ class DecodeWorker {
     std::deque<Flight> in_flight_;
     std::vector<bool> unused_;  // by key: fetched and not used yet
     UseCounts uses_;
+    Lookahead lookahead_;
+    std::vector<int32_t> expected_;  // experts that the next layer will probably miss, the likeliest first
+    bool predicted_ = false;         // whether there was a prediction
 
     // The layer step at hand.
     enum class Fate : uint8_t { none, cpu, late };
@@ -184,6 +198,7 @@ class DecodeWorker {
     std::vector<int32_t> token_, expert_;  // what the CPU computes
     std::vector<float> weight_;
     int64_t n_hit_ = 0, n_missed_ = 0, n_evicted_ = 0;
+    int64_t seen_ = 0;  // when its message was, nanoseconds
     TimelineEntry entry_{};
     std::vector<Copy> batch_;
 
