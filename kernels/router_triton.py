@@ -48,6 +48,11 @@ def _gate(logit, largest, total, GATING: tl.constexpr):
 
 
 @triton.jit
+def _pick(index, first, second, third):
+    return tl.where(index == 0, first, tl.where(index == 1, second, third))
+
+
+@triton.jit
 def _limit_groups(order, N_GROUP: tl.constexpr, N_USED: tl.constexpr, GROUPS: tl.constexpr, TOP2: tl.constexpr):
     """Which groups (rows of `order`, whose unreal members are _TAKEN) are kept: bool `[GROUPS, 1]`."""
     best = tl.max(order, 1)
@@ -69,6 +74,7 @@ def choose_kernel(
     logits,
     bias,
     next_bias,
+    second_bias,
     slot_table,
     ids,
     weights,
@@ -91,7 +97,7 @@ def choose_kernel(
 ):
     """Program (t, 0) routes token t. Its tile is [group, member]; one group of all experts if there are no limits.
 
-    AHEAD: program (t, 1) chooses for the next layer, whose logits follow those of this layer.
+    AHEAD: how many of the next layers, whose logits follow those of this layer, program (t, 1 + i) chooses for.
     """
     group_size: tl.constexpr = N_EXPERT // N_GROUP
     group = tl.arange(0, GROUPS)[:, None]
@@ -100,7 +106,7 @@ def choose_kernel(
     real = (group < N_GROUP) & (member < group_size)
     ahead = tl.program_id(1)
     if HAS_BIAS:
-        added = tl.load(tl.where(ahead == 1, next_bias, bias) + expert, mask=real, other=0.0)
+        added = tl.load(_pick(ahead, bias, next_bias, second_bias) + expert, mask=real, other=0.0)
     token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
     let_next_kernel_start(OVERLAP)
     row = logits + (token * (1 + AHEAD) + ahead) * N_EXPERT
@@ -129,8 +135,8 @@ def choose_kernel(
 
     is_choice = k < TOP_K
     out = token * TOP_K + k
-    if ahead == 1:
-        tl.store(next_ids + out, chosen, mask=is_choice)
+    if ahead > 0:
+        tl.store(next_ids + (ahead - 1) * (tl.num_programs(0) * TOP_K) + out, chosen, mask=is_choice)
         return
 
     # Gathering the few logits again is cheaper than one more reduction per choice
@@ -154,6 +160,7 @@ def logits_kernel(
     x,
     weight,
     next_weight,
+    second_weight,
     logits,
     n_token,
     N_EXPERT: tl.constexpr,
@@ -165,11 +172,12 @@ def logits_kernel(
 ):
     """Program (e, i) multiplies row e of the router matrix with tokens `TOKENS * i` and following.
 
-    AHEAD: the rows of the next layer's matrix follow.
+    AHEAD: how many of the next layers' matrices follow.
     """
     expert = tl.program_id(0)
     lane = tl.arange(0, HIDDEN_TILE)[None, :]
-    row = tl.where(expert >= N_EXPERT, next_weight, weight) + (expert % N_EXPERT).to(tl.int64) * HIDDEN + lane
+    matrix = _pick(expert // N_EXPERT, weight, next_weight, second_weight)
+    row = matrix + (expert % N_EXPERT).to(tl.int64) * HIDDEN + lane
     if HIDDEN_TILE >= HIDDEN:  # a row is small enough to load before the wait
         w = tl.load(row, mask=lane < HIDDEN, other=0.0)
     zero = wait_for_previous_kernel(OVERLAP)

@@ -48,7 +48,7 @@ class StepForm:
     n_token: int  # one of each sequence
     misses: Misses
     sampling: Variant
-    ahead: bool = False  # layers also say what the next layer will probably choose
+    ahead: int = 0  # of how many of the next layers each predicts what they choose
 
 
 @dataclass
@@ -66,7 +66,8 @@ class DecodeStep:
     Attributes are device tensors that the host sets before a generation: tokens, positions int32 `[n_sequence]` (the
     last token of each sequence and where it stands; below zero: none), step int64 `[1]`, `sampler`.
     replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
-    replay_ahead: the same for what was predicted of each layer; None: nothing is predicted then.
+    replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer, top_k]`, what was predicted of each layer by the one before, and by
+    the one before that; None: nothing is predicted then.
     """
 
     def __init__(
@@ -88,8 +89,7 @@ class DecodeStep:
         self.waited = torch.zeros(n_layer, dtype=torch.int64, device=device)  # nanoseconds
         self.replay: Tensor | None = None
         self.replay_ahead: Tensor | None = None
-        mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
-        self._next = dict(zip((moe.layer for moe in mixtures), mixtures[1:], strict=False))
+        self._mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def begin(self, sequences: Sequence[Running]) -> None:
@@ -137,7 +137,7 @@ class DecodeStep:
             table[layer],
             weight=moe.ffn_gate_inp,
             bias=moe.exp_probs_b,
-            ahead=self._next_router(moe) if form.ahead else None,
+            ahead=self._next_routers(moe, form.ahead),
         )
         if form.misses != "none" or self.replay is not None:
             post(
@@ -171,12 +171,13 @@ class DecodeStep:
         self._wait(layer, routing, out=out, hits=hits, late=late)
         return out if late is None else on_gpu(late, out)
 
-    def _next_router(self, moe: MixtureOfExperts) -> NextRouter | None:
-        """Of the next layer of experts, if there is one and it routes alike."""
-        following = self._next.get(moe.layer)
-        if following is None or (following.exp_probs_b is None) != (moe.exp_probs_b is None):
-            return None
-        return NextRouter(following.ffn_gate_inp, following.exp_probs_b)
+    def _next_routers(self, moe: MixtureOfExperts, n: int) -> list[NextRouter]:
+        """Of the next layers of experts, as far as there are any that route alike."""
+        layer = self.experts.index[moe.layer]
+        following = self._mixtures[layer + 1 : layer + 1 + n]
+        if any((other.exp_probs_b is None) != (moe.exp_probs_b is None) for other in following):
+            return []
+        return [NextRouter(other.ffn_gate_inp, other.exp_probs_b) for other in following]
 
     def _wait(
         self,

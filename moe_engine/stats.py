@@ -44,6 +44,13 @@ class Stats:
     layer_missed: list[int] = field(default_factory=list)
     layer_foreseen: list[int] = field(default_factory=list)
     pulled_bytes: int = 0  # of expected experts, into the CPU's caches
+    # Experts prefetched into slots by MoE layer; those chosen when it came, in time and too late
+    layer_prefetched: list[int] = field(default_factory=list)
+    layer_in_time: list[int] = field(default_factory=list)
+    layer_late: list[int] = field(default_factory=list)
+    prefetch_wasted_bytes: int = 0  # of those not chosen then
+    rate_without_prefetch: float | None = None  # tokens per second of steps that followed another at once
+    rate_with_prefetch: float | None = None
     bound: Bound | None = None
     peak_vram_bytes: int = 0  # what PyTorch held at most; the CUDA context comes on top
     peak_ram_bytes: int = 0  # the process's largest resident size, mapped file pages included
@@ -57,6 +64,13 @@ class Stats:
         self.fetches_used, self.fetches_wasted = worker.fetched_used, worker.fetched_unused
         self.layer_expected, self.layer_missed = worker.expected, worker.missed_experts
         self.layer_foreseen, self.pulled_bytes = worker.foreseen, worker.pulled_bytes
+        self.layer_prefetched, self.layer_in_time = worker.prefetched, worker.prefetched_in_time
+        self.layer_late = worker.prefetched_late
+        counts = zip(self.layer_prefetched, self.layer_in_time, self.layer_late, expert_bytes, strict=True)
+        self.prefetch_wasted_bytes = sum((n - in_time - late) * nbytes for n, in_time, late, nbytes in counts)
+        per_step = self.decode_tokens / worker.steps if worker.steps else 0.0
+        rates = (per_step * n / ns * 1e9 if ns else None for n, ns in worker.timed)
+        self.rate_without_prefetch, self.rate_with_prefetch = rates
         self.cpu_seconds, self.gpu_wait_seconds = worker.cpu_ns * 1e-9, waited_seconds
         self.hit_bytes = sum(hits * nbytes for hits, nbytes in zip(worker.hits, expert_bytes, strict=True))
         if worker.steps:

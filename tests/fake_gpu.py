@@ -70,7 +70,9 @@ class FakeGpu:
         lookahead_bytes: int | None = None,
     ) -> None:
         self.mode, self.meanwhile = mode, meanwhile
-        self.ahead: Ids | None = None  # what is predicted of each layer, as the ids of a step
+        self.ahead: Sequence[
+            Ids
+        ] = ()  # what is predicted of each layer, as ids of a step: one layer before, two before
         self.kernels = CpuKernels(threads, spin_microseconds=0)
         self.handles = [self.kernels.register_experts(*weights) for weights in WEIGHTS]
         self.mailbox = Mailbox.allocate(N_LAYER, N_EXPERT, TOP_K, HIDDEN, MAX_BATCH, pinned=device == "cuda")
@@ -161,19 +163,20 @@ class FakeGpu:
         weights: npt.NDArray[np.float32],
         slots: npt.NDArray[np.int32],
         n_missed: int,
+        n_ahead: int | None = None,
     ) -> None:
         box = self.mailbox
         record = box.messages[step % RING * N_LAYER + layer].numpy()
-        ahead = self.ahead[layer + 1] if self.ahead is not None and layer + 1 < N_LAYER else None
+        ahead = [guess[layer + 1 + i] for i, guess in enumerate(self.ahead) if layer + 1 + i < N_LAYER]
         for offset, values, dtype in (
             (box.ids_offset, ids, np.int32),
             (box.weights_offset, weights, np.float32),
             (box.slots_offset, slots, np.int32),
-            (box.ahead_offset, ids if ahead is None else ahead, np.int32),
+            *((box.ahead_offset + 4 * i * MAX_BATCH * TOP_K, guess, np.int32) for i, guess in enumerate(ahead)),
         ):
             record[offset : offset + 4 * values.size] = np.ascontiguousarray(values, dtype).view(np.uint8).reshape(-1)
         header = record[:64].view(np.int64)
-        header[1:4] = len(ids), n_missed, 0 if ahead is None else ahead.size
+        header[1:4] = len(ids), n_missed, len(ahead) if n_ahead is None else n_ahead
         header[0] = self.seq(step, layer)
 
     def answer(self, step: int, layer: int, n_token: int) -> tuple[int, npt.NDArray[np.int32], list[int]]:

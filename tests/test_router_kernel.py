@@ -144,18 +144,19 @@ def test_with_the_router_matrix(n_token: int, n_expert: int, hidden: int) -> Non
 def test_guessing_the_next_layer_changes_nothing_else(n_token: int, hidden: int, biased: bool) -> None:
     generator = torch.Generator().manual_seed(hidden)
     config = RouterConfig(60, 5, "sigmoid", True, 1.5, 5, 2, "top2_sum")
-    x, *weights = (torch.randn(n, hidden, generator=generator).to(DEVICE) for n in (n_token, 60, 60))
+    x, *weights = (torch.randn(n, hidden, generator=generator).to(DEVICE) for n in (n_token, 60, 60, 60))
     biases = [torch.randn(60, generator=generator).to(DEVICE) if biased else None for _ in weights]
     table = random_table(60, generator)
     alone = route_and_lookup(x, config, table, weight=weights[0], bias=biases[0])
     assert alone.ahead is None
-    ahead = NextRouter(weights[1], biases[1])
-    both = route_and_lookup(x, config, table, weight=weights[0], bias=biases[0], ahead=ahead)
-    assert all(torch.equal(a, b) for a, b in zip(alone[:3], both[:3], strict=True))
-    following = route_and_lookup(x, config, table, weight=weights[1], bias=biases[1])
-    assert both.ahead is not None
-    assert torch.equal(both.ahead, following.ids)
-    assert not torch.equal(both.ahead, both.ids)
+    following = [route_and_lookup(x, config, table, weight=weights[i], bias=biases[i]).ids for i in (1, 2)]
+    assert not torch.equal(*following)
+    for n_ahead in (1, 2):
+        ahead = [NextRouter(weights[i], biases[i]) for i in range(1, 1 + n_ahead)]
+        both = route_and_lookup(x, config, table, weight=weights[0], bias=biases[0], ahead=ahead)
+        assert all(torch.equal(a, b) for a, b in zip(alone[:3], both[:3], strict=True))
+        assert both.ahead is not None
+        assert torch.equal(both.ahead, torch.stack(following[:n_ahead]))
 
 
 def test_no_tokens() -> None:
@@ -171,7 +172,7 @@ def test_in_a_graph(n_token: int) -> None:
     x, weight, bias = (torch.randn(shape, device=DEVICE) for shape in ((n_token, 512), (256, 512), (256,)))
     table = torch.arange(256, dtype=torch.int32, device=DEVICE)
     ahead = NextRouter(torch.randn(256, 512, device=DEVICE), torch.randn(256, device=DEVICE))
-    run = partial(route_and_lookup, x, config, table, weight=weight, bias=bias, ahead=ahead)
+    run = partial(route_and_lookup, x, config, table, weight=weight, bias=bias, ahead=[ahead])
     run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -184,4 +185,4 @@ def test_in_a_graph(n_token: int) -> None:
     assert torch.equal(routing.slots, table[ids])
     torch.testing.assert_close(routing.weights, weights, rtol=1e-6, atol=1e-6)
     assert routing.ahead is not None
-    assert torch.equal(routing.ahead.long(), route(router_logits(x, ahead.weight), config, ahead.bias)[0])
+    assert torch.equal(routing.ahead[0].long(), route(router_logits(x, ahead.weight), config, ahead.bias)[0])

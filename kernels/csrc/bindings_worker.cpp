@@ -44,6 +44,7 @@ void bind_slot_cache(nb::module_& m) {
             "layer"_a, "experts"_a)
         .def("end_layer_step", &SlotCache::end_layer_step)
         .def("touch", &SlotCache::touch, "key"_a)
+        .def("keep", &SlotCache::keep, "key"_a)
         .def(
             "reserve",
             [](SlotCache& cache, int key, bool may_evict) {
@@ -142,6 +143,13 @@ void bind_parts(nb::module_& m) {
         .def_ro("missed_experts", &WorkerStats::missed_experts)
         .def_ro("foreseen", &WorkerStats::foreseen)
         .def_ro("pulled_bytes", &WorkerStats::pulled_bytes)
+        .def_ro("prefetched", &WorkerStats::prefetched)
+        .def_ro("prefetched_in_time", &WorkerStats::prefetched_in_time)
+        .def_ro("prefetched_late", &WorkerStats::prefetched_late)
+        .def_prop_ro("timed", [](const WorkerStats& stats) {
+            return std::pair(std::pair(stats.timed_steps[0], stats.timed_ns[0]),
+                             std::pair(stats.timed_steps[1], stats.timed_ns[1]));
+        })
         .def_ro("rates", &WorkerStats::rates);
 }
 
@@ -172,7 +180,7 @@ void bind_worker(nb::module_& m) {
             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def("stop", &DecodeWorker::stop, no_gil)
         .def("expect", &DecodeWorker::expect, "step"_a, "n_token"_a, "allow_late"_a, "posted"_a,
-             no_gil)
+             "pull"_a, no_gil)
         .def("wait_tokens", &DecodeWorker::wait_tokens, "step"_a, "seconds"_a, no_gil)
         .def("settle", &DecodeWorker::settle, "seconds"_a, no_gil)
         .def(

@@ -43,7 +43,10 @@ DecodeWorker::DecodeWorker(WorkerSpec spec, ThreadPool& pool, CopyEngine& copies
       unused_(spec_.layers.size() * static_cast<size_t>(spec_.n_expert)),
       uses_(unused_.size()),
       lookahead_(pool, spec_.lookahead_bytes),
+      in_time_(spec_.layers.size(), 1),
+      passed_over_(spec_.layers.size()),
       fate_(static_cast<size_t>(spec_.n_expert)),
+      chosen_(fate_.size()),
       cost_(spec_.rates),
       timeline_(kTimeline) {
     for (const WorkerLayer& layer : spec_.layers) {
@@ -132,6 +135,13 @@ void DecodeWorker::publish(const Step& step) {
     {
         std::lock_guard<std::mutex> lock(stats_mutex_);
         ++stats_.steps;
+        const int64_t before = published_;
+        published_ = now();
+        if (follows_) {
+            ++stats_.timed_steps[step_prefetches_];
+            stats_.timed_ns[step_prefetches_] += published_ - before;
+        }
+        step_prefetches_ = false;
         if (!step.posted)
             for (int64_t& hits : stats_.hits) hits += step.n_token * spec_.mailbox.top_k;
     }
@@ -141,6 +151,7 @@ void DecodeWorker::publish(const Step& step) {
     result.bad = record.header[Mailbox::kBad] != 0;
     result.tokens.assign(record.tokens, record.tokens + step.n_token);
     pending_.pop_front();
+    follows_ = !pending_.empty();
     ++progress_;
     arrived_.notify_all();
 }
@@ -187,7 +198,7 @@ void DecodeWorker::poll_copies() {
     }
 }
 
-void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool posted) {
+void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool posted, bool pull) {
     std::lock_guard<std::mutex> lock(mutex_);
     require_alive();
     if (step != last_expected_ + 1)
@@ -200,7 +211,7 @@ void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool p
     if (n_token < 1 || n_token > spec_.mailbox.max_batch)
         throw std::logic_error("a step of " + std::to_string(n_token) + " tokens, at most " +
                                std::to_string(spec_.mailbox.max_batch) + " are possible");
-    pending_.push_back({step, n_token, allow_late, posted});
+    pending_.push_back({step, n_token, allow_late, posted, pull});
     last_expected_ = step;
     wake_.notify_all();
 }
@@ -275,7 +286,8 @@ void DecodeWorker::reset_stats() {
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_ = WorkerStats{};
     stats_.hits.assign(spec_.layers.size(), 0);
-    for (auto* counts : {&stats_.misses, &stats_.expected, &stats_.missed_experts, &stats_.foreseen})
+    for (auto* counts : {&stats_.misses, &stats_.expected, &stats_.missed_experts, &stats_.foreseen,
+                         &stats_.prefetched, &stats_.prefetched_in_time, &stats_.prefetched_late})
         counts->assign(spec_.layers.size(), 0);
     n_message_ = 0;
 }

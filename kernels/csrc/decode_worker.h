@@ -13,6 +13,9 @@
 //                     has arrived meanwhile.
 // Lookahead           A message also says what the next layer will probably choose. Of these the experts in no slot
 //                     are pulled into the CPU's caches until the next message comes (lookahead.h).
+// Prefetch            What the layer after that will probably choose, and is in no slot, comes before the experts
+//                     just computed when something is fetched behind an answer. It arrives in time: two layers
+//                     take longer than a copy. Predicted experts are not evicted.
 // Failures            Any exception of the thread, and a standstill found by wait_tokens(), sets the mailbox's
 //                     abort, on which every wait of the GPU returns; all later calls throw the reason.
 
@@ -84,6 +87,11 @@ struct WorkerStats {
     // Experts by layer, where there were predictions: expected to be missed, missed, and both.
     std::vector<int64_t> expected, missed_experts, foreseen;
     int64_t pulled_bytes = 0;  // into the CPU's caches
+    // By layer: experts prefetched into slots; those chosen when their layer came, in time and too late; the rest
+    // was wasted.
+    std::vector<int64_t> prefetched, prefetched_in_time, prefetched_late;
+    // Steps that followed another without delay, and their nanoseconds: without and with prefetch.
+    std::array<int64_t, 2> timed_steps{}, timed_ns{};
     Rates rates{};
 };
 
@@ -107,7 +115,8 @@ class DecodeWorker {
     void stop();
 
     // posted: the layers send messages; false if all experts are in slots and nothing is to be learnt.
-    void expect(int64_t step, int64_t n_token, bool allow_late, bool posted = true);
+    // pull: into the CPU's caches what is predicted.
+    void expect(int64_t step, int64_t n_token, bool allow_late, bool posted = true, bool pull = true);
     // Nothing if the tokens do not come within the time. Standstills are counted in the time spent here.
     std::optional<StepTokens> wait_tokens(int64_t step, double seconds);
 
@@ -127,7 +136,7 @@ class DecodeWorker {
  private:
     struct Step {
         int64_t number, n_token;
-        bool allow_late, posted;
+        bool allow_late, posted, pull;
     };
     struct Flight {
         ExpertKey key;
@@ -149,7 +158,9 @@ class DecodeWorker {
     void divide(const Step& step, int layer);
     void compute(const Step& step, int layer, const Mailbox::Message& message);
     void await_late();
-    void admit();
+    void admit(const Step& step, int layer, const Mailbox::Message& message);
+    bool worth_prefetching(int layer);
+    void score_prefetches(int layer);
     bool reserve(ExpertKey key);
     void start_fetch(ExpertKey key);
     void look_ahead(const Step& step, int layer, const Mailbox::Message& message);
@@ -189,10 +200,16 @@ class DecodeWorker {
     Lookahead lookahead_;
     std::vector<int32_t> expected_;  // experts that the next layer will probably miss, the likeliest first
     bool predicted_ = false;         // whether there was a prediction
+    std::vector<ExpertKey> prefetches_;  // of this step, whose layer has not come
+    std::vector<double> in_time_;        // by layer: the share of prefetches that were chosen in time, lately
+    std::vector<int64_t> passed_over_;   // by layer: chances not taken since the last prefetch
+    bool step_prefetches_ = false, follows_ = false;  // the step at hand: prefetches; began as the last one ended
+    int64_t published_ = 0;                           // when the last step was, nanoseconds
 
     // The layer step at hand.
     enum class Fate : uint8_t { none, cpu, late };
     std::vector<Fate> fate_;         // by expert
+    std::vector<bool> chosen_;       // by expert
     std::vector<ExpertKey> missed_;  // distinct, those used most lately first
     std::vector<ExpertKey> fetches_, background_;
     std::vector<int32_t> token_, expert_;  // what the CPU computes
@@ -205,6 +222,10 @@ class DecodeWorker {
     std::mutex stats_mutex_;  // taken last
     WorkerStats stats_;
     MissCost cost_;
+    // A layer is prefetched for while this share of its prefetches is of use, averaged over about 16; then at every
+    // so many chances.
+    static constexpr double kInTime = 0.5, kScoreStep = 1.0 / 16;
+    static constexpr int64_t kPassOver = 64;
     static constexpr int64_t kTimeline = 4096;
     std::vector<TimelineEntry> timeline_;  // a ring
     int64_t n_message_ = 0;

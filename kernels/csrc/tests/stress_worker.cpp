@@ -161,9 +161,10 @@ class Gpu {
         if (n_missed > 0)
             for (int i = 0; i < n_token_ * kHidden; ++i)
                 s_.x[i] = static_cast<float>(draw(random_, -100, 100)) / 100;
-        const bool predicts = layer + 1 < s_.n_layer && draw(random_, 0, 3) > 0;
-        for (int pair = 0; pair < n_pair; ++pair) message.ahead[pair] = draw(random_, -1, s_.n_expert - 1);
-        message.header[moe::Mailbox::kAhead] = predicts ? n_pair : 0;
+        const int n_ahead = draw(random_, 0, std::min<int>(moe::Mailbox::kMaxAhead, s_.n_layer - 1 - layer));
+        for (int i = 0; i < n_ahead; ++i)
+            for (int pair = 0; pair < n_pair; ++pair) message.ahead[i][pair] = draw(random_, -1, s_.n_expert - 1);
+        message.header[moe::Mailbox::kAhead] = n_ahead;
         message.header[moe::Mailbox::kTokens] = n_token_;
         message.header[moe::Mailbox::kMissed] = n_missed + (step == wrong_step);
         moe::store_release(message.header, s_.mailbox.seq(step, layer));
