@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, wait_kernel
 from moe_engine.kernels.router_kernel import Routing
-from moe_engine.kernels.worker import HEADER_BYTES, RING, Mailbox
+from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, Mailbox
 
 # Values that a program moves. One program's 8 KB for 2048 wide models, several for more: not tuned.
 _BLOCK = 4096
@@ -28,12 +28,16 @@ def post(
     *,
     slot_table: Tensor,
     replay: Tensor | None = None,
+    replay_ahead: Tensor | None = None,
 ) -> None:
-    """Sends a layer's routing to the host, and its input where something is missed.
+    """Sends a layer's routing to the host, with what it guesses of the next layer's, and its input where something is
+    missed.
 
     step: int64 `[1]`. positions: int32 `[n_token]`; tokens below zero are taken out of `routing` (-1). x: f32
     `[n_token, hidden]`. arrived: int32 `[1]`, zero before and after. replay: int32 `[n_step, n_layer, top_k]`, recorded
-    choices that take the place of the router's, with their slots in slot_table, int32 `[n_layer, n_expert]`.
+    choices that take the place of the router's, with their slots in slot_table, int32 `[n_layer, n_expert]`; then those
+    guessed of each layer are in replay_ahead, `[MAX_AHEAD, n_step, n_layer, top_k]`, by how many layers before; where that
+    is None nothing is guessed.
     """
     n_token, top_k = routing.ids.shape
     assert x.shape == (n_token, mailbox.hidden), (x.shape, mailbox.hidden)
@@ -41,6 +45,11 @@ def post(
     assert top_k == mailbox.top_k, (top_k, mailbox.top_k)
     assert x.is_contiguous()
     assert replay is None or replay.shape[1:] == (mailbox.n_layer, top_k), replay.shape
+    n_ahead, ahead = 0 if routing.ahead is None else len(routing.ahead), routing.ahead
+    assert layer + n_ahead < mailbox.n_layer
+    if replay is not None:
+        assert replay_ahead is None or replay_ahead.shape == (MAX_AHEAD, *replay.shape), replay_ahead.shape
+        n_ahead, ahead = 0 if replay_ahead is None else n_ahead, replay_ahead
     block = min(_BLOCK, triton.next_power_of_2(x.numel()))
     post_kernel[triton.cdiv(x.numel(), block),](
         mailbox.messages.view(-1).view(step.dtype),
@@ -53,17 +62,21 @@ def post(
         *(routing.ids, routing.weights, routing.slots),
         x,
         slot_table if replay is None else replay,
+        slot_table if ahead is None else ahead,
         slot_table,
         1 if replay is None else len(replay),
         layer,
         N_EXPERT=mailbox.n_expert,
         REPLAY=replay is not None,
+        AHEAD=n_ahead,
+        AHEAD_BYTES=4 * mailbox.max_batch * top_k,
         N_LAYER=mailbox.n_layer,
         RING=RING,
         MESSAGE_BYTES=mailbox.message_bytes,
         IDS_AT=mailbox.ids_offset,
         WEIGHTS_AT=mailbox.weights_offset,
         SLOTS_AT=mailbox.slots_offset,
+        AHEAD_AT=mailbox.ahead_offset,
         N_TOKEN=n_token,
         TOP_K=top_k,
         PAIRS=triton.next_power_of_2(n_token * top_k),

@@ -39,17 +39,21 @@ def post_kernel(
     slots,
     x,
     replay,
+    ahead,
     slot_table,
     n_replay,
     layer,
     N_EXPERT: tl.constexpr,
     REPLAY: tl.constexpr,
+    AHEAD: tl.constexpr,
     N_LAYER: tl.constexpr,
     RING: tl.constexpr,
     MESSAGE_BYTES: tl.constexpr,
     IDS_AT: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
     SLOTS_AT: tl.constexpr,
+    AHEAD_AT: tl.constexpr,
+    AHEAD_BYTES: tl.constexpr,
     N_TOKEN: tl.constexpr,
     TOP_K: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -59,7 +63,9 @@ def post_kernel(
 ):
     """Program i copies block i of x where something is missed; the last one to arrive publishes the message.
 
-    REPLAY: the experts are those of step `step + 97 * token` of `replay`, `[n_replay, N_LAYER, TOP_K]`.
+    AHEAD: of how many next layers guesses are sent. REPLAY: the experts are those of step `step + 97 * token` of
+    `replay`, `[n_replay, N_LAYER, TOP_K]`, and what was guessed of each layer is in `ahead`, `[*, n_replay, N_LAYER,
+    TOP_K]`.
     """
     program, n_program = tl.program_id(0), tl.num_programs(0)
     s = tl.load(step)
@@ -84,9 +90,17 @@ def post_kernel(
         tl.store(fields + first + IDS_AT // 4, expert, mask=real)
         tl.store(field_weights + first + WEIGHTS_AT // 4, tl.load(weights + pair, mask=real, other=0.0), mask=real)
         tl.store(fields + first + SLOTS_AT // 4, slot, mask=real)
+        for i in tl.static_range(AHEAD):
+            if REPLAY:
+                guessed = ahead + (i * n_replay * N_LAYER + source + i + 1) * TOP_K + pair % TOP_K
+            else:
+                guessed = ahead + i * N_TOKEN * TOP_K + pair
+            guess = tl.load(guessed, mask=real, other=-1)
+            tl.store(fields + first + (AHEAD_AT + i * AHEAD_BYTES) // 4, tl.where(active, guess, -1), mask=real)
         header = headers + record * (MESSAGE_BYTES // 8)
         tl.store(header + 1, tl.full([], N_TOKEN, tl.int64))
         tl.store(header + 2, n_missed.to(tl.int64))
+        tl.store(header + 3, tl.full([], AHEAD, tl.int64))
     publishes = program == 0
     if n_missed > 0:
         lane = program * BLOCK + tl.arange(0, BLOCK)

@@ -1,5 +1,8 @@
 """The router in two Triton launches, the product, and all the rest: gating, group limits, top-k, weights, slot lookup.
 
+The same launches can choose for the next one or two layers, as their routers would if their input were this layer's:
+a guess.
+
 `router.route` is the definition of correct. Ids are equal to its wherever the selection scores are tied exactly or
 differ by more than the rounding of the last bit (exponentials round differently); weights to 1e-6. Sources as there.
 
@@ -7,6 +10,7 @@ One launch for both, in which the last program to finish the product routes, was
 token: 5.3, 4.6 and 7.9 us for Qwen3-30B-A3B, DeepSeek-V2-Lite and V3; in two launches 3.1, 2.8 and 4.6).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor
 from moe_engine.kernels.decode_overlap import overlap_options
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kernels.router_triton import choose_kernel, logits_kernel
+from moe_engine.kernels.worker import MAX_AHEAD
 
 # Tokens that share one read of the router matrix. V3's product for 8 tokens takes 7.5 us with 4, 5.7 with 8.
 _TOKEN_TILE = 8
@@ -30,35 +35,46 @@ class Routing(NamedTuple):
     ids: Tensor  # int32
     weights: Tensor  # f32
     slots: Tensor  # int32; -1: not in a slot
+    ahead: Tensor | None = None  # int32 [n_ahead, n_token, top_k]: what the next layers will probably choose
 
     @classmethod
-    def empty(cls, n_token: int, top_k: int, device: torch.device) -> "Routing":
+    def empty(cls, n_token: int, top_k: int, device: torch.device, n_ahead: int = 0) -> "Routing":
         ids, slots = (torch.empty(n_token, top_k, dtype=torch.int32, device=device) for _ in range(2))
-        return cls(ids, torch.empty(n_token, top_k, device=device), slots)
+        ahead = torch.empty(n_ahead, n_token, top_k, dtype=torch.int32, device=device) if n_ahead else None
+        return cls(ids, torch.empty(n_token, top_k, device=device), slots, ahead)
 
 
-def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+class NextRouter(NamedTuple):
+    """The router of one of the next layers, of the same kind and with a bias where this layer's has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None, ahead: Sequence[Tensor] = ()) -> Tensor:
     """`x` f32 `[n_token, hidden]` times the router matrix f32 `[n_expert, hidden]`: f32 `[n_token, n_expert]`.
 
-    For a few tokens: the matrix is read once per eight of them.
+    For a few tokens: the matrix is read once per eight of them. ahead: at most MAX_AHEAD other matrices, whose logits
+    follow each token's: `[n_token, (1 + len(ahead)) * n_expert]`.
     """
     (n_token, hidden), n_expert = x.shape, weight.shape[0]
-    assert weight.shape[1] == hidden, (x.shape, weight.shape)
-    assert x.dtype == weight.dtype == torch.float32, (x.dtype, weight.dtype)
-    assert x.is_contiguous()
-    assert weight.is_contiguous()
-    out = x.new_empty(n_token, n_expert) if out is None else _checked(out, (n_token, n_expert), torch.float32)
+    n_row = (1 + len(ahead)) * n_expert
+    _checked(x, (n_token, hidden), torch.float32)
+    for matrix in (weight, *ahead):
+        _checked(matrix, (n_expert, hidden), torch.float32)
+    out = x.new_empty(n_token, n_row) if out is None else _checked(out, (n_token, n_row), torch.float32)
     if n_token == 0:
         return out
     tokens = min(_TOKEN_TILE, triton.next_power_of_2(n_token))
     hidden_tile, num_warps = _ONE_TOKEN if n_token == 1 else _MORE_TOKENS
     with torch.cuda.device_of(x):
-        logits_kernel[n_expert, triton.cdiv(n_token, tokens)](
+        logits_kernel[n_row, triton.cdiv(n_token, tokens)](
             x,
-            weight,
+            *_padded([weight, *ahead]),
             out,
             n_token,
             N_EXPERT=n_expert,
+            AHEAD=len(ahead),
             HIDDEN=hidden,
             TOKENS=tokens,
             HIDDEN_TILE=min(hidden_tile, triton.next_power_of_2(hidden)),
@@ -76,35 +92,44 @@ def route_and_lookup(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     logits: Tensor | None = None,
+    ahead: Sequence[NextRouter] = (),
     out: Routing | None = None,
 ) -> Routing:
     """Chooses each token's experts and looks up their slots, on the device, with no synchronisation.
 
     x: logits f32 `[n_token, n_expert]`, or, with `weight` (the router matrix, f32 `[n_expert, hidden]`), the normed
     hidden states f32 `[n_token, hidden]`. slot_table: int32 `[n_expert]`, an expert's slot or -1. bias: f32
-    `[n_expert]`, for the selection only. logits: where to put them in the second form. All contiguous.
+    `[n_expert]`, for the selection only. logits: where to put them in the second form. ahead: of at most MAX_AHEAD
+    layers whose choice to guess, in the second form. All contiguous.
     """
     if weight is not None:
-        x = router_logits(x, weight, logits)
+        x = router_logits(x, weight, logits, [router.weight for router in ahead])
     n_token, n_expert = x.shape[0], config.n_expert
-    _checked(x, (n_token, n_expert), torch.float32)
+    _checked(x, (n_token, (1 + len(ahead)) * n_expert), torch.float32)
     _checked(slot_table, (n_expert,), torch.int32)
-    if bias is not None:
-        _checked(bias, (n_expert,), torch.float32)
+    biases = [] if bias is None else [bias, *(router.bias for router in ahead if router.bias is not None)]
+    assert len(biases) == (0 if bias is None else 1 + len(ahead))
+    for each in biases:
+        _checked(each, (n_expert,), torch.float32)
     if out is None:
-        out = Routing.empty(n_token, config.top_k, x.device)
-    for tensor, dtype in zip(out, (torch.int32, torch.float32, torch.int32), strict=True):
+        out = Routing.empty(n_token, config.top_k, x.device, len(ahead))
+    for tensor, dtype in zip(out[:3], (torch.int32, torch.float32, torch.int32), strict=True):
         _checked(tensor, (n_token, config.top_k), dtype)
+    if out.ahead is not None or ahead:
+        assert out.ahead is not None
+        _checked(out.ahead, (len(ahead), n_token, config.top_k), torch.int32)
     if n_token == 0:
         return out
     group_size = n_expert // config.n_group
     with torch.cuda.device_of(x):
-        choose_kernel[n_token,](
+        choose_kernel[n_token, 1 + len(ahead)](
             x,
-            x if bias is None else bias,  # a stand-in that is never read
+            *_padded(biases or [x]),
             slot_table,
-            *out,
+            *out[:3],
+            out.ids if out.ahead is None else out.ahead,
             config.scale,
+            AHEAD=len(ahead),
             HAS_BIAS=bias is not None,
             N_EXPERT=n_expert,
             TOP_K=config.top_k,
@@ -120,6 +145,11 @@ def route_and_lookup(
             **overlap_options(x.device),
         )
     return out
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """One for this layer and each that may be ahead: with stand-ins that are never read."""
+    return tensors + tensors[:1] * (1 + MAX_AHEAD - len(tensors))
 
 
 def _checked(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -48,6 +48,11 @@ def _gate(logit, largest, total, GATING: tl.constexpr):
 
 
 @triton.jit
+def _pick(index, first, second, third):
+    return tl.where(index == 0, first, tl.where(index == 1, second, third))
+
+
+@triton.jit
 def _limit_groups(order, N_GROUP: tl.constexpr, N_USED: tl.constexpr, GROUPS: tl.constexpr, TOP2: tl.constexpr):
     """Which groups (rows of `order`, whose unreal members are _TAKEN) are kept: bool `[GROUPS, 1]`."""
     best = tl.max(order, 1)
@@ -68,11 +73,15 @@ def _limit_groups(order, N_GROUP: tl.constexpr, N_USED: tl.constexpr, GROUPS: tl
 def choose_kernel(
     logits,
     bias,
+    next_bias,
+    second_bias,
     slot_table,
     ids,
     weights,
     slots,
+    next_ids,
     scale,
+    AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     N_EXPERT: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -86,17 +95,21 @@ def choose_kernel(
     MEMBERS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program t routes token t. Its tile is [group, member]; one group of all experts if there are no limits."""
+    """Program (t, 0) routes token t. Its tile is [group, member]; one group of all experts if there are no limits.
+
+    AHEAD: how many of the next layers, whose logits follow those of this layer, program (t, 1 + i) chooses for.
+    """
     group_size: tl.constexpr = N_EXPERT // N_GROUP
     group = tl.arange(0, GROUPS)[:, None]
     member = tl.arange(0, MEMBERS)[None, :]
     expert = group * group_size + member
     real = (group < N_GROUP) & (member < group_size)
+    ahead = tl.program_id(1)
     if HAS_BIAS:
-        added = tl.load(bias + expert, mask=real, other=0.0)
+        added = tl.load(_pick(ahead, bias, next_bias, second_bias) + expert, mask=real, other=0.0)
     token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
     let_next_kernel_start(OVERLAP)
-    row = logits + token * N_EXPERT
+    row = logits + (token * (1 + AHEAD) + ahead) * N_EXPERT
     logit = tl.load(row + expert, mask=real, other=float("-inf"))
     largest = tl.max(tl.max(logit, 1), 0)
     total = tl.sum(tl.sum(tl.exp(logit - largest), 1), 0)
@@ -120,8 +133,13 @@ def choose_kernel(
         chosen = tl.where(k == i, winner, chosen)
         order = tl.where(expert_of == winner, _TAKEN, order)
 
-    # Gathering the few logits again is cheaper than one more reduction per choice
     is_choice = k < TOP_K
+    out = token * TOP_K + k
+    if ahead > 0:
+        tl.store(next_ids + (ahead - 1) * (tl.num_programs(0) * TOP_K) + out, chosen, mask=is_choice)
+        return
+
+    # Gathering the few logits again is cheaper than one more reduction per choice
     slot = tl.load(slot_table + chosen, mask=is_choice, other=-1)
     picked = tl.load(row + chosen, mask=is_choice, other=float("-inf"))
     if GATING == "softmax_selected":
@@ -132,7 +150,6 @@ def choose_kernel(
         weight = tl.where(is_choice, _gate(picked, largest, total, GATING), 0.0)
     if NORMALIZE:
         weight = tl.div_rn(weight, tl.maximum(tl.sum(weight, 0), _SMALLEST_SUM))
-    out = token * TOP_K + k
     tl.store(ids + out, chosen, mask=is_choice)
     tl.store(weights + out, weight * scale, mask=is_choice)
     tl.store(slots + out, slot, mask=is_choice)
@@ -142,18 +159,25 @@ def choose_kernel(
 def logits_kernel(
     x,
     weight,
+    next_weight,
+    second_weight,
     logits,
     n_token,
     N_EXPERT: tl.constexpr,
+    AHEAD: tl.constexpr,
     HIDDEN: tl.constexpr,
     TOKENS: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program (e, i) multiplies row e of the router matrix with tokens `TOKENS * i` and following."""
+    """Program (e, i) multiplies row e of the router matrix with tokens `TOKENS * i` and following.
+
+    AHEAD: how many of the next layers' matrices follow.
+    """
     expert = tl.program_id(0)
     lane = tl.arange(0, HIDDEN_TILE)[None, :]
-    row = weight + expert.to(tl.int64) * HIDDEN + lane
+    matrix = _pick(expert // N_EXPERT, weight, next_weight, second_weight)
+    row = matrix + (expert % N_EXPERT).to(tl.int64) * HIDDEN + lane
     if HIDDEN_TILE >= HIDDEN:  # a row is small enough to load before the wait
         w = tl.load(row, mask=lane < HIDDEN, other=0.0)
     zero = wait_for_previous_kernel(OVERLAP)
@@ -166,4 +190,4 @@ def logits_kernel(
         if HIDDEN_TILE < HIDDEN:
             w = tl.load(row + start, mask=inside, other=0.0)
         sums += w * tl.load(values + start, mask=inside & (token < n_token), other=0.0)
-    tl.store(logits + token * N_EXPERT + expert, tl.sum(sums, 1)[:, None], mask=token < n_token)
+    tl.store(logits + token * (N_EXPERT * (1 + AHEAD)) + expert, tl.sum(sums, 1)[:, None], mask=token < n_token)

@@ -20,6 +20,7 @@ from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.slot_layout import SlotLayout
 
+MAX_AHEAD = 2  # layers whose choices a message may predict
 RING = 4  # steps whose messages and tokens have a place of their own
 HEADER_BYTES = 64  # of every record: int64[8]
 
@@ -68,7 +69,7 @@ class Mailbox:
             top_k,
             hidden,
             max_batch,
-            messages=zeros(RING * n_layer, _whole_lines(HEADER_BYTES + 12 * max_batch * top_k)),
+            messages=zeros(RING * n_layer, _whole_lines(HEADER_BYTES + (12 + 4 * MAX_AHEAD) * max_batch * top_k)),
             tokens=zeros(RING, HEADER_BYTES + _whole_lines(4 * max_batch)),
             x=zeros(max_batch, hidden, dtype=torch.float32),
             answer=zeros(HEADER_BYTES + 2 * pairs),
@@ -92,6 +93,11 @@ class Mailbox:
     @property
     def slots_offset(self) -> int:
         return HEADER_BYTES + 8 * self.max_batch * self.top_k
+
+    @property
+    def ahead_offset(self) -> int:
+        """In a message: int32 `[n_token, top_k]`, what the next layer will probably choose; room for MAX_AHEAD."""
+        return HEADER_BYTES + 12 * self.max_batch * self.top_k
 
     @property
     def token_bytes(self) -> int:
@@ -164,8 +170,12 @@ class DecodeWorker:
         max_background: int = 1,
         stall_seconds: float = 4.0,
         copies: _cpu.CopyEngine | None = None,
+        lookahead_bytes: int | None = None,
     ) -> None:
         """max_background: fetches in flight up to which another may start behind an answer.
+
+        lookahead_bytes: what each CPU thread may pull into its cache for the next layer at a time; default: three
+        quarters of its second-level cache.
 
         stall_seconds: how long `wait_tokens` bears that neither side gets on. copies: an engine that nobody else uses;
         by default the one for slot_table's device.
@@ -196,18 +206,20 @@ class DecodeWorker:
             kernels.float_activations,
             _cpu.Rates(rates.cpu, rates.cpu, rates.copy, rates.copy, rates.cpu_fixed, rates.copy_fixed),
             stall_seconds,
+            -1 if lookahead_bytes is None else lookahead_bytes,
         )
         # Before the memory goes, and before the interpreter does.
         self.stop = weakref.finalize(self, self._worker.stop)
         """Ends the thread, also in the middle of a step (then abort is set), and all copies. May be called again."""
 
-    def expect(self, step: int, n_token: int, allow_late: bool, posted: bool = True) -> None:
+    def expect(self, step: int, n_token: int, allow_late: bool, posted: bool = True, pull: bool = True) -> None:
         """Announces a step, just before its launch; the first is 1. Step `step - 2` must be complete.
 
         allow_late: the graph can compute experts that are fetched while it waits. posted: its layers send messages;
-        False where all experts are in slots.
+        False where all experts are in slots. pull: what a message predicts of the next layer is pulled into the CPU's
+        caches. (Where a message predicts the one after that too, experts for it are fetched into slots.)
         """
-        self._worker.expect(step, n_token, allow_late, posted)
+        self._worker.expect(step, n_token, allow_late, posted, pull)
 
     def wait_tokens(self, step: int, timeout: float = math.inf) -> _cpu.StepTokens | None:
         """The step's tokens; None if they have not come within `timeout` seconds. Of the last RING steps only.

@@ -38,6 +38,8 @@ VramBudget = Annotated[str | None, typer.Option(help="All VRAM to use, such as 6
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 Miss = Annotated[str, typer.Option(help="Experts not in VRAM: cpu computes them, fetch copies them, auto divides.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Output does not depend on the cache: fetch every miss.")]
+Lookahead = Annotated[bool, typer.Option(help="Pull experts that the CPU will probably need into its caches.")]
+Prefetch = Annotated[str, typer.Option(help="Copy experts into VRAM before they are needed: off, auto or always.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
@@ -63,12 +65,14 @@ def generate(
     ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
     miss: Miss = "auto",
     exact: Exact = False,
+    lookahead: Lookahead = True,
+    prefetch: Prefetch = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     text = _prompt_text(prompt, prompt_file)
     options = {"device": device, "vram_budget": vram_budget, "threads": threads, "ctx": ctx}
-    with _engine(model, **options, miss=miss, exact=exact) as engine:
+    with _engine(model, **options, miss=miss, exact=exact, lookahead=lookahead, prefetch=prefetch) as engine:
         generation = engine.stream(
             [{"role": "user", "content": text}] if chat else text,
             max_tokens=max_tokens,

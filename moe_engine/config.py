@@ -11,6 +11,7 @@ ExpertHome = Literal["auto", "cpu", "cache"]
 Activations = Literal["int8", "float"]
 KVType = Literal["f16", "bf16", "f32"]
 MissMode = Literal["auto", "cpu", "fetch"]
+PrefetchMode = Literal["off", "auto", "always"]
 
 MAX_SEQUENCES = 8  # that decode together
 DEFAULT_UBATCH = 512  # where nothing better is chosen
@@ -76,6 +77,10 @@ class EngineConfig(_Options):
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
     miss         what a decode step does with experts that are in no slot: "cpu" computes them on the CPU, "fetch"
                  copies them into slots first, "auto" divides them so that both finish together.
+    lookahead    while the GPU is in attention, the CPU pulls experts that it will probably compute next from RAM into
+                 its caches. Results do not depend on it.
+    prefetch     experts that will probably be needed two layers later are copied into slots while the link is idle:
+                 "off", "always", or "auto", as long as that is measured to be faster.
     exact        tokens do not depend on the cache's size, contents or timing, bit for bit: every miss is fetched.
     n_sequence   sequences that can decode together (`generate_batch`); each has a KV cache of its own.
     eager        decode without a CUDA graph, one kernel at a time and without the native worker: the reference.
@@ -93,6 +98,8 @@ class EngineConfig(_Options):
     experts: ExpertHome = "auto"
     cache_slots: int | None = None
     miss: MissMode = "auto"
+    lookahead: bool = True
+    prefetch: PrefetchMode = "auto"
     exact: bool = False
     n_sequence: int = 1
     eager: bool = False
@@ -109,7 +116,13 @@ class EngineConfig(_Options):
             self.device,
             "auto, cpu, cuda, cuda:N or simulated",
         )
-        choices = {"experts": ExpertHome, "activations": Activations, "kv_dtype": KVType, "miss": MissMode}
+        choices = {
+            "experts": ExpertHome,
+            "activations": Activations,
+            "kv_dtype": KVType,
+            "miss": MissMode,
+            "prefetch": PrefetchMode,
+        }
         for name, kind in choices.items():
             value = getattr(self, name)
             _check(value in get_args(kind), name, value, f"one of: {', '.join(get_args(kind))}")

@@ -21,7 +21,7 @@ from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.decode_product import matvec, moe_decode
 from moe_engine.kernels.mailbox import finish, post, wait
 from moe_engine.kernels.norm_rope import rms_norm
-from moe_engine.kernels.router_kernel import Routing, route_and_lookup
+from moe_engine.kernels.router_kernel import NextRouter, Routing, route_and_lookup
 from moe_engine.kernels.sampling_kernel import SamplerState, Variant, sample
 from moe_engine.kernels.worker import Mailbox
 from moe_engine.kv_cache import KVCache
@@ -48,6 +48,7 @@ class StepForm:
     n_token: int  # one of each sequence
     misses: Misses
     sampling: Variant
+    ahead: int = 0  # of how many of the next layers each predicts what they choose
 
 
 @dataclass
@@ -65,6 +66,8 @@ class DecodeStep:
     Attributes are device tensors that the host sets before a generation: tokens, positions int32 `[n_sequence]` (the
     last token of each sequence and where it stands; below zero: none), step int64 `[1]`, `sampler`.
     replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
+    replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer, top_k]`, what was predicted of each layer by the one before, and by
+    the one before that; None: nothing is predicted then.
     """
 
     def __init__(
@@ -85,6 +88,8 @@ class DecodeStep:
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.waited = torch.zeros(n_layer, dtype=torch.int64, device=device)  # nanoseconds
         self.replay: Tensor | None = None
+        self.replay_ahead: Tensor | None = None
+        self._mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def begin(self, sequences: Sequence[Running]) -> None:
@@ -126,7 +131,14 @@ class DecodeStep:
         layer, table = self.experts.index[moe.layer], self.experts.slot_table
         pool = self.experts.pool_of(layer)
         layout, slots = pool.layout, pool.slots
-        routing = route_and_lookup(x.values, moe.router, table[layer], weight=moe.ffn_gate_inp, bias=moe.exp_probs_b)
+        routing = route_and_lookup(
+            x.values,
+            moe.router,
+            table[layer],
+            weight=moe.ffn_gate_inp,
+            bias=moe.exp_probs_b,
+            ahead=self._next_routers(moe, form.ahead),
+        )
         if form.misses != "none" or self.replay is not None:
             post(
                 self.mailbox,
@@ -138,6 +150,7 @@ class DecodeStep:
                 self._arrived,
                 slot_table=table,
                 replay=self.replay,
+                replay_ahead=self.replay_ahead,
             )
 
         def on_gpu(chosen: Tensor, add_to: Tensor) -> Tensor:
@@ -157,6 +170,14 @@ class DecodeStep:
         late = torch.empty_like(routing.slots) if form.misses == "late" else None
         self._wait(layer, routing, out=out, hits=hits, late=late)
         return out if late is None else on_gpu(late, out)
+
+    def _next_routers(self, moe: MixtureOfExperts, n: int) -> list[NextRouter]:
+        """Of the next layers of experts, as far as there are any that route alike."""
+        layer = self.experts.index[moe.layer]
+        following = self._mixtures[layer + 1 : layer + 1 + n]
+        if any((other.exp_probs_b is None) != (moe.exp_probs_b is None) for other in following):
+            return []
+        return [NextRouter(other.ffn_gate_inp, other.exp_probs_b) for other in following]
 
     def _wait(
         self,

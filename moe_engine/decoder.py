@@ -11,15 +11,16 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from moe_engine.config import EngineConfig
+from moe_engine.config import EngineConfig, PrefetchMode
 from moe_engine.decode_step import DecodeStep, Misses, Running, StepForm
 from moe_engine.errors import DecodeError, ModelFormatError
 from moe_engine.experts import Experts
 from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.sampling_kernel import variant_for
-from moe_engine.kernels.worker import DecodeWorker, Mode, WorkerLayer
+from moe_engine.kernels.worker import MAX_AHEAD, DecodeWorker, Mode, WorkerLayer
 from moe_engine.layers import MixtureOfExperts
 from moe_engine.model import Transformer
+from moe_engine.prefetch import PrefetchSwitch
 from moe_engine.stats import Stats
 
 # Of every so many steps one may fetch, to see whether that pays; it does if this share of the misses is fetched.
@@ -121,9 +122,21 @@ class StagedDecoder:
 class GraphDecoder:
     """Replays the captured step, two steps ahead of the tokens; on the simulated device it launches each kernel."""
 
-    def __init__(self, step: DecodeStep, worker: DecodeWorker, misses: tuple[Misses, ...]) -> None:
-        """misses: the form of step to run; of two, the first, and the second as long as fetching is found to pay."""
-        self.step, self.worker, self.misses = step, worker, misses
+    def __init__(
+        self,
+        step: DecodeStep,
+        worker: DecodeWorker,
+        misses: tuple[Misses, ...],
+        lookahead: bool,
+        prefetch: PrefetchMode,
+    ) -> None:
+        """misses: the form of step to run; of two, the first, and the second as long as fetching is found to pay.
+
+        lookahead: whether the CPU pulls predicted experts into its caches. This and prefetch may be changed between
+        generations.
+        """
+        self.step, self.worker, self.misses, self.lookahead = step, worker, misses, lookahead
+        self.prefetch = PrefetchSwitch(prefetch)
         self.launched = self.taken = 0  # the last step of each
         self._last = 0  # that `next` can ask for
         self._form = StepForm(1, misses[0], "greedy")
@@ -158,7 +171,11 @@ class GraphDecoder:
             return place.slot
 
         experts.fill(reserve)
-        return cls(step, worker, ("none",) if experts.holds_all else forms[mode])
+        misses = ("none",) if experts.holds_all else forms[mode]
+        # What the CPU does not compute it need not foresee.
+        lookahead = config.lookahead and "cpu" in misses
+        prefetch = config.prefetch if experts.caches and not experts.holds_all else "off"
+        return cls(step, worker, misses, lookahead, prefetch)
 
     @torch.inference_mode()
     def begin(self, sequences: Sequence[Running], n_step: int) -> None:
@@ -180,13 +197,15 @@ class GraphDecoder:
 
     def _next_form(self) -> StepForm:
         step = self.launched + 1
+        ahead = MAX_AHEAD if self.prefetch.wants(step) else int(self.lookahead)
         fetches = len(self.misses) > 1 and (step % PROBE_STEPS == 0 or self._fetch_share > FETCH_SHARE)
-        return replace(self._form, misses=self.misses[-1]) if fetches else self._form
+        return replace(self._form, misses=self.misses[-1 if fetches else 0], ahead=ahead)
 
     def _launch(self) -> None:
         form, step = self._next_form(), self.launched + 1
         with _decode_errors():
-            self.worker.expect(step, form.n_token, form.misses in ("late", "merge"), posted=form.misses != "none")
+            late, posted = form.misses in ("late", "merge"), form.misses != "none"
+            self.worker.expect(step, form.n_token, late, posted, pull=self.lookahead)
         graph = self._graphs.get(form)
         if graph is not None:
             graph.replay()
@@ -201,6 +220,9 @@ class GraphDecoder:
             found = self.worker.wait_tokens(step)
         assert found is not None
         self.taken = step
+        if self.prefetch.is_due(step):
+            self.prefetch.note(self.worker.stats().timed)
+            self.prefetch.turn(step)
         if found.bad:
             raise ModelFormatError(NOT_FINITE)
         form = self._launched_forms.pop(step)
@@ -239,6 +261,7 @@ class GraphDecoder:
 
     @torch.inference_mode()
     def reset_stats(self) -> None:
+        self.prefetch.note(self.worker.stats().timed, starts_again=True)
         self.worker.reset_stats()
         self._before = (0, 0, 0)
         self.step.waited.zero_()

@@ -39,6 +39,18 @@ class Stats:
     fetches_wasted: int = 0  # copies evicted unused
     gpu_wait_seconds: float = 0.0  # the GPU has waited for the CPU's share or for copies
     cpu_seconds: float = 0.0  # the CPU has computed experts
+    # Experts by MoE layer, where there was a prediction: expected to be missed, missed, and both
+    layer_expected: list[int] = field(default_factory=list)
+    layer_missed: list[int] = field(default_factory=list)
+    layer_foreseen: list[int] = field(default_factory=list)
+    pulled_bytes: int = 0  # of expected experts, into the CPU's caches
+    # Experts prefetched into slots by MoE layer; those chosen when it came, in time and too late
+    layer_prefetched: list[int] = field(default_factory=list)
+    layer_in_time: list[int] = field(default_factory=list)
+    layer_late: list[int] = field(default_factory=list)
+    prefetch_wasted_bytes: int = 0  # of those not chosen then
+    rate_without_prefetch: float | None = None  # tokens per second of steps that followed another at once
+    rate_with_prefetch: float | None = None
     bound: Bound | None = None
     peak_vram_bytes: int = 0  # what PyTorch held at most; the CUDA context comes on top
     peak_ram_bytes: int = 0  # the process's largest resident size, mapped file pages included
@@ -50,6 +62,15 @@ class Stats:
         self.cpu_bytes, self.pcie_bytes = worker.cpu_bytes, worker.copied_bytes
         self.fetched_now, self.fetched_ahead = worker.fetched_now, worker.fetched_background
         self.fetches_used, self.fetches_wasted = worker.fetched_used, worker.fetched_unused
+        self.layer_expected, self.layer_missed = worker.expected, worker.missed_experts
+        self.layer_foreseen, self.pulled_bytes = worker.foreseen, worker.pulled_bytes
+        self.layer_prefetched, self.layer_in_time = worker.prefetched, worker.prefetched_in_time
+        self.layer_late = worker.prefetched_late
+        counts = zip(self.layer_prefetched, self.layer_in_time, self.layer_late, expert_bytes, strict=True)
+        self.prefetch_wasted_bytes = sum((n - in_time - late) * nbytes for n, in_time, late, nbytes in counts)
+        per_step = self.decode_tokens / worker.steps if worker.steps else 0.0
+        rates = (per_step * n / ns * 1e9 if ns else None for n, ns in worker.timed)
+        self.rate_without_prefetch, self.rate_with_prefetch = rates
         self.cpu_seconds, self.gpu_wait_seconds = worker.cpu_ns * 1e-9, waited_seconds
         self.hit_bytes = sum(hits * nbytes for hits, nbytes in zip(worker.hits, expert_bytes, strict=True))
         if worker.steps:
@@ -72,8 +93,21 @@ class Stats:
         uses = self.expert_hits + self.expert_misses
         return self.expert_hits / uses if uses else None
 
+    @property
+    def lookahead_recall(self) -> float | None:
+        """The share of missed experts that was expected."""
+        missed = sum(self.layer_missed)
+        return sum(self.layer_foreseen) / missed if missed else None
+
+    @property
+    def lookahead_precision(self) -> float | None:
+        """The share of expected experts that was missed."""
+        expected = sum(self.layer_expected)
+        return sum(self.layer_foreseen) / expected if expected else None
+
     def as_dict(self) -> dict[str, Any]:
         rates = {"prompt_rate": self.prompt_rate, "decode_rate": self.decode_rate, "hit_rate": self.hit_rate}
+        rates |= {"lookahead_recall": self.lookahead_recall, "lookahead_precision": self.lookahead_precision}
         bound = {"bound": {**asdict(self.bound), "share": self.bound.share}} if self.bound else {}
         return {**asdict(self), **rates, **bound}
 

@@ -66,9 +66,14 @@ class FakeGpu:
         stall_seconds: float = 4.0,
         meanwhile: Callable[[], None] = lambda: None,
         device: str = "cpu",
+        threads: int = 2,
+        lookahead_bytes: int | None = None,
     ) -> None:
         self.mode, self.meanwhile = mode, meanwhile
-        self.kernels = CpuKernels(2, spin_microseconds=0)
+        self.ahead: Sequence[
+            Ids
+        ] = ()  # what is predicted of each layer, as ids of a step: one layer before, two before
+        self.kernels = CpuKernels(threads, spin_microseconds=0)
         self.handles = [self.kernels.register_experts(*weights) for weights in WEIGHTS]
         self.mailbox = Mailbox.allocate(N_LAYER, N_EXPERT, TOP_K, HIDDEN, MAX_BATCH, pinned=device == "cuda")
         self.table = torch.full((N_LAYER, N_EXPERT), -1, dtype=torch.int32, device=device)
@@ -88,6 +93,7 @@ class FakeGpu:
             max_background=max_background,
             stall_seconds=stall_seconds,
             copies=copies,
+            lookahead_bytes=lookahead_bytes,
         )
 
     def seq(self, step: int, layer: int) -> int:
@@ -157,17 +163,20 @@ class FakeGpu:
         weights: npt.NDArray[np.float32],
         slots: npt.NDArray[np.int32],
         n_missed: int,
+        n_ahead: int | None = None,
     ) -> None:
         box = self.mailbox
         record = box.messages[step % RING * N_LAYER + layer].numpy()
+        ahead = [guess[layer + 1 + i] for i, guess in enumerate(self.ahead) if layer + 1 + i < N_LAYER]
         for offset, values, dtype in (
             (box.ids_offset, ids, np.int32),
             (box.weights_offset, weights, np.float32),
             (box.slots_offset, slots, np.int32),
+            *((box.ahead_offset + 4 * i * MAX_BATCH * TOP_K, guess, np.int32) for i, guess in enumerate(ahead)),
         ):
             record[offset : offset + 4 * values.size] = np.ascontiguousarray(values, dtype).view(np.uint8).reshape(-1)
         header = record[:64].view(np.int64)
-        header[1:3] = len(ids), n_missed
+        header[1:4] = len(ids), n_missed, len(ahead) if n_ahead is None else n_ahead
         header[0] = self.seq(step, layer)
 
     def answer(self, step: int, layer: int, n_token: int) -> tuple[int, npt.NDArray[np.int32], list[int]]:

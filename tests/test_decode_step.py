@@ -119,6 +119,36 @@ def test_auto_tries_to_fetch_now_and_then(
     assert forms == ["cpu", "late"]
 
 
+def test_looking_ahead_changes_no_bit(path_of: Callable[[str], Path]) -> None:
+    found = []
+    for lookahead in (True, False):
+        with load(path_of("qwen3moe/plain"), experts="cpu", lookahead=lookahead, kv_dtype="f32") as engine:
+            result = engine.generate(PROMPT, temperature=0, max_tokens=2)
+            found.append((result.tokens, kept(engine)))
+        stats = result.stats
+        assert stats.layer_missed == ([0, 2 * TOP_K] if lookahead else [0, 0])
+        assert stats.layer_expected == stats.layer_missed  # nothing is in a slot, so what is expected is missed
+        assert all(0 <= n <= 2 * TOP_K for n in stats.layer_foreseen)
+        assert (stats.pulled_bytes > 0) == lookahead
+        assert (stats.lookahead_recall is None) != lookahead
+    assert found[0][0] == found[1][0]
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+def test_prefetch_changes_no_bit(tmp_path: Path) -> None:
+    path = tiny_models.make("qwen3moe/plain", tmp_path, "F16", **(SMALL | {"num_hidden_layers": 3})).path
+    with load(path, eager=True, kv_dtype="f32") as engine:
+        expected = greedy(engine, 2), kept(engine)
+    with load(path, exact=True, cache_slots=4, prefetch="always", kv_dtype="f32") as engine:
+        result = engine.generate(PROMPT, temperature=0, max_tokens=2)
+        assert result.tokens == expected[0]
+        assert all(map(torch.equal, kept(engine), expected[1]))
+    stats = result.stats
+    assert stats.layer_prefetched[:2] == [0, 0]
+    assert 0 < stats.layer_prefetched[2] <= 2
+    assert stats.layer_in_time[2] + stats.layer_late[2] <= stats.layer_prefetched[2]
+
+
 def test_a_batch_gives_what_its_sequences_give_alone(path_of: Callable[[str], Path]) -> None:
     path, prompts = path_of("qwen3moe/plain"), [PROMPT, [9, 8], [30, 31, 32]]
     with load(path, n_sequence=3, miss="cpu", cache_slots=6) as engine:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_engine.kernels import _cpu
-from moe_engine.kernels.worker import RING, Mailbox, Mode, Rates
+from moe_engine.kernels.worker import MAX_AHEAD, RING, Mailbox, Mode, Rates
 
 MODES: list[Mode] = ["cpu", "fetch", "auto", "exact"]
 IDS = random_ids(np.random.default_rng(0), 2)
@@ -25,9 +25,16 @@ IDS = random_ids(np.random.default_rng(0), 2)
     spare=st.tuples(st.integers(-N_EXPERT, 4), st.integers(-N_EXPERT, 4)),
     releases=st.lists(st.integers(0, 3), min_size=3, max_size=3),
     allow_late=st.lists(st.booleans(), min_size=3, max_size=3),
+    predicts=st.integers(0, MAX_AHEAD),
 )
 def test_any_interleaving(
-    mode: Mode, seed: int, n_token: int, spare: tuple[int, int], releases: list[int], allow_late: list[bool]
+    mode: Mode,
+    seed: int,
+    n_token: int,
+    spare: tuple[int, int],
+    releases: list[int],
+    allow_late: list[bool],
+    predicts: int,
 ) -> None:
     """Copies end when hypothesis says so, at the latest when an answer is waiting for them."""
     exact = mode == "exact"
@@ -46,6 +53,7 @@ def test_any_interleaving(
         ids = random_ids(rng, n_token)
         if n_token > 1:
             ids[:, rng.integers(n_token)] = -1  # a token of no sequence
+        gpu.ahead = [random_ids(rng, n_token) for _ in range(predicts)]
         counts.append(gpu.step(step, ids, late or exact))
     stats = gpu.worker.stats()
     assert stats.steps == len(counts)
@@ -135,6 +143,115 @@ def test_auto_learns() -> None:
     rates = gpu.worker.stats().rates
     assert max(rates.cpu, rates.cpu_beside_copies) > 1e6
     assert max(rates.copy, rates.copy_beside_cpu) > 1e6
+
+
+EXPERT_BYTES = [layout.gate.nbytes + layout.up.nbytes + layout.down.nbytes for layout in LAYOUTS]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_expected_misses_are_pulled_into_the_caches(threads: int) -> None:
+    """All of each expert, once, shared out over the threads."""
+    gpu = FakeGpu("cpu", (0, 0), threads=threads)
+    gpu.ahead = [np.array([[[5, 0]], [[4, 1]], [[2, 3]]])]
+    expected = 2 * sum(EXPERT_BYTES[1:])
+    gpu.worker.expect(1, 1, True)
+    pulled = 0
+    for layer in range(N_LAYER):
+        gpu.layer(1, layer, IDS[layer, :1], True, np.random.default_rng(0))
+        pulled += 2 * EXPERT_BYTES[layer + 1] if layer + 1 < N_LAYER else 0
+        deadline = time.monotonic() + 20
+        while gpu.worker.stats().pulled_bytes < pulled:  # counted once all threads are done
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    gpu.finish(1, [1])
+    assert gpu.worker.wait_tokens(1) is not None
+    assert gpu.worker.stats().pulled_bytes == expected
+
+
+@pytest.mark.parametrize(("limit", "most"), [(0, 0), (100, 200 * (N_LAYER - 1))])
+def test_pulling_is_limited(limit: int, most: int) -> None:
+    gpu = FakeGpu("cpu", (0, 0), threads=2, lookahead_bytes=limit)
+    gpu.ahead = [IDS]
+    gpu.step(1, IDS)
+    assert gpu.worker.stats().pulled_bytes <= most
+
+
+def test_predictions_keep_score() -> None:
+    gpu = FakeGpu("cpu", (12, 6), max_background=100)
+    ids = np.array([[[0, 1]], [[2, 3]], [[4, 5]]])
+    gpu.ahead = [np.array([[[0, 0]], [[3, 0]], [[-1, 1]]])]
+    gpu.step(1, ids)
+    stats = gpu.worker.stats()
+    assert (stats.expected, stats.missed_experts, stats.foreseen) == ([0, 2, 1], [0, 2, 2], [0, 1, 0])
+    gpu.worker.settle()
+    gpu.step(2, ids)  # all hit; of what is predicted, two experts are in no slot
+    stats = gpu.worker.stats()
+    assert (stats.expected, stats.missed_experts, stats.foreseen) == ([0, 3, 2], [0, 2, 2], [0, 1, 0])
+    gpu.ahead = []
+    gpu.step(3, ids)
+    assert gpu.worker.stats().expected == [0, 3, 2]
+    gpu.worker.reset_stats()
+    assert gpu.worker.stats().expected == gpu.worker.stats().foreseen == [0] * N_LAYER
+
+
+CHOICES = np.array([[[0, 1]], [[2, 3]], [[4, 5]]])
+
+
+@pytest.mark.parametrize(
+    ("predicted", "arrives", "outcome"), [(4, True, (1, 0)), (4, False, (0, 1)), (2, True, (0, 0))]
+)
+def test_a_prefetch_is_there_two_layers_later(predicted: int, arrives: bool, outcome: tuple[int, int]) -> None:
+    engine = _cpu.HostCopyEngine(held=True)
+    gpu = FakeGpu("cpu", (12, 6), max_background=1, copies=engine)
+    gpu.ahead = [CHOICES, np.full_like(CHOICES, predicted)]
+    rng = np.random.default_rng(0)
+    gpu.worker.expect(1, 1, True)
+    gpu.layer(1, 0, CHOICES[0], True, rng)
+    if arrives:
+        engine.release(1)
+        deadline = time.monotonic() + 20
+        while int(gpu.table[2, predicted]) < 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    gpu.layer(1, 1, CHOICES[1], True, rng)
+    hits, _, _ = gpu.layer(1, 2, CHOICES[2], True, rng)
+    gpu.finish(1, [1])
+    assert gpu.worker.wait_tokens(1) is not None
+    stats = gpu.worker.stats()
+    assert (hits, 0) == (outcome[0], 0)
+    assert stats.prefetched == [0, 0, 1]
+    assert (stats.prefetched_in_time, stats.prefetched_late) == ([0, 0, outcome[0]], [0, 0, outcome[1]])
+    engine.release(100)
+
+
+def test_useless_prefetches_end() -> None:
+    gpu = FakeGpu("cpu", (2, 0), max_background=1)
+    n_step = 60
+    for step in range(1, n_step + 1):
+        gpu.ahead = [CHOICES, np.full_like(CHOICES, step % 4)]  # 4 and 5 are chosen
+        gpu.step(step, CHOICES)
+        gpu.worker.settle()
+    stats = gpu.worker.stats()
+    assert 1 < stats.prefetched[2] < n_step // 2
+    assert sum(stats.prefetched_in_time) == sum(stats.prefetched_late) == 0
+    gpu.worker.check_integrity()
+
+
+def test_steps_are_timed_apart() -> None:
+    gpu = FakeGpu("cpu")
+    for step in range(1, 5):
+        gpu.ahead = [CHOICES] * (2 if step % 2 else 1)
+        gpu.step(step, CHOICES)
+    assert gpu.worker.stats().timed == ((0, 0), (0, 0))  # none was waiting when the one before ended
+    gpu.worker.expect(5, 1, True)
+    for step in range(5, 12):
+        gpu.worker.expect(step + 1, 1, True)
+        gpu.ahead = [CHOICES] * (2 if step >= 8 else 1)
+        gpu.layers(step, CHOICES)
+        assert gpu.worker.wait_tokens(step) is not None
+    (n_without, without), (n_with, with_) = gpu.worker.stats().timed
+    assert (n_without, n_with) == (2, 4)
+    assert min(without, with_) > 0
 
 
 def test_bad_logits() -> None:

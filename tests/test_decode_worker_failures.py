@@ -45,9 +45,21 @@ def test_tokens_not_yet() -> None:
     assert gpu.worker.wait_tokens(1) is not None
 
 
-def post(gpu: FakeGpu, step: int = 1, ids: int = 0, slot: int = -1, n_missed: int = 2, n_token: int = 1) -> None:
+def post(
+    gpu: FakeGpu,
+    step: int = 1,
+    ids: int = 0,
+    slot: int = -1,
+    n_missed: int = 2,
+    n_token: int = 1,
+    ahead: int = 0,
+    n_ahead: int = 1,
+) -> None:
     shape = (n_token, TOP_K)
-    gpu.post(step, 0, np.full(shape, ids), np.ones(shape, np.float32), np.full(shape, slot, np.int32), n_missed)
+    gpu.ahead = [np.full((N_LAYER, *shape), ahead)]
+    gpu.post(
+        step, 0, np.full(shape, ids), np.ones(shape, np.float32), np.full(shape, slot, np.int32), n_missed, n_ahead
+    )
 
 
 def announce_another_step(gpu: FakeGpu) -> None:
@@ -61,6 +73,8 @@ def announce_another_step(gpu: FakeGpu) -> None:
         (lambda gpu: post(gpu, ids=N_EXPERT), f"no expert {N_EXPERT} of layer 0"),
         (lambda gpu: post(gpu, slot=1, n_missed=0), "in slot 1, but its slot is -1"),
         (lambda gpu: post(gpu, n_token=2, n_missed=4), "2 tokens in a step of 1"),
+        (lambda gpu: post(gpu, ahead=N_EXPERT), f"no expert {N_EXPERT} of layer 1"),
+        (lambda gpu: post(gpu, n_ahead=3), "layer 0 predicts 3 layers"),
         (announce_another_step, "the GPU posted number"),
         (lambda gpu: gpu.mailbox.control.fill_(1), "aborted|in time"),
     ],

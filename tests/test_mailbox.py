@@ -35,18 +35,23 @@ def header(region: Tensor) -> Tensor:
 
 
 def posted(
-    hidden: int, slots: list[list[int]], positions: list[int], **options: Tensor
+    hidden: int,
+    slots: list[list[int]],
+    positions: list[int],
+    ahead: Tensor | None = None,
+    layer: int = 1,
+    **options: Tensor,
 ) -> tuple[Mailbox, Routing, Tensor]:
-    """Posts layer 1 of step 6."""
+    """Posts a layer of step 6."""
     box = mailbox(hidden)
     n_token = len(slots)
     ids = on_device([[(5 * t + 3 * k) % N_EXPERT for k in range(TOP_K)] for t in range(n_token)])
-    routing = Routing(ids, torch.rand(n_token, TOP_K, device=DEVICE), on_device(slots))
+    routing = Routing(ids, torch.rand(n_token, TOP_K, device=DEVICE), on_device(slots), ahead)
     x = torch.randn(n_token, hidden, device=DEVICE)
     table = options.pop("slot_table", torch.full((N_LAYER, N_EXPERT), -1, dtype=torch.int32, device=DEVICE))
     arrived = on_device([0])
     step = on_device([6], torch.int64)
-    post(box, 1, step, on_device(positions), routing, x, arrived, slot_table=table, **options)
+    post(box, layer, step, on_device(positions), routing, x, arrived, slot_table=table, **options)
     sync()
     assert int(arrived) == 0
     return box, routing, x
@@ -88,6 +93,43 @@ def test_recorded_routing_takes_the_routers_place() -> None:
     expected = torch.stack([replay[6 % 5, 1], replay[(6 + 97) % 5, 1]])
     assert torch.equal(routing.ids, expected)
     assert torch.equal(routing.slots, table[1][expected.long()])
+
+
+def test_what_the_next_layers_will_choose_is_posted_too() -> None:
+    ahead = on_device([[[3, 1, 2, 0], [4, 5, 6, 7], [15, 8, 9, 10]]])
+    slots = [[0, 1, 2, 3]] * 3
+    box, routing, _ = posted(48, slots, [5, -1, 8], ahead)
+    record = box.messages[6 % RING * N_LAYER + 1]
+    assert header(record)[:4].tolist() == [25, 3, 0, 1]
+    assert part(record, box.ahead_offset, 12).tolist() == [3, 1, 2, 0, -1, -1, -1, -1, 15, 8, 9, 10]
+    assert part(record, box.slots_offset, 4).tolist() == routing.slots[0].tolist() == [0, 1, 2, 3]
+
+    twice = torch.cat([ahead, ahead.flip(1)])[:, :2]
+    box, _, _ = posted(48, slots[:2], [5, 6], twice, layer=0)
+    record = box.messages[6 % RING * N_LAYER]
+    assert header(record)[:4].tolist() == [24, 2, 0, 2]
+    for i in range(2):
+        found = part(record, box.ahead_offset + 4 * i * MAX_BATCH * TOP_K, 8)
+        assert found.tolist() == twice[i].flatten().tolist()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_recorded_predictions_take_the_routers_place(layer: int) -> None:
+    shape = (3, 5, N_LAYER, TOP_K)
+    replay, *guesses = torch.randint(0, N_EXPERT, shape, dtype=torch.int32, device=DEVICE)
+    n_ahead, slots = 2 - layer, [[0, 1, 2, 3]] * 3
+    ahead = torch.zeros(n_ahead, 3, TOP_K, dtype=torch.int32, device=DEVICE)
+    options = {"replay": replay, "replay_ahead": torch.stack(guesses)}
+    box, _, _ = posted(48, slots, [5, 6, 7], ahead, layer=layer, **options)
+    record = box.messages[6 % RING * N_LAYER + layer]
+    assert int(header(record)[3]) == n_ahead
+    for i in range(n_ahead):
+        expected = torch.cat([guesses[i][(6 + 97 * token) % 5, layer + 1 + i] for token in range(3)])
+        found = part(record, box.ahead_offset + 4 * i * MAX_BATCH * TOP_K, 12)
+        assert found.tolist() == expected.tolist()
+
+    box, _, _ = posted(48, slots, [5, 6, 7], ahead, layer=layer, replay=replay)
+    assert int(header(box.messages[6 % RING * N_LAYER + layer])[3]) == 0
 
 
 def answer(box: Mailbox, seq: int, flags: int, late: list[int], evicted: list[int]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_engine.kernels.router import Gating, GroupRule, RouterConfig, gate, route
-from moe_engine.kernels.router_kernel import Routing, route_and_lookup, router_logits
+from moe_engine.kernels.router_kernel import NextRouter, Routing, route_and_lookup, router_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GATINGS: tuple[Gating, ...] = ("softmax", "sigmoid", "softmax_selected", "sqrt_softplus")
@@ -139,6 +139,26 @@ def test_with_the_router_matrix(n_token: int, n_expert: int, hidden: int) -> Non
     torch.testing.assert_close(out.weights, weights, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n_token", "hidden"), [(1, 96), (3, 1000), (9, 512)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_guessing_the_next_layer_changes_nothing_else(n_token: int, hidden: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(hidden)
+    config = RouterConfig(60, 5, "sigmoid", True, 1.5, 5, 2, "top2_sum")
+    x, *weights = (torch.randn(n, hidden, generator=generator).to(DEVICE) for n in (n_token, 60, 60, 60))
+    biases = [torch.randn(60, generator=generator).to(DEVICE) if biased else None for _ in weights]
+    table = random_table(60, generator)
+    alone = route_and_lookup(x, config, table, weight=weights[0], bias=biases[0])
+    assert alone.ahead is None
+    following = [route_and_lookup(x, config, table, weight=weights[i], bias=biases[i]).ids for i in (1, 2)]
+    assert not torch.equal(*following)
+    for n_ahead in (1, 2):
+        ahead = [NextRouter(weights[i], biases[i]) for i in range(1, 1 + n_ahead)]
+        both = route_and_lookup(x, config, table, weight=weights[0], bias=biases[0], ahead=ahead)
+        assert all(torch.equal(a, b) for a, b in zip(alone[:3], both[:3], strict=True))
+        assert both.ahead is not None
+        assert torch.equal(both.ahead, torch.stack(following[:n_ahead]))
+
+
 def test_no_tokens() -> None:
     table = torch.zeros(8, dtype=torch.int32, device=DEVICE)
     x, weight = torch.empty(0, 16, device=DEVICE), torch.empty(8, 16, device=DEVICE)
@@ -151,7 +171,8 @@ def test_in_a_graph(n_token: int) -> None:
     config = RouterConfig(256, 8, "sigmoid", True, 2.5, 8, 4, "top2_sum")
     x, weight, bias = (torch.randn(shape, device=DEVICE) for shape in ((n_token, 512), (256, 512), (256,)))
     table = torch.arange(256, dtype=torch.int32, device=DEVICE)
-    run = partial(route_and_lookup, x, config, table, weight=weight, bias=bias)
+    ahead = NextRouter(torch.randn(256, 512, device=DEVICE), torch.randn(256, device=DEVICE))
+    run = partial(route_and_lookup, x, config, table, weight=weight, bias=bias, ahead=[ahead])
     run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -163,3 +184,5 @@ def test_in_a_graph(n_token: int) -> None:
     assert torch.equal(routing.ids.long(), ids)
     assert torch.equal(routing.slots, table[ids])
     torch.testing.assert_close(routing.weights, weights, rtol=1e-6, atol=1e-6)
+    assert routing.ahead is not None
+    assert torch.equal(routing.ahead[0].long(), route(router_logits(x, ahead.weight), config, ahead.bias)[0])

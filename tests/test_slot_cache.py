@@ -145,6 +145,20 @@ def test_experts_of_the_running_layer_step_are_never_victims() -> None:
     cache.check_integrity()
 
 
+def test_kept_experts_stay_until_the_end_of_the_layer_step() -> None:
+    cache = SlotCache(4, [0, 0], [2])
+    for expert in (0, 1):
+        cache.reserve(cache.key(0, expert))
+        cache.complete(cache.key(0, expert))
+    cache.begin_layer_step(1, [3])
+    cache.keep(cache.key(0, 0))  # the oldest
+    assert cache.reserve(cache.key(1, 3))[1] == cache.key(0, 1)
+    assert cache.reserve(cache.key(1, 2)) == (-1, -1)
+    cache.end_layer_step()
+    assert cache.reserve(cache.key(1, 2))[1] == cache.key(0, 0)
+    cache.check_integrity()
+
+
 def test_impossible_arguments() -> None:
     cache = SlotCache(4, [0, 0], [2])
     for layer, expert in ((2, 0), (-1, 0), (0, 4), (0, -1)):

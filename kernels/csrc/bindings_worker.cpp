@@ -44,6 +44,7 @@ void bind_slot_cache(nb::module_& m) {
             "layer"_a, "experts"_a)
         .def("end_layer_step", &SlotCache::end_layer_step)
         .def("touch", &SlotCache::touch, "key"_a)
+        .def("keep", &SlotCache::keep, "key"_a)
         .def(
             "reserve",
             [](SlotCache& cache, int key, bool may_evict) {
@@ -138,6 +139,17 @@ void bind_parts(nb::module_& m) {
         .def_ro("fetched_unused", &WorkerStats::fetched_unused)
         .def_ro("cpu_ns", &WorkerStats::cpu_ns)
         .def_ro("copy_wait_ns", &WorkerStats::copy_wait_ns)
+        .def_ro("expected", &WorkerStats::expected)
+        .def_ro("missed_experts", &WorkerStats::missed_experts)
+        .def_ro("foreseen", &WorkerStats::foreseen)
+        .def_ro("pulled_bytes", &WorkerStats::pulled_bytes)
+        .def_ro("prefetched", &WorkerStats::prefetched)
+        .def_ro("prefetched_in_time", &WorkerStats::prefetched_in_time)
+        .def_ro("prefetched_late", &WorkerStats::prefetched_late)
+        .def_prop_ro("timed", [](const WorkerStats& stats) {
+            return std::pair(std::pair(stats.timed_steps[0], stats.timed_ns[0]),
+                             std::pair(stats.timed_steps[1], stats.timed_ns[1]));
+        })
         .def_ro("rates", &WorkerStats::rates);
 }
 
@@ -157,18 +169,18 @@ void bind_worker(nb::module_& m) {
             [](DecodeWorker* self, moe::ThreadPool& pool, moe::CopyEngine& copies, const moe::Mailbox& mailbox,
                int n_expert, const std::vector<moe::WorkerLayer>& layers, const std::vector<int>& n_slot,
                uintptr_t slot_numbers, const std::string& mode, int64_t max_background, bool float_activations,
-               const moe::Rates& rates, double stall_seconds) {
+               const moe::Rates& rates, double stall_seconds, int64_t lookahead_bytes) {
                 new (self) DecodeWorker({mailbox, n_expert, layers, n_slot, at<const int32_t>(slot_numbers),
                                          fetch_of(mode), max_background, float_activations, rates,
-                                         stall_seconds},
+                                         stall_seconds, lookahead_bytes},
                                         pool, copies);
             },
             "pool"_a, "copies"_a, "mailbox"_a, "n_expert"_a, "layers"_a, "n_slot"_a, "slot_numbers"_a, "mode"_a,
-            "max_background"_a, "float_activations"_a, "rates"_a, "stall_seconds"_a, nb::keep_alive<1, 2>(),
-            nb::keep_alive<1, 3>())
+            "max_background"_a, "float_activations"_a, "rates"_a, "stall_seconds"_a, "lookahead_bytes"_a,
+            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def("stop", &DecodeWorker::stop, no_gil)
         .def("expect", &DecodeWorker::expect, "step"_a, "n_token"_a, "allow_late"_a, "posted"_a,
-             no_gil)
+             "pull"_a, no_gil)
         .def("wait_tokens", &DecodeWorker::wait_tokens, "step"_a, "seconds"_a, no_gil)
         .def("settle", &DecodeWorker::settle, "seconds"_a, no_gil)
         .def(

@@ -1,37 +1,63 @@
 // What the worker's thread does with one message: see decode_worker.h.
 
 #include <algorithm>
-#include <chrono>
-#include <algorithm>
 #include <stdexcept>
 
 #include "decode_worker.h"
 
 namespace moe {
 
-namespace {
-
-int64_t now() {
-    return std::chrono::duration_cast<std::chrono::nanoseconds>(
-               std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-}  // namespace
-
 void DecodeWorker::handle(const Step& step, int layer) {
     const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
-    entry_ = {spec_.mailbox.seq(step.number, layer), now(), 0, 0, 0, 0};
+    entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0};
     poll_copies();
     cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k);
     read_message(step, layer, message);
     if (n_missed_ > 0) answer(step, layer, message);
     cache_.end_layer_step();
     ++progress_;
+    note_message(layer);
+    score_prefetches(layer);
+    look_ahead(step, layer, message);
+}
+
+void DecodeWorker::note_message(int layer) {
+    const size_t i = static_cast<size_t>(layer);
     std::lock_guard<std::mutex> lock(stats_mutex_);
-    stats_.hits[static_cast<size_t>(layer)] += entry_.n_hit;
-    stats_.misses[static_cast<size_t>(layer)] += n_missed_;
+    stats_.hits[i] += entry_.n_hit;
+    stats_.misses[i] += n_missed_;
+    if (predicted_) {
+        stats_.missed_experts[i] += static_cast<int64_t>(missed_.size());
+        stats_.expected[i] += static_cast<int64_t>(expected_.size());
+        stats_.foreseen[i] += std::count_if(expected_.begin(), expected_.end(), [&](int32_t expert) {
+            return fate_[static_cast<size_t>(expert)] != Fate::none;
+        });
+    }
     timeline_[static_cast<size_t>(n_message_++ % kTimeline)] = entry_;
+}
+
+// Starts to pull what the next layer will probably miss into the CPU's caches.
+void DecodeWorker::look_ahead(const Step& step, int layer, const Mailbox::Message& message) {
+    const int64_t top_k = spec_.mailbox.top_k;
+    expected_.clear();
+    predicted_ = message.header[Mailbox::kAhead] > 0;
+    if (!predicted_) return;
+    for (int64_t choice = 0; choice < top_k; ++choice)
+        for (int64_t token = 0; token < step.n_token; ++token) {
+            const int32_t expert = message.ahead[0][token * top_k + choice];
+            if (expert < 0 || !cache_.absent(cache_.key(layer + 1, expert))) continue;
+            if (std::find(expected_.begin(), expected_.end(), expert) == expected_.end())
+                expected_.push_back(expert);
+        }
+    if (step.pull && (spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced))
+        lookahead_.begin(spec_.layers[static_cast<size_t>(layer) + 1].experts, expected_);
+}
+
+void DecodeWorker::end_lookahead() {
+    if (!lookahead_.running()) return;
+    const int64_t n_bytes = lookahead_.end();
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.pulled_bytes += n_bytes;
 }
 
 // Counts the pairs and lists the missed experts. A wrong message would mean wrong results: it ends the worker.
@@ -39,13 +65,20 @@ void DecodeWorker::read_message(const Step& step, int layer, const Mailbox::Mess
     if (message.header[Mailbox::kTokens] != step.n_token)
         throw std::runtime_error("a message of " + std::to_string(message.header[Mailbox::kTokens]) +
                                  " tokens in a step of " + std::to_string(step.n_token));
+    const int64_t n_ahead = message.header[Mailbox::kAhead];
+    if (n_ahead < 0 || n_ahead > Mailbox::kMaxAhead || layer + n_ahead >= spec_.mailbox.n_layer)
+        throw std::runtime_error("a message of layer " + std::to_string(layer) + " predicts " +
+                                 std::to_string(n_ahead) + " layers");
+    step_prefetches_ = step_prefetches_ || n_ahead == Mailbox::kMaxAhead;
     missed_.clear();
     n_missed_ = 0;
     std::fill(fate_.begin(), fate_.end(), Fate::none);
+    std::fill(chosen_.begin(), chosen_.end(), false);
     for (int64_t pair = 0; pair < step.n_token * spec_.mailbox.top_k; ++pair) {
         const int32_t expert = message.ids[pair], slot = message.slots[pair];
         if (expert < 0) continue;
         const ExpertKey key = cache_.key(layer, expert);
+        chosen_[static_cast<size_t>(expert)] = true;
         uses_.note(key, step.number);
         if (slot >= 0) {
             if (slot != cache_.slot(key))
@@ -83,7 +116,7 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     divide(step, layer);
     compute(step, layer, message);
     await_late();
-    admit();
+    admit(step, layer, message);
 
     int64_t* header = mailbox.answer_header();
     header[Mailbox::kFlags] = 0;
@@ -184,16 +217,60 @@ void DecodeWorker::await_late() {
     stats_.copy_wait_ns += now() - start;
 }
 
-// Reserves slots for some of the experts that the CPU computed, so that their victims are part of the answer.
-void DecodeWorker::admit() {
+// Reserves slots for experts to be fetched behind the answer, whose victims are part of it: those that the next
+// layer but one will probably miss, then those that the CPU has computed.
+void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message) {
     poll_copies();
     background_.clear();
+    const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_ahead = message.header[Mailbox::kAhead];
+    const auto is_room = [&] {  // the GPU looks at no more evictions than there are pairs
+        return static_cast<int64_t>(in_flight_.size() + background_.size()) < spec_.max_background &&
+               n_evicted_ < n_pair;
+    };
+    for (int64_t i = 0; i < n_ahead; ++i)
+        for (int64_t pair = 0; pair < n_pair; ++pair)
+            if (message.ahead[i][pair] >= 0)
+                cache_.keep(cache_.key(layer + 1 + static_cast<int>(i), message.ahead[i][pair]));
+    if (n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {
+        // The better half of the choices: the others are wrong too often to evict an expert for.
+        for (int64_t choice = 0; choice < (spec_.mailbox.top_k + 1) / 2; ++choice)
+            for (int64_t token = 0; token < step.n_token; ++token) {
+                const int32_t expert = message.ahead[1][token * spec_.mailbox.top_k + choice];
+                if (expert < 0 || !cache_.absent(cache_.key(layer + 2, expert)) || !is_room()) continue;
+                if (!reserve(cache_.key(layer + 2, expert))) continue;
+                background_.push_back(cache_.key(layer + 2, expert));
+                prefetches_.push_back(background_.back());
+            }
+        passed_over_[static_cast<size_t>(layer) + 2] = 0;
+    }
     for (ExpertKey key : missed_) {
         if (!cache_.absent(key)) continue;
-        const size_t n_flight = in_flight_.size() + background_.size();
-        if (static_cast<int64_t>(n_flight) >= spec_.max_background || !reserve(key)) break;
+        if (!is_room() || !reserve(key)) break;
         background_.push_back(key);
     }
+}
+
+// A layer whose prefetches are of no use gets one now and then, to see whether that has changed.
+bool DecodeWorker::worth_prefetching(int layer) {
+    const size_t i = static_cast<size_t>(layer);
+    return in_time_[i] >= kInTime || ++passed_over_[i] >= kPassOver;
+}
+
+void DecodeWorker::score_prefetches(int layer) {
+    const size_t i = static_cast<size_t>(layer);
+    for (ExpertKey key : prefetches_) {
+        if (cache_.layer_and_expert(key).first != layer) continue;
+        const bool chosen = chosen_[static_cast<size_t>(key % spec_.n_expert)];
+        const bool late = fate_[static_cast<size_t>(key % spec_.n_expert)] != Fate::none;
+        in_time_[i] += kScoreStep * ((chosen && !late) - in_time_[i]);
+        std::lock_guard<std::mutex> lock(stats_mutex_);
+        ++stats_.prefetched[i];
+        stats_.prefetched_in_time[i] += chosen && !late;
+        stats_.prefetched_late[i] += chosen && late;
+    }
+    prefetches_.erase(std::remove_if(prefetches_.begin(), prefetches_.end(),
+                                     [&](ExpertKey key) { return key / spec_.n_expert == layer; }),
+                      prefetches_.end());
 }
 
 bool DecodeWorker::reserve(ExpertKey key) {

@@ -42,7 +42,11 @@ DecodeWorker::DecodeWorker(WorkerSpec spec, ThreadPool& pool, CopyEngine& copies
       cache_(spec_.n_expert, classes_of(spec_.layers), spec_.n_slot),
       unused_(spec_.layers.size() * static_cast<size_t>(spec_.n_expert)),
       uses_(unused_.size()),
+      lookahead_(pool, spec_.lookahead_bytes),
+      in_time_(spec_.layers.size(), 1),
+      passed_over_(spec_.layers.size()),
       fate_(static_cast<size_t>(spec_.n_expert)),
+      chosen_(fate_.size()),
       cost_(spec_.rates),
       timeline_(kTimeline) {
     for (const WorkerLayer& layer : spec_.layers) {
@@ -73,9 +77,18 @@ void DecodeWorker::stop() {
     copies_.stop();
 }
 
+int64_t DecodeWorker::now() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
 void DecodeWorker::run() {
     Step step;
+    struct EndLookahead {
+        DecodeWorker* worker;
+        ~EndLookahead() { worker->lookahead_.end(); }
+    };
     try {
+        const EndLookahead at_the_end{this};
         while (next_step(&step)) {
             const int n_layer = step.posted ? static_cast<int>(spec_.layers.size()) : 0;
             for (int layer = 0; layer < n_layer; ++layer) {
@@ -122,6 +135,13 @@ void DecodeWorker::publish(const Step& step) {
     {
         std::lock_guard<std::mutex> lock(stats_mutex_);
         ++stats_.steps;
+        const int64_t before = published_;
+        published_ = now();
+        if (follows_) {
+            ++stats_.timed_steps[step_prefetches_];
+            stats_.timed_ns[step_prefetches_] += published_ - before;
+        }
+        step_prefetches_ = false;
         if (!step.posted)
             for (int64_t& hits : stats_.hits) hits += step.n_token * spec_.mailbox.top_k;
     }
@@ -131,6 +151,7 @@ void DecodeWorker::publish(const Step& step) {
     result.bad = record.header[Mailbox::kBad] != 0;
     result.tokens.assign(record.tokens, record.tokens + step.n_token);
     pending_.pop_front();
+    follows_ = !pending_.empty();
     ++progress_;
     arrived_.notify_all();
 }
@@ -140,15 +161,18 @@ void DecodeWorker::await(const int64_t* header, int64_t seq) {
         for (int spin = 0; spin < kSpins; ++spin) {
             const int64_t seen = load_acquire(header);
             if (seen == seq) {
+                seen_ = now();
+                end_lookahead();
                 ++progress_;
                 return;
             }
             if (seen > seq)
                 throw std::runtime_error("the GPU posted number " + std::to_string(seen) + " where " +
                                          std::to_string(seq) + " was due");
-            pause();
+            if (!lookahead_.help()) pause();
         }
         look_around();
+        if (lookahead_.finished()) end_lookahead();  // others may want the pool
         if (Clock::now() - start > kPatience) std::this_thread::sleep_for(kNap);
     }
 }
@@ -174,7 +198,7 @@ void DecodeWorker::poll_copies() {
     }
 }
 
-void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool posted) {
+void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool posted, bool pull) {
     std::lock_guard<std::mutex> lock(mutex_);
     require_alive();
     if (step != last_expected_ + 1)
@@ -187,7 +211,7 @@ void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool p
     if (n_token < 1 || n_token > spec_.mailbox.max_batch)
         throw std::logic_error("a step of " + std::to_string(n_token) + " tokens, at most " +
                                std::to_string(spec_.mailbox.max_batch) + " are possible");
-    pending_.push_back({step, n_token, allow_late, posted});
+    pending_.push_back({step, n_token, allow_late, posted, pull});
     last_expected_ = step;
     wake_.notify_all();
 }
@@ -262,7 +286,9 @@ void DecodeWorker::reset_stats() {
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_ = WorkerStats{};
     stats_.hits.assign(spec_.layers.size(), 0);
-    stats_.misses.assign(spec_.layers.size(), 0);
+    for (auto* counts : {&stats_.misses, &stats_.expected, &stats_.missed_experts, &stats_.foreseen,
+                         &stats_.prefetched, &stats_.prefetched_in_time, &stats_.prefetched_late})
+        counts->assign(spec_.layers.size(), 0);
     n_message_ = 0;
 }
 

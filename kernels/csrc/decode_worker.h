@@ -11,6 +11,11 @@
 // Insertions          The slot table's entry is copied behind the expert's bytes. So the GPU may report a hit
 //                     that the thread does not know of yet, and, having routed before, a miss of an expert that
 //                     has arrived meanwhile.
+// Lookahead           A message also says what the next layer will probably choose. Of these the experts in no slot
+//                     are pulled into the CPU's caches until the next message comes (lookahead.h).
+// Prefetch            What the layer after that will probably choose, and is in no slot, comes before the experts
+//                     just computed when something is fetched behind an answer. It arrives in time: two layers
+//                     take longer than a copy. Predicted experts are not evicted.
 // Failures            Any exception of the thread, and a standstill found by wait_tokens(), sets the mailbox's
 //                     abort, on which every wait of the GPU returns; all later calls throw the reason.
 
@@ -28,6 +33,7 @@
 #include <vector>
 
 #include "copy_engine.h"
+#include "lookahead.h"
 #include "mailbox.h"
 #include "miss_cost.h"
 #include "moe_cpu.h"
@@ -66,6 +72,7 @@ struct WorkerSpec {
     bool float_activations;
     Rates rates;
     double stall_seconds;
+    int64_t lookahead_bytes;  // by thread (lookahead.h)
 };
 
 struct WorkerStats {
@@ -77,6 +84,14 @@ struct WorkerStats {
     int64_t fetched_used = 0, fetched_unused = 0;
     int64_t cpu_ns = 0;        // in expert_ffn
     int64_t copy_wait_ns = 0;  // answers waited for copies after the CPU was done
+    // Experts by layer, where there were predictions: expected to be missed, missed, and both.
+    std::vector<int64_t> expected, missed_experts, foreseen;
+    int64_t pulled_bytes = 0;  // into the CPU's caches
+    // By layer: experts prefetched into slots; those chosen when their layer came, in time and too late; the rest
+    // was wasted.
+    std::vector<int64_t> prefetched, prefetched_in_time, prefetched_late;
+    // Steps that followed another without delay, and their nanoseconds: without and with prefetch.
+    std::array<int64_t, 2> timed_steps{}, timed_ns{};
     Rates rates{};
 };
 
@@ -100,7 +115,8 @@ class DecodeWorker {
     void stop();
 
     // posted: the layers send messages; false if all experts are in slots and nothing is to be learnt.
-    void expect(int64_t step, int64_t n_token, bool allow_late, bool posted = true);
+    // pull: into the CPU's caches what is predicted.
+    void expect(int64_t step, int64_t n_token, bool allow_late, bool posted = true, bool pull = true);
     // Nothing if the tokens do not come within the time. Standstills are counted in the time spent here.
     std::optional<StepTokens> wait_tokens(int64_t step, double seconds);
 
@@ -120,7 +136,7 @@ class DecodeWorker {
  private:
     struct Step {
         int64_t number, n_token;
-        bool allow_late, posted;
+        bool allow_late, posted, pull;
     };
     struct Flight {
         ExpertKey key;
@@ -128,6 +144,7 @@ class DecodeWorker {
         bool beside_cpu;
     };
 
+    static int64_t now();  // nanoseconds of the steady clock
     void run();
     bool next_step(Step* step);
     void publish(const Step& step);
@@ -141,9 +158,14 @@ class DecodeWorker {
     void divide(const Step& step, int layer);
     void compute(const Step& step, int layer, const Mailbox::Message& message);
     void await_late();
-    void admit();
+    void admit(const Step& step, int layer, const Mailbox::Message& message);
+    bool worth_prefetching(int layer);
+    void score_prefetches(int layer);
     bool reserve(ExpertKey key);
     void start_fetch(ExpertKey key);
+    void look_ahead(const Step& step, int layer, const Mailbox::Message& message);
+    void end_lookahead();
+    void note_message(int layer);
     void note_use(ExpertKey key);
 
     void require_idle();
@@ -175,21 +197,35 @@ class DecodeWorker {
     std::deque<Flight> in_flight_;
     std::vector<bool> unused_;  // by key: fetched and not used yet
     UseCounts uses_;
+    Lookahead lookahead_;
+    std::vector<int32_t> expected_;  // experts that the next layer will probably miss, the likeliest first
+    bool predicted_ = false;         // whether there was a prediction
+    std::vector<ExpertKey> prefetches_;  // of this step, whose layer has not come
+    std::vector<double> in_time_;        // by layer: the share of prefetches that were chosen in time, lately
+    std::vector<int64_t> passed_over_;   // by layer: chances not taken since the last prefetch
+    bool step_prefetches_ = false, follows_ = false;  // the step at hand: prefetches; began as the last one ended
+    int64_t published_ = 0;                           // when the last step was, nanoseconds
 
     // The layer step at hand.
     enum class Fate : uint8_t { none, cpu, late };
     std::vector<Fate> fate_;         // by expert
+    std::vector<bool> chosen_;       // by expert
     std::vector<ExpertKey> missed_;  // distinct, those used most lately first
     std::vector<ExpertKey> fetches_, background_;
     std::vector<int32_t> token_, expert_;  // what the CPU computes
     std::vector<float> weight_;
     int64_t n_hit_ = 0, n_missed_ = 0, n_evicted_ = 0;
+    int64_t seen_ = 0;  // when its message was, nanoseconds
     TimelineEntry entry_{};
     std::vector<Copy> batch_;
 
     std::mutex stats_mutex_;  // taken last
     WorkerStats stats_;
     MissCost cost_;
+    // A layer is prefetched for while this share of its prefetches is of use, averaged over about 16; then at every
+    // so many chances.
+    static constexpr double kInTime = 0.5, kScoreStep = 1.0 / 16;
+    static constexpr int64_t kPassOver = 64;
     static constexpr int64_t kTimeline = 4096;
     std::vector<TimelineEntry> timeline_;  // a ring
     int64_t n_message_ = 0;

@@ -5,6 +5,9 @@
 //    * up, quantized at once (a range is whole blocks of 32) where the down projection takes integers.
 // 2. For every range of output rows: down products of one expert after the other, added in ascending order.
 //
+// A thread's run of units holds about the same rows of every expert, whichever experts a call has: so its cache
+// may hold them already (lookahead.h).
+//
 // Each product has two forms: row by row, or in tiles and panels for an expert with many tokens (gemm.h).
 
 #include <algorithm>
@@ -18,6 +21,14 @@ namespace {
 
 constexpr int64_t kPairsAtOnce = 64;  // bounds the products buffers of a unit
 constexpr int64_t kManyStride = product_stride(kPairsAtOnce);
+
+// Rows of gate and up, and of down, in a unit of a call of few tokens.
+int64_t up_rows(const ExpertLayer& layer, int64_t n_active, int n_threads) {
+    return std::clamp<int64_t>(round_up(n_active * layer.n_ff / (12 * n_threads), 32), 32, 128);
+}
+int64_t down_rows(const ExpertLayer& layer, int n_threads) {
+    return std::clamp<int64_t>(round_up(layer.hidden / (16 * n_threads), 8), 8, 128);
+}
 
 constexpr int64_t kStreams = 16;  // of waiting threads: what they fetch must stay in the second-level cache
 
@@ -255,24 +266,29 @@ void Call::run() {
     };
     const auto pack = [&](int64_t index, int) { pack_unit(index); };
 
-    const int64_t tile = std::clamp<int64_t>(round_up(routing_.n_active * n_ff_ / (12 * n_threads), 32), 32,
-                                             any_many() ? rows_in_cache(hidden_, 2) : 128);
-    const int64_t tiles = (n_ff_ + tile - 1) / tile;
-    const auto gate_up = [&](int64_t unit, int thread) {
-        const int64_t first = unit % tiles * tile;
-        gate_up_unit(unit / tiles, first, std::min(tile, n_ff_ - first), thread);
+    int64_t tile = up_rows(layer_, routing_.n_active, n_threads);
+    if (any_many()) tile = std::min(tile, rows_in_cache(hidden_, 2));
+    const int64_t tiles = (n_ff_ + tile - 1) / tile, n_active = routing_.n_active;
+    // With many tokens an expert's activations are worth keeping in the cache: one expert after the other.
+    const auto place = [&](int64_t unit) {
+        return any_many() ? std::pair(unit / tiles, unit % tiles) : std::pair(unit % n_active, unit / n_active);
     };
-    const auto fetch_gate_up = [&](int64_t unit, int64_t, int part) {
-        const int64_t first = unit % tiles * tile, n_rows = std::min(tile, n_ff_ - first);
-        const ExpertStack& stack = part == 0 ? layer_.gate : layer_.up;
-        fetch(rows(stack, unit / tiles, first, hidden_), n_rows * row_bytes(stack.type_id, hidden_));
-        return part == 0;
+    const auto gate_up = [&](int64_t unit, int thread) {
+        const auto [index, first] = std::pair(place(unit).first, place(unit).second * tile);
+        gate_up_unit(index, first, std::min(tile, n_ff_ - first), thread);
+    };
+    const auto fetch_gate_up = [&](int64_t unit, int64_t stop, int part) {
+        const auto [index, first] = std::pair(place(unit + part / 2).first, place(unit + part / 2).second * tile);
+        const ExpertStack& stack = part % 2 == 0 ? layer_.gate : layer_.up;
+        fetch(rows(stack, index, first, hidden_),
+              std::min(tile, n_ff_ - first) * row_bytes(stack.type_id, hidden_));
+        return unit + (part + 1) / 2 < stop && part + 1 < std::min<int64_t>(2 * n_active, kStreams);
     };
 
     // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
     const int64_t out_tile =
         any_many() ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
-                 : std::clamp<int64_t>(round_up(hidden_ / (16 * n_threads), 8), 8, 128);
+                 : down_rows(layer_, n_threads);
     const auto down = [&](int64_t unit, int thread) {
         const int64_t first = unit * out_tile;
         down_unit(first, std::min(out_tile, hidden_ - first), thread);
@@ -294,6 +310,27 @@ void Call::run() {
 void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job) {
     std::lock_guard<std::mutex> lock(pool.mutex());
     Call(pool, layer, job).run();
+}
+
+std::array<Bytes, 3> expert_share(const ExpertLayer& layer, int64_t expert, int64_t index, int64_t n_active,
+                                  int thread, int n_threads) {
+    const auto rows = [&](const ExpertStack& stack, int64_t n_in, int64_t first, int64_t stop) {
+        const int64_t n_bytes = row_bytes(stack.type_id, n_in);
+        return Bytes{stack.data + expert * stack.expert_stride + first * n_bytes,
+                     std::max<int64_t>(0, stop - first) * n_bytes};
+    };
+    const int64_t tile = up_rows(layer, n_active, n_threads);
+    const int64_t n_units = n_active * ((layer.n_ff + tile - 1) / tile);
+    // Of the units [thread, thread + 1) * n_units / n_threads those of the index-th expert; unit u is of expert
+    // u % n_active.
+    const auto up_row = [&](int64_t run) {
+        return std::min((run * n_units / n_threads - index + n_active - 1) / n_active * tile, layer.n_ff);
+    };
+    const int64_t out_tile = down_rows(layer, n_threads), n_out = (layer.hidden + out_tile - 1) / out_tile;
+    const auto down_row = [&](int64_t run) { return std::min(run * n_out / n_threads * out_tile, layer.hidden); };
+    return {rows(layer.gate, layer.hidden, up_row(thread), up_row(thread + 1)),
+            rows(layer.up, layer.hidden, up_row(thread), up_row(thread + 1)),
+            rows(layer.down, layer.n_ff, down_row(thread), down_row(thread + 1))};
 }
 
 }  // namespace moe

@@ -17,7 +17,9 @@ inline void store_release(int64_t* address, int64_t value) {
 struct Mailbox {
     static constexpr int64_t kRing = 4;  // steps whose records have places of their own
     static constexpr int64_t kHeaderBytes = 64;
-    enum MessageHeader { kSeq, kTokens, kMissed };       // kMissed: pairs; 0: the GPU does not wait
+    static constexpr int64_t kMaxAhead = 2;
+    // kMissed: pairs; 0: the GPU does not wait. kAhead: how many of the next layers are predicted.
+    enum MessageHeader { kSeq, kTokens, kMissed, kAhead };
     enum TokensHeader { kBad = 2 };                      // the logits were not finite
     enum AnswerHeader { kFlags = 1, kEvicted };          // after kSeq
     static constexpr int64_t kAddY = 1, kLate = 2;       // answer flags: y is to be added; late() is valid
@@ -33,7 +35,7 @@ struct Mailbox {
 
     static int64_t whole_lines(int64_t n_bytes) { return (n_bytes + 63) / 64 * 64; }
     int64_t max_pairs() const { return max_batch * top_k; }
-    int64_t message_bytes() const { return whole_lines(kHeaderBytes + 12 * max_pairs()); }
+    int64_t message_bytes() const { return whole_lines(kHeaderBytes + (12 + 4 * kMaxAhead) * max_pairs()); }
     int64_t token_bytes() const { return kHeaderBytes + whole_lines(4 * max_batch); }
     int64_t answer_bytes() const { return kHeaderBytes + 2 * whole_lines(4 * max_pairs()); }
     int64_t seq(int64_t step, int64_t layer) const { return step * (n_layer + 1) + layer; }
@@ -43,12 +45,14 @@ struct Mailbox {
         int32_t* ids;  // [n_token, top_k]; -1: the token is of no sequence
         float* weights;
         int32_t* slots;  // -1: missed
+        // [n_token, top_k]: what the next layers will probably choose, best first; -1: nothing
+        int32_t* ahead[kMaxAhead];
     };
     Message message(int64_t step, int64_t layer) const {
         uint8_t* record = messages + (step % kRing * n_layer + layer) * message_bytes();
         int32_t* ids = reinterpret_cast<int32_t*>(record + kHeaderBytes);
         return {reinterpret_cast<int64_t*>(record), ids, reinterpret_cast<float*>(ids + max_pairs()),
-                ids + 2 * max_pairs()};
+                ids + 2 * max_pairs(), {ids + 3 * max_pairs(), ids + 4 * max_pairs()}};
     }
 
     struct Tokens {

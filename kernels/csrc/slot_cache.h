@@ -75,6 +75,8 @@ class SlotCache {
     void end_layer_step() { ++layer_step_; }
 
     void touch(ExpertKey key);
+    // Until the end of the layer step this expert, of any layer, is not evicted.
+    void keep(ExpertKey key) { state(key).layer_step = layer_step_; }
 
     struct Reservation {
         int32_t slot;       // -1: no room

@@ -92,22 +92,37 @@ void ThreadPool::run(std::initializer_list<Loop> loops) {
     }
     ticket_ += kLoops;
     loops_done_.store(0, std::memory_order_relaxed);
-    if (is_shared) {
-        make_way();
-        epoch_.fetch_add(1);
-        // Waking takes the caller microseconds for each thread: the first two wake the next ones.
-        if (sleepers_.load() > 0) wake(epoch_, 2);
-    }
+    if (is_shared) open();
     work(0);
-    if (is_shared) {
-        epoch_.fetch_add(1);
-        wait_for_workers();
-    }
+    if (is_shared) close();
     if (error_) {
         std::exception_ptr error = error_;
         error_ = nullptr;
         std::rethrow_exception(error);
     }
+}
+
+void ThreadPool::begin_aside(const Loop& loop) {
+    loops_[0] = loop;
+    aside_ = true;
+    open();
+}
+
+void ThreadPool::end_aside() {
+    close();
+    aside_ = false;
+}
+
+void ThreadPool::open() {
+    make_way();
+    epoch_.fetch_add(1);
+    // Waking takes the caller microseconds for each thread: the first two wake the next ones.
+    if (sleepers_.load() > 0) wake(epoch_, 2);
+}
+
+void ThreadPool::close() {
+    epoch_.fetch_add(1);
+    wait_for_workers();
 }
 
 // A worker that may only run where the caller does would not run at all.
@@ -138,6 +153,7 @@ void ThreadPool::wait_for_workers() {
 }
 
 void ThreadPool::work(int thread) {
+    if (aside_) return loops_[0].body(thread, thread);
     for (int i = 0; i < n_loops_; ++i) {
         const auto done = static_cast<uint64_t>(do_units(i, thread));
         if (i + 1 == n_loops_) break;  // the caller waits until all have left

@@ -101,6 +101,12 @@ class ThreadPool {
     }
     static constexpr int kLoops = 4;
 
+    // While the caller does something else, every other thread runs the loop's body(thread, thread) once; a
+    // thread that wakes too late does not. end_aside() waits for those inside, so a body has to find out soon
+    // that the caller wants to go on, and must not throw. No run() in between.
+    void begin_aside(const Loop& loop);
+    void end_aside();
+
     enum Slot { kActivations, kHidden, kHiddenQuantized, kIndex, kSlots };
     uint8_t* shared(Slot slot, int64_t n_bytes) { return shared_[slot].reserve(n_bytes); }
     uint8_t* local(int thread, int64_t n_bytes) {
@@ -108,6 +114,8 @@ class ThreadPool {
     }
 
  private:
+    void open();
+    void close();
     void work(int thread);
     int64_t do_units(int loop, int thread);
     bool is_over(int loop) const;
@@ -131,6 +139,7 @@ class ThreadPool {
     // The open chain. Written by the caller only while no worker is inside.
     Loop loops_[kLoops];
     int n_loops_ = 0;
+    bool aside_ = false;  // loops_[0] is one aside
     uint32_t ticket_ = 0;  // of the first loop; the next ones follow
     std::exception_ptr error_;
     std::mutex error_mutex_;

@@ -14,6 +14,7 @@
 
 #include "../decode_worker.h"
 #include "../quant_blocks.h"
+#include "../read_memory.h"
 
 namespace {
 
@@ -78,7 +79,7 @@ struct Setting {
         const auto fetch = static_cast<moe::Fetch>(draw(random, 0, 3));
         const int least = fetch == moe::Fetch::all ? n_expert : 0, n_class = draw(random, 1, 2);
         spec = {mailbox, n_expert, {}, {}, nullptr, fetch, draw(random, 0, 4), draw(random, 0, 3) == 0,
-                {1e9, 1e9, 1e9, 1e9, 0, 0}, 100};
+                {1e9, 1e9, 1e9, 1e9, 0, 0}, 100, draw(random, -1, 1) * 1000};
         for (int i = 0; i < n_class; ++i) {
             spec.n_slot.push_back(least + draw(random, 0, 8));
             slots.emplace_back(static_cast<size_t>(spec.n_slot.back() * 3 * kRowsBytes));
@@ -160,6 +161,10 @@ class Gpu {
         if (n_missed > 0)
             for (int i = 0; i < n_token_ * kHidden; ++i)
                 s_.x[i] = static_cast<float>(draw(random_, -100, 100)) / 100;
+        const int n_ahead = draw(random_, 0, std::min<int>(moe::Mailbox::kMaxAhead, s_.n_layer - 1 - layer));
+        for (int i = 0; i < n_ahead; ++i)
+            for (int pair = 0; pair < n_pair; ++pair) message.ahead[i][pair] = draw(random_, -1, s_.n_expert - 1);
+        message.header[moe::Mailbox::kAhead] = n_ahead;
         message.header[moe::Mailbox::kTokens] = n_token_;
         message.header[moe::Mailbox::kMissed] = n_missed + (step == wrong_step);
         moe::store_release(message.header, s_.mailbox.seq(step, layer));
@@ -229,6 +234,7 @@ void one_round(unsigned seed) {
         while (!over) {
             worker.stats();
             worker.timeline();
+            moe::read_memory(pool, setting.host[0].data(), 3 * kRowsBytes, 0);  // needs the pool now and then
             std::this_thread::sleep_for(std::chrono::microseconds(200));
         }
     });
