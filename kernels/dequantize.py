@@ -6,6 +6,7 @@ set before the kernel was first used. Triton is imported only then.
 
 import math
 import os
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -170,3 +171,54 @@ def _linear_into(y: torch.Tensor, x: torch.Tensor, weight: QuantTensor, scratch:
         rows = weight.rows(start, min(start + n_rows, weight.n_out))
         values = dequantize(rows, out=scratch[: rows.n_out * rows.n_in].view(rows.shape))  # [rows, n_in]
         torch.matmul(x, values.t(), out=y[:, start : start + rows.n_out])
+
+
+# Rows of a slice of a matrix: the tensor cores want columns of the result that start at whole tiles.
+_SLICE_ROWS = 128
+
+
+def half_linear(
+    x: torch.Tensor, weights: Sequence[QuantTensor], scratch: torch.Tensor, out: torch.Tensor, *, add: bool = False
+) -> torch.Tensor:
+    """x [W_1; W_2; ...]^T on the tensor cores: weights as x's type, sums in f32.
+
+    x: bf16 or f16 `[n_token, n_in]`, rows contiguous, with weights `[n_out, n_in]`. scratch: as in `linear`; the slices
+    are as large as fit, whatever matrices they are of. out: `[n_token, n_out_1 + n_out_2 + ...]`, of x's type or f32.
+    add: to what `out` (f32) holds.
+    """
+    assert x.dtype in (torch.bfloat16, torch.float16), x.dtype
+    assert out.shape == (x.shape[0], sum(weight.n_out for weight in weights)), (out.shape, x.shape)
+    assert not add or out.dtype == torch.float32, out.dtype
+    for start, values in _slices(weights, scratch, x.dtype):
+        columns = out[:, start : start + len(values)]
+        if out.dtype == x.dtype:
+            torch.mm(x, values.t(), out=columns)
+        elif x.is_cuda:
+            torch.addmm(columns, x, values.t(), out_dtype=torch.float32, beta=int(add), out=columns)
+        else:  # PyTorch has products of two types on GPUs only
+            torch.addmm(columns, x.float(), values.t().float(), beta=int(add), out=columns)
+    return out
+
+
+def _slices(
+    weights: Sequence[QuantTensor], scratch: torch.Tensor, dtype: torch.dtype
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """First row and values `[n, n_in]` of slices of the matrices one below the other; each overwrites the last."""
+    n_in = weights[0].n_in
+    assert all(weight.n_in == n_in for weight in weights), [weight.shape for weight in weights]
+    room = scratch.view(dtype)
+    n_row = room.numel() // n_in
+    n_row -= n_row % _SLICE_ROWS if n_row > _SLICE_ROWS else 0
+    assert n_row > 0, f"the scratch of {room.numel()} elements cannot hold a row of {n_in}"
+    start = filled = 0
+    for weight in weights:
+        row = 0
+        while row < weight.n_out:
+            rows = weight.rows(row, min(weight.n_out, row + n_row - filled))
+            dequantize(rows, out=room[filled * n_in :][: rows.n_out * n_in].view(rows.shape))
+            row, filled = row + rows.n_out, filled + rows.n_out
+            if filled == n_row:
+                yield start, room[: filled * n_in].view(filled, n_in)
+                start, filled = start + filled, 0
+    if filled:
+        yield start, room[: filled * n_in].view(filled, n_in)

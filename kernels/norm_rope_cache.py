@@ -26,6 +26,14 @@ Cache = Tensor | Q8Cache
 `n_sequence` in front. MLA's has no dimension for heads."""
 
 
+Index = int | slice | tuple[slice, ...]
+
+
+def part(cache: Cache, index: Index) -> Cache:
+    """A view of some of the rows: any index that leaves the last dimension alone."""
+    return Q8Cache(*(plane[index] for plane in cache)) if isinstance(cache, Q8Cache) else cache[index]
+
+
 def planes(cache: Cache) -> tuple[Tensor, Tensor]:
     """Values and scales; without scales the values stand in for them and are never read."""
     values, scales = cache if isinstance(cache, Q8Cache) else (cache, cache)
@@ -50,3 +58,21 @@ def cached_floats(cache: Cache) -> Tensor:
         blocks: Tensor = cache.values.unflatten(-1, (-1, 32)) * cache.scales[..., None].float()
         return blocks.flatten(-2)
     return cache.float()
+
+
+def half_type(cache: Cache) -> torch.dtype:
+    """What tensor cores multiply it as: bf16 if it is, else f16."""
+    return torch.bfloat16 if isinstance(cache, Tensor) and cache.dtype == torch.bfloat16 else torch.float16
+
+
+def is_half(cache: Cache) -> bool:
+    """Whether they can as it is."""
+    return isinstance(cache, Tensor) and cache.dtype == half_type(cache)
+
+
+def cached_halves(cache: Cache) -> Tensor:
+    """What a cache holds as the tensor cores take it: f16 and bf16 as they are, others rounded to f16."""
+    if isinstance(cache, Q8Cache):
+        blocks: Tensor = cache.values.unflatten(-1, (-1, 32)) * cache.scales[..., None]
+        return blocks.flatten(-2)
+    return cache.to(half_type(cache))

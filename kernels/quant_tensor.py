@@ -40,8 +40,8 @@ class QuantTensor:
         """Rows `start` to `stop` of a matrix, or of each matrix of a stack (a view)."""
         return QuantTensor(self.data[..., start:stop, :], self.type, self.n_in)
 
-    def __getitem__(self, index: int) -> "QuantTensor":
-        """Matrix `index` of a stack (a view)."""
+    def __getitem__(self, index: int | slice) -> "QuantTensor":
+        """Matrix `index` of a stack, or some of them (a view)."""
         return QuantTensor(self.data[index], self.type, self.n_in)
 
     def to(self, device: torch.device) -> "QuantTensor":

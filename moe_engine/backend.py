@@ -3,7 +3,7 @@
 A backend turns the quantized tensors of the file into callables; the model never asks which backend it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from moe_engine.errors import ConfigError
 from moe_engine.kernels import dequantize as device_kernels
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.decode_activations import RUN
+from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.decode_product import DECODE_TOKENS, Activations, matvec
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
@@ -27,6 +28,7 @@ Embedding = Callable[[Tensor], Tensor]
 
 class Backend(Protocol):
     device: torch.device
+    fused: bool  # whether attention and feed-forward run as fused kernels, on rounded activations
 
     def linear(self, weight: QuantTensor) -> Linear: ...
 
@@ -53,7 +55,7 @@ class CpuBackend:
     """Multiplies straight from the mapped file with the native kernels."""
 
     def __init__(self, cpu: CpuKernels) -> None:
-        self.device = torch.device("cpu")
+        self.device, self.fused = torch.device("cpu"), False
         self.cpu = cpu
 
     def linear(self, weight: QuantTensor) -> Linear:
@@ -73,12 +75,14 @@ class AcceleratorBackend:
     """Keeps the quantized bytes in VRAM.
 
     Products dequantize row chunks into one scratch buffer and are exact to f32. With `int8_activations`, those of few
-    tokens read the quantized weights directly and round activations to 8 bits.
+    tokens read the quantized weights directly and round activations to 8 bits; those of many round weights and
+    activations to bf16.
     """
 
     def __init__(self, device: torch.device, scratch_elements: int, int8_activations: bool) -> None:
         self.device, self.int8_activations = device, int8_activations
         self.scratch = torch.empty(scratch_elements, dtype=torch.float32, device=device)
+        self.fused = int8_activations and run_kernels(self.scratch)
 
     def linear(self, weight: QuantTensor) -> "DeviceLinear":
         return DeviceLinear(weight.to(self.device), self.scratch, self.int8_activations)
@@ -107,11 +111,32 @@ class DeviceLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if self.int8_activations and x.shape[-2] <= DECODE_TOKENS:
             return matvec(x.contiguous(), self.weight)
+        if self.int8_activations and x.dim() == 2 and run_kernels(x):
+            out = x.new_empty(x.shape[0], self.weight.n_out)
+            return device_kernels.half_linear(x.bfloat16(), (self.weight,), self.scratch, out)
         return device_kernels.linear(x, self.weight, self.scratch)
 
 
+def prompt_products(x: Tensor, *linears: Linear) -> list[Tensor]:
+    """Products of many tokens, bf16 `[n_token, n_in]`, with matrices of an `AcceleratorBackend`: bf16, side by side."""
+    weights = [decode_weight(linear) for linear in linears]
+    sizes = [weight.n_out for weight in weights]
+    out = x.new_empty(x.shape[0], sum(sizes))
+    return list(device_kernels.half_linear(x, weights, _scratch(linears), out).split(sizes, dim=1))
+
+
+def add_prompt_product(residual: Tensor, x: Tensor, linear: Linear) -> None:
+    """Adds the product of x, bf16 `[n_token, n_in]`, to the residual f32 `[n_token, n_out]`."""
+    device_kernels.half_linear(x, (decode_weight(linear),), _scratch((linear,)), residual, add=True)
+
+
+def _scratch(linears: Sequence[Linear]) -> Tensor:
+    assert isinstance(linears[0], DeviceLinear), linears
+    return linears[0].scratch
+
+
 def decode_weight(linear: Linear) -> QuantTensor:
-    """The matrix of a model's product on an `AcceleratorBackend`, for the kernels of the decode step."""
+    """The matrix of a model's product on an `AcceleratorBackend`, for kernels that take it as it is."""
     assert isinstance(linear, DeviceLinear), linear
     return linear.weight
 

@@ -10,7 +10,7 @@ from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels.attention import SCORE_BYTES
 from moe_engine.kernels.grouped_expand import SCRATCH_BYTES
 from moe_engine.kernels.slot_layout import aligned
-from moe_engine.kv_cache import element_bytes
+from moe_engine.kv_cache import cached_bytes
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
 
@@ -69,7 +69,7 @@ def plan_vram(
             budget=_budget(config, device),
             context=CUDA_CONTEXT_BYTES if device.type == "cuda" else 0,
             dense=_dense_bytes(file, meta),
-            kv_cache=config.n_sequence * family.kv_values(meta) * n_layer(meta) * ctx * element_bytes(config.kv_dtype),
+            kv_cache=config.n_sequence * n_layer(meta) * ctx * cached_bytes(config.kv_dtype, family.kv_values(meta)),
             workspace=4 * scratch_elements
             + _workspace_bytes(file, meta, family, config, min(ubatch, ctx), ctx)
             + _decode_bytes(file, meta, config, device),
@@ -162,12 +162,13 @@ def _workspace_bytes(
         (info.shape[-2] for info in file.tensors.values() if len(info.shape) == 2 and info.name.startswith("blk.")),
         default=0,
     )
-    per_token = 4 * (12 * hidden + 6 * widest) + 2 * top_k * (n_ff + hidden)
+    per_token = 4 * 6 * hidden + 2 * 4 * widest + 2 * top_k * (n_ff + hidden)
     if config.activations == "float":
-        per_token += 4 * 2 * top_k * hidden
+        per_token = 4 * (12 * hidden + 6 * widest) + 2 * top_k * (n_ff + 5 * hidden)
     embedding = file.tensors.get("token_embd.weight")
     n_vocab = embedding.shape[0] if embedding is not None else 0  # loading reports the missing tensor
     scores = min(SCORE_BYTES, 4 * meta.integer("attention.head_count") * n_token * ctx)
+    scores = scores if config.activations == "float" else 0  # else there is no matrix of them
     logits = min(LOGIT_BYTES, 4 * n_vocab * n_token)
     chunks = 3 * scores + 2 * logits + min(SCRATCH_BYTES, 4 * n_expert * n_ff * hidden)
-    return per_token * n_token + family.attention_bytes(meta, n_token, ctx) + chunks
+    return per_token * n_token + family.attention_bytes(meta, n_token, ctx, config) + chunks

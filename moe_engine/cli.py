@@ -37,6 +37,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or simulated
 VramBudget = Annotated[str | None, typer.Option(help="All VRAM to use, such as 6GiB. Default: 90 % of what is free.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 Miss = Annotated[str, typer.Option(help="Experts not in VRAM: cpu computes them, fetch copies them, auto divides.")]
+KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16, f32 or q8_0.")]
 Exact = Annotated[bool, typer.Option("--exact", help="Output does not depend on the cache: fetch every miss.")]
 Lookahead = Annotated[bool, typer.Option(help="Pull experts that the CPU will probably need into its caches.")]
 Prefetch = Annotated[str, typer.Option(help="Copy experts into VRAM before they are needed: off, auto or always.")]
@@ -63,6 +64,7 @@ def generate(
     vram_budget: VramBudget = None,
     threads: Threads = None,
     ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
+    kv_type: KVType = "f16",
     miss: Miss = "auto",
     exact: Exact = False,
     lookahead: Lookahead = True,
@@ -71,7 +73,7 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     text = _prompt_text(prompt, prompt_file)
-    options = {"device": device, "vram_budget": vram_budget, "threads": threads, "ctx": ctx}
+    options = {"device": device, "vram_budget": vram_budget, "threads": threads, "ctx": ctx, "kv_dtype": kv_type}
     with _engine(model, **options, miss=miss, exact=exact, lookahead=lookahead, prefetch=prefetch) as engine:
         generation = engine.stream(
             [{"role": "user", "content": text}] if chat else text,
@@ -123,6 +125,7 @@ def perplexity(
     device: Device = "auto",
     vram_budget: VramBudget = None,
     threads: Threads = None,
+    kv_type: KVType = "f16",
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text (windows of CTX tokens, the second half of each is scored)."""
@@ -130,7 +133,7 @@ def perplexity(
 
     text = _read_text(file)
     with (
-        _engine(model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx) as engine,
+        _engine(model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx, kv_dtype=kv_type) as engine,
         _progress("scoring", "ppl {task.fields[ppl]:.3f}", ppl=float("nan")) as (bar, task),
     ):
         result = measure(

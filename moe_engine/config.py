@@ -9,7 +9,7 @@ from moe_engine.errors import ConfigError
 
 ExpertHome = Literal["auto", "cpu", "cache"]
 Activations = Literal["int8", "float"]
-KVType = Literal["f16", "bf16", "f32"]
+KVType = Literal["f16", "bf16", "f32", "q8_0"]
 MissMode = Literal["auto", "cpu", "fetch"]
 PrefetchMode = Literal["off", "auto", "always"]
 
@@ -87,8 +87,9 @@ class EngineConfig(_Options):
     threads      CPU threads of the kernels; default: all this process may use.
     ctx          tokens of context the KV cache holds; default: 4096, or less if the model was trained for less.
     activations  "int8": the CPU kernels, and on a GPU those for few tokens, round activations to 8 bits in blocks,
-                 as other engines do; "float": they do not (slower, for exact comparisons).
-    kv_dtype     type of the KV cache.
+                 as other engines do, and a GPU's prompts round to bf16; "float": nothing is rounded (slower, for exact
+                 comparisons).
+    kv_dtype     type of the KV cache: "f16", "bf16", "f32" or "q8_0" (8 bits and a scale for each 32 values).
     ubatch       prompt tokens that go through the layers at once; default: 512 on the CPU, on a GPU as many as a
                  fifth of the memory allows.
     """

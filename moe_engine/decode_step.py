@@ -15,12 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_engine.backend import decode_weight, empty_activations
+from moe_engine.backend import decode_weight
 from moe_engine.config import SamplingParams
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.decode_product import matvec, moe_decode
 from moe_engine.kernels.mailbox import finish, post, wait
-from moe_engine.kernels.norm_rope import rms_norm
 from moe_engine.kernels.router_kernel import NextRouter, Routing, route_and_lookup
 from moe_engine.kernels.sampling_kernel import SamplerState, Variant, sample
 from moe_engine.kernels.worker import Mailbox
@@ -109,22 +108,17 @@ class DecodeStep:
         model, n = self.model, form.n_token
         positions = self.positions[:n]
         x = model.token_embd(self.tokens[:n])
-        for block, tensors in zip(model.blk, self.cache.tensors, strict=True):
-            cache = tuple(tensor[:n] for tensor in tensors)
-            x = block.attn.decode(self._norm(x, block.attn_norm), x, positions, cache, self.rope)
-            normed = self._norm(x, block.ffn_norm)
+        for block, cache in zip(model.blk, self.cache.first(n), strict=True):
+            x = block.attn.decode(Normed.of(x, block.attn_norm, model.eps), x, positions, cache, self.rope)
+            normed = Normed.of(x, block.ffn_norm, model.eps)
             if isinstance(block.ffn, MixtureOfExperts):
                 x = self._mixture(block.ffn, normed, x, form)
             else:
                 x = block.ffn.decode(normed, x)
-        last = self._norm(x, model.output_norm)
+        last = Normed.of(x, model.output_norm, model.eps)
         logits = matvec(last.values, decode_weight(model.output), activations=last.rounded)
         sample(logits, self.sampler, positions + 1, self.tokens[:n], variant=form.sampling)
         finish(self.mailbox, self.step, positions, self.tokens[:n], self.sampler.bad)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Normed:
-        rounded = empty_activations(x.shape[0], x.shape[1], x.device)
-        return Normed(rms_norm(x, weight, self.model.eps, activations=rounded)[0], rounded)
 
     def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, form: StepForm) -> Tensor:
         """Router, then hits and shared expert while the CPU works on the misses."""

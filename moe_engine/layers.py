@@ -9,13 +9,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from moe_engine.backend import decode_weight, empty_activations
+from moe_engine.backend import add_prompt_product, decode_weight, empty_activations, prompt_products
 from moe_engine.experts import Experts
 from moe_engine.kernels.attention import attention
 from moe_engine.kernels.decode_activations import RUN, Activations
 from moe_engine.kernels.decode_attention import decode_attention
 from moe_engine.kernels.decode_product import matvec, matvecs, moe_decode
 from moe_engine.kernels.norm_rope import qk_norm_rope_append
+from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
+from moe_engine.kernels.norm_rope_cache import Cache, half_type, part
+from moe_engine.kernels.prompt_attention import grouped_prompt_attention
 from moe_engine.kernels.router import RouterConfig, route
 from moe_engine.kv_cache import LayerCache, TokenShapes
 from moe_engine.metadata import Metadata
@@ -29,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class Attention(Protocol):
-    """What a family's attention must offer."""
+    """What a family's attention must offer: the definition in plain f32, and two forms in fused kernels."""
 
     kv_shapes: TokenShapes
     can_decode: bool  # whether `decode` takes these dimensions
@@ -38,12 +41,24 @@ class Attention(Protocol):
         """`x` f32 `[T, H]`, the normed hidden states of the tokens from `position` on, to `[T, H]`."""
         ...
 
-    def decode(self, x: "Normed", residual: Tensor, positions: Tensor, cache: tuple[Tensor, ...], rope: Rope) -> Tensor:
-        """The same for one token of each of T sequences, plus `residual` `[T, H]`, as a CUDA graph can hold it.
+    def decode(self, x: "Normed", residual: Tensor, positions: Tensor, cache: tuple[Cache, ...], rope: Rope) -> Tensor:
+        """The same for a few tokens, T / S of each of S sequences, plus `residual` `[T, H]`, for a CUDA graph.
 
-        positions: int32 `[T]` on the device; below zero: no token. cache: the sequences' tensors `[T, capacity, ...]`.
+        positions: int32 `[S]` on the device, a sequence's first token's; below zero: no token. cache: the sequences'
+        tensors `[S, capacity, ...]`.
         """
         ...
+
+    def prompt(self, x: Tensor, residual: Tensor, span: "Span", cache: tuple[Cache, ...], rope: Rope) -> None:
+        """The same for many tokens of one sequence, `x` bf16 `[T, H]`, added to `residual` f32 `[T, H]`."""
+        ...
+
+
+class Span(NamedTuple):
+    """Where the tokens of a prompt stand: the position of the first, on the host and int32 `[1]` on the device."""
+
+    position: int
+    start: Tensor
 
 
 class Normed(NamedTuple):
@@ -51,6 +66,11 @@ class Normed(NamedTuple):
 
     values: Tensor
     rounded: Activations | None
+
+    @classmethod
+    def of(cls, x: Tensor, weight: Tensor, eps: float) -> "Normed":
+        rounded = empty_activations(x.shape[0], x.shape[1], x.device)
+        return cls(rms_norm_kernel(x, weight, eps, activations=rounded)[0], rounded)
 
 
 class GroupedQueryAttention:
@@ -105,7 +125,7 @@ class GroupedQueryAttention:
         mixed = attention(q, keys, values, self.head_dim**-0.5, position)  # [T, n_head, head_dim]
         return self.attn_output(mixed.flatten(1))
 
-    def decode(self, x: Normed, residual: Tensor, positions: Tensor, cache: tuple[Tensor, ...], rope: Rope) -> Tensor:
+    def decode(self, x: Normed, residual: Tensor, positions: Tensor, cache: tuple[Cache, ...], rope: Rope) -> Tensor:
         weights = [decode_weight(linear) for linear in (self.attn_q, self.attn_k, self.attn_v)]
         q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in matvecs(x.values, weights, activations=x.rounded))
         keys, values = cache
@@ -113,8 +133,22 @@ class GroupedQueryAttention:
             q, k, v, rope.cos, rope.sin, positions, keys, values, norms=self.norms, eps=self.eps, bias=self.bias
         )
         rounded = empty_activations(len(q), self.n_head * self.head_dim, q.device) if self.head_dim % RUN == 0 else None
-        mixed = decode_attention(q[:, None], keys, values, positions, self.head_dim**-0.5, activations=rounded)
-        return matvec(mixed.flatten(1), decode_weight(self.attn_output), activations=rounded, residual=residual)
+        query = q.unflatten(0, (len(positions), -1))  # [S, T / S, n_head, head_dim]
+        mixed = decode_attention(query, keys, values, positions, self.head_dim**-0.5, activations=rounded)
+        mixed = mixed.view(len(residual), -1)
+        return matvec(mixed, decode_weight(self.attn_output), activations=rounded, residual=residual)
+
+    def prompt(self, x: Tensor, residual: Tensor, span: Span, cache: tuple[Cache, ...], rope: Rope) -> None:
+        products = prompt_products(x, self.attn_q, self.attn_k, self.attn_v)
+        q, k, v = (heads.unflatten(1, (-1, self.head_dim)) for heads in products)
+        keys, values = cache
+        query = torch.empty(q.shape, dtype=half_type(keys), device=q.device)
+        qk_norm_rope_append(
+            q, k, v, rope.cos, rope.sin, span.start, keys, values,
+            norms=self.norms, eps=self.eps, bias=self.bias, out=query,
+        )  # fmt: skip
+        mixed = grouped_prompt_attention(query, part(keys, 0), part(values, 0), self.head_dim**-0.5, span.position)
+        add_prompt_product(residual, mixed.flatten(1), self.attn_output)
 
 
 def gqa_dimensions(meta: Metadata) -> tuple[int, int, int]:
@@ -156,6 +190,14 @@ class SwiGLU:
             x.values, pool, layout, slots, self._scale(x.values), activations=x.rounded, residual=residual
         )
 
+    def prompt(self, x: Tensor, residual: Tensor) -> None:
+        """The same for many tokens, `x` bf16, added to `residual` f32 `[T, H]`."""
+        add_prompt_product(residual, self._activated(x), self.weights.down)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        gate, up = prompt_products(x, self.weights.gate, self.weights.up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
     def _scale(self, x: Tensor) -> Tensor:
         """What the output is multiplied with, f32 `[T, 1]`."""
         return torch.ones(len(x), 1, device=x.device)
@@ -170,6 +212,9 @@ class GatedSwiGLU(SwiGLU):
 
     def __call__(self, x: Tensor) -> Tensor:
         return super().__call__(x) * self._scale(x)
+
+    def _activated(self, x: Tensor) -> Tensor:
+        return super()._activated(x).mul_(self._scale(x.float()))
 
     def _scale(self, x: Tensor) -> Tensor:
         return torch.sigmoid(x @ self.ffn_gate_inp_shexp)[:, None]
@@ -198,9 +243,23 @@ class MixtureOfExperts:
         experts.register(layer, gate, up, down)
 
     def __call__(self, x: Tensor) -> Tensor:
-        expert_ids, expert_weights = route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)
-        out = self.experts(self.layer, x, expert_ids, expert_weights)
+        out = self._routed(x)
         return out if self.shared is None else out + self.shared(x)
+
+    def few(self, x: Normed, residual: Tensor) -> Tensor:
+        """The same for a few tokens, plus `residual` `[T, H]`, with the shared expert in fused kernels."""
+        out = self._routed(x.values)
+        return out.add_(residual if self.shared is None else self.shared.decode(x, residual))
+
+    def prompt(self, x: Tensor, residual: Tensor) -> None:
+        """The same for many tokens, `x` f32, added to `residual` f32 `[T, H]`."""
+        residual.add_(self._routed(x))
+        if self.shared is not None:
+            self.shared.prompt(x.bfloat16(), residual)
+
+    def _routed(self, x: Tensor) -> Tensor:
+        expert_ids, expert_weights = route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)
+        return self.experts(self.layer, x, expert_ids, expert_weights)
 
 
 def router_config(meta: Metadata, *, default_gating: str, normalize: bool | None) -> RouterConfig:

@@ -3,14 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
+from moe_engine.config import EngineConfig
 from moe_engine.experts import Experts
+from moe_engine.kernels.decode_product import DECODE_TOKENS
+from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
+from moe_engine.kernels.prompt_attention import EXPANDED_BYTES
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kv_cache import LayerCache, TokenShapes
 from moe_engine.layers import (
     Attention,
     MixtureOfExperts,
+    Normed,
+    Span,
     SwiGLU,
     gqa_dimensions,
     rms_norm,
@@ -76,7 +83,7 @@ class Transformer(ABC):
 
     @staticmethod
     @abstractmethod
-    def attention_bytes(meta: Metadata, n_token: int, ctx: int) -> int:
+    def attention_bytes(meta: Metadata, n_token: int, ctx: int, config: EngineConfig) -> int:
         """Bytes that one layer's attention holds besides scores, for `n_token` queries and `ctx` keys."""
 
     def shared_expert(self, prefix: str) -> SwiGLU | None:
@@ -108,10 +115,34 @@ class Transformer(ABC):
     def forward(self, ids: Tensor, position: int, cache: list[LayerCache], rope: Rope) -> Tensor:
         """Hidden states f32 `[T, hidden]`, normed for the head, of a sequence's tokens int64 `[T]` at `position`."""
         x = self.token_embd(ids)
+        if self.weights.backend.fused:
+            span = Span(position, torch.full((1,), position, dtype=torch.int32, device=x.device))
+            few = len(ids) <= DECODE_TOKENS and all(block.attn.can_decode for block in self.blk)
+            for block, layer_cache in zip(self.blk, cache, strict=True):
+                x = (self._few_tokens if few else self._many_tokens)(block, x, span, layer_cache, rope)
+            return rms_norm_kernel(x, self.output_norm, self.eps)[0]
         for block, layer_cache in zip(self.blk, cache, strict=True):
             x = x + block.attn(rms_norm(x, block.attn_norm, self.eps), position, layer_cache, rope)
             x = x + block.ffn(rms_norm(x, block.ffn_norm, self.eps))
         return rms_norm(x, self.output_norm, self.eps)
+
+    def _few_tokens(self, block: Block, x: Tensor, span: Span, cache: LayerCache, rope: Rope) -> Tensor:
+        """A layer in the kernels of the decode step."""
+        x = block.attn.decode(Normed.of(x, block.attn_norm, self.eps), x, span.start, cache.tensors, rope)
+        normed = Normed.of(x, block.ffn_norm, self.eps)
+        return block.ffn.few(normed, x) if isinstance(block.ffn, MixtureOfExperts) else block.ffn.decode(normed, x)
+
+    def _many_tokens(self, block: Block, x: Tensor, span: Span, cache: LayerCache, rope: Rope) -> Tensor:
+        """A layer on the tensor cores; x is overwritten."""
+        rounded = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+        rms_norm_kernel(x, block.attn_norm, self.eps, out=rounded)
+        block.attn.prompt(rounded, x, span, cache.tensors, rope)
+        if isinstance(block.ffn, MixtureOfExperts):
+            block.ffn.prompt(rms_norm_kernel(x, block.ffn_norm, self.eps)[0], x)
+        else:
+            rms_norm_kernel(x, block.ffn_norm, self.eps, out=rounded)
+            block.ffn.prompt(rounded, x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` from `forward` to logits f32 `[n, n_vocab]`."""
@@ -136,6 +167,10 @@ class GroupedQueryTransformer(Transformer):
         return 2 * n_kv_head * head_dim
 
     @staticmethod
-    def attention_bytes(meta: Metadata, n_token: int, ctx: int) -> int:
+    def attention_bytes(meta: Metadata, n_token: int, ctx: int, config: EngineConfig) -> int:
         n_head, n_kv_head, head_dim = gqa_dimensions(meta)
-        return 4 * head_dim * (6 * n_token * n_head + 6 * ctx * n_kv_head)
+        if config.activations == "float":
+            return 4 * head_dim * (6 * n_token * n_head + 6 * ctx * n_kv_head)
+        per_head = 0 if config.kv_dtype in ("f16", "bf16") else 4 * ctx * head_dim  # keys and values written out as f16
+        expanded = min(max(EXPANDED_BYTES, per_head), per_head * n_kv_head)
+        return 2 * head_dim * n_token * (3 * n_head + 2 * n_kv_head) + expanded

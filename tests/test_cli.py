@@ -100,7 +100,7 @@ def test_inspect_of_an_unsupported_architecture(run: Run, tmp_path: Path) -> Non
 def test_perplexity(run: Run, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parent / "data" / "heldout-4k.txt").read_text(encoding="utf-8")[:3000])
-    done = run("perplexity", "-f", str(text), "--ctx", "128", "--device", "cpu", "--json")
+    done = run("perplexity", "-f", str(text), "--ctx", "128", "--device", "cpu", "--kv-type", "q8_0", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert 1 < found["ppl"] < 100
@@ -119,6 +119,7 @@ def test_tokenize(run: Run) -> None:
         ("generate", "x", "-m", "no-such-file.gguf"),
         ("generate", "x", "--temperature", "-1"),
         ("generate", "x", "--vram-budget", "lots"),
+        ("generate", "x", "--kv-type", "q4_0"),
         ("generate",),
         ("generate", "x", "--prompt-file", "y"),
         ("generate", "--prompt-file", "no-such-file.txt"),

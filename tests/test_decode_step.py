@@ -18,6 +18,7 @@ from moe_engine import ConfigError, DecodeError, Engine
 from moe_engine.decode_step import StepForm
 from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
 from moe_engine.kernels.decode_matvec import run_kernels
+from moe_engine.kernels.norm_rope_cache import cached_floats
 
 PROMPT = [1, 2, 3]
 MODELS = {"qwen3moe/plain": "F16", "deepseek2/v3": "Q8_0"}
@@ -58,7 +59,7 @@ def greedy(engine: Engine, n: int, prompt: list[int] = PROMPT) -> list[int]:
 
 def kept(engine: Engine) -> list[Tensor]:
     """Keys and values, or latents: what a layer has computed shows in those of the next."""
-    return [tensor.clone() for layer in engine.cache.tensors for tensor in layer]
+    return [cached_floats(cache).clone() for layer in engine.cache.tensors for cache in layer]
 
 
 @pytest.fixture(scope="module")

@@ -245,6 +245,26 @@ def test_linear(name: str, rows_at_once: int, n_token: int) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("room", [256 * 400, 256 * 150, 256 * 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_linear(room: int, dtype: torch.dtype) -> None:
+    """Matrices of three types side by side, whatever slices of them the scratch holds at once."""
+    weights, values = [], []
+    for name, n_rows in (("Q4_K", 40), ("Q8_0", 100), ("Q6_K", 13)):
+        data, type, n_in = random_weight(name, n_rows, 256 // max(BY_NAME[name].block_size, 32))
+        weights.append(QuantTensor(place(data, 0), type, n_in))
+        values.append(expected(data, type))
+    w = torch.cat(values).to(dtype).double()
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    scratch, exact = torch.empty(room // 2, device=DEVICE), x.double() @ w.T  # room for `room` halves
+    out = dequantize.half_linear(x, weights, scratch, torch.empty(5, 153, device=DEVICE))
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    rounded = dequantize.half_linear(x, weights, scratch, torch.empty(5, 153, device=DEVICE, dtype=dtype))
+    torch.testing.assert_close(rounded.double(), exact, rtol=2**-7, atol=1e-2 * float(exact.abs().max()))
+    total = dequantize.half_linear(x, weights, scratch, out.clone(), add=True)
+    torch.testing.assert_close(total, out + out, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
 def test_linear_of_a_batch_is_that_of_its_members() -> None:
     data, type, n_in = random_weight("Q4_K", 4 * 7, 2)
     stack = QuantTensor(place(data.reshape(4, 7, -1), 2), type, n_in)

@@ -12,6 +12,7 @@ from filled_slots import fill_slots
 from moe_engine import Engine
 from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.kernels.norm_rope_cache import cached_floats
 from moe_engine.perplexity import perplexity
 
 pytestmark = pytest.mark.gpu
@@ -68,6 +69,25 @@ def test_kernels_for_few_tokens_keep_the_perplexity(experts: str) -> None:
     assert min(abs(ppl / recorded.ppl_exact - 1), abs(ppl / recorded.ppl_llama_cpp - 1)) < 0.007
 
 
+@pytest.mark.parametrize(("kv_dtype", "limit"), [("f16", 0.005), ("f32", 0.005), ("bf16", 0.01), ("q8_0", 0.01)])
+def test_prompts_on_tensor_cores_keep_the_perplexity(kv_dtype: str, limit: float) -> None:
+    text = (DATA / "heldout-4k.txt").read_text(encoding="utf-8")
+    recorded = Recorded.load(DATA, "stories-deepseek-Q4_K_M")
+    with load(kv_dtype=kv_dtype) as engine:
+        assert engine.model.weights.backend.fused
+        ppl = perplexity(engine, text).ppl
+    assert abs(ppl / recorded.ppl_exact - 1) < limit
+
+
+def test_any_micro_batches_give_the_logits_of_one() -> None:
+    ids = [(i * 7919) % 400 for i in range(300)]
+    with load(ubatch=300) as whole, load(ubatch=70) as parts:
+        expected = whole.forward(ids)
+        error = (parts.forward(ids) - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.median() < 0.02
+    assert (error > 0.1).sum() <= 5  # router near-ties
+
+
 def test_without_the_decode_step_tokens_do_not_depend_on_what_is_in_slots() -> None:
     outputs = []
     for slots in (1, 9, None):
@@ -96,7 +116,7 @@ def test_exact_keys_and_values_are_the_eager_ones_bit_for_bit() -> None:
         with load(kv_dtype="f32", ctx=512, **options) as engine:
             greedy(engine, PROMPTS[1])
             n = len(engine._in_cache[0])
-            kept.append([tensor[0, :n].cpu() for layer in engine.cache.tensors for tensor in layer])
+            kept.append([cached_floats(cache)[0, :n].cpu() for layer in engine.cache.tensors for cache in layer])
     assert all(map(torch.equal, kept[1], kept[0]))
     assert all(map(torch.equal, kept[2], kept[0]))
 

@@ -9,19 +9,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_engine.backend import decode_weight, empty_activations
+from moe_engine.backend import add_prompt_product, decode_weight, empty_activations, prompt_products
+from moe_engine.config import EngineConfig
 from moe_engine.errors import UnsupportedModelError
 from moe_engine.kernels.attention import attention
 from moe_engine.kernels.decode_activations import RUN
 from moe_engine.kernels.decode_attention import decode_attention
 from moe_engine.kernels.decode_product import matvec, matvecs
+from moe_engine.kernels.dequantize import dequantize
 from moe_engine.kernels.norm_rope import latent_norm_rope_append
 from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
+from moe_engine.kernels.norm_rope_cache import Cache, cached_halves, half_type, part
+from moe_engine.kernels.prompt_attention import EXPANDED_BYTES, heads_at_once, prompt_attention
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kv_cache import LayerCache, TokenShapes
-from moe_engine.layers import Attention, Normed, SwiGLU, rms_norm, router_config
+from moe_engine.layers import Attention, Normed, Span, SwiGLU, rms_norm, router_config
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer
 from moe_engine.rope import Rope, RopeConfig
@@ -52,10 +56,6 @@ class MLADimensions:
         )
 
 
-# Keys and values expanded for all heads may take this much; beyond it the absorbed form is used.
-EXPANDED_BYTES = 256 << 20
-
-
 class Model(Transformer):
     def router_config(self) -> RouterConfig:
         # Files from before the gating key are V2's; a selection bias without the key means V3's sigmoid.
@@ -77,9 +77,14 @@ class Model(Transformer):
         return d.kv_lora + d.n_rot
 
     @staticmethod
-    def attention_bytes(meta: Metadata, n_token: int, ctx: int) -> int:
+    def attention_bytes(meta: Metadata, n_token: int, ctx: int, config: EngineConfig) -> int:
         d = MLADimensions.from_metadata(meta)
-        latent = d.kv_lora + d.n_rot
+        latent, matrices = d.kv_lora + d.n_rot, d.n_head * d.kv_lora * (d.qk_nope + d.v_dim)
+        if config.activations == "int8":
+            per_head = 2 * ctx * (d.qk_nope + d.v_dim)
+            expanded = min(max(EXPANDED_BYTES, per_head), per_head * d.n_head)
+            per_token = d.n_head * (d.qk_nope + 2 * d.n_rot + d.v_dim) + meta.integer("embedding_length") + latent
+            return 2 * (n_token * per_token + ctx * latent + matrices) + expanded
         expanded = min(EXPANDED_BYTES, 4 * ctx * d.n_head * (d.qk_nope + d.n_rot + d.v_dim))
         return 4 * latent * (6 * n_token * d.n_head + 4 * ctx) + 3 * expanded
 
@@ -165,7 +170,7 @@ class LatentAttention:
         attend = self._expanded if self._expand_pays(x.shape[0], seen.shape[0]) else self._absorbed
         return self.attn_output(attend(q_nope, q_pe, seen, position).flatten(1))
 
-    def decode(self, x: Normed, residual: Tensor, positions: Tensor, cache: tuple[Tensor, ...], rope: Rope) -> Tensor:
+    def decode(self, x: Normed, residual: Tensor, positions: Tensor, cache: tuple[Cache, ...], rope: Rope) -> Tensor:
         d, n, device = self.dimensions, len(residual), residual.device
         first = self.attn_q if self.attn_q_a_norm is None else self.attn_q_a
         weights = (decode_weight(first), decode_weight(self.attn_kv_a_mqa))
@@ -194,19 +199,63 @@ class LatentAttention:
         absorbed = query[..., : d.kv_lora].transpose(0, 1)  # [n_head, n, kv_lora]
         matvec(q_nope.transpose(0, 1), decode_weight(self.attn_k_b), absorbed, rounded)
         rounded = empty_activations(d.n_head * n, d.kv_lora, device)
-        mixed = decode_attention(
-            query[:, None], latents, None, positions, self.scale, d_value=d.kv_lora, activations=rounded
-        )
+        query = query.unflatten(0, (len(positions), -1))  # [S, n / S, n_head, kv_lora + n_rot]
+        mixed = decode_attention(query, latents, None, positions, self.scale, d_value=d.kv_lora, activations=rounded)
         heads = torch.empty(n, d.n_head, d.v_dim, device=device)
         out_rounded = empty_activations(n, d.n_head * d.v_dim, device) if d.v_dim % RUN == 0 else None
         matvec(
-            mixed[:, 0].transpose(0, 1),
+            mixed.flatten(0, 1).transpose(0, 1),
             decode_weight(self.attn_v_b),
             heads.transpose(0, 1),
             rounded,
             out_activations=out_rounded,
         )
         return matvec(heads.flatten(1), decode_weight(self.attn_output), activations=out_rounded, residual=residual)
+
+    def prompt(self, x: Tensor, residual: Tensor, span: Span, cache: tuple[Cache, ...], rope: Rope) -> None:
+        d, (latents,) = self.dimensions, cache
+        first = self.attn_q if self.attn_q_a_norm is None else self.attn_q_a
+        q, kv = prompt_products(x, first, self.attn_kv_a_mqa)
+        if self.attn_q_a_norm is not None:
+            normed = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            rms_norm_kernel(q, self.attn_q_a_norm, self.eps, out=normed)
+            (q,) = prompt_products(normed, self.attn_q)
+        q_nope, q_pe = q.unflatten(1, (d.n_head, -1)).split([d.qk_nope, d.n_rot], dim=-1)
+        rotated = torch.empty(q_pe.shape, dtype=half_type(latents), device=q.device)
+        latent_norm_rope_append(
+            q_pe, kv, self.attn_kv_a_norm, rope.cos, rope.sin, span.start, latents, eps=self.eps, out=rotated
+        )
+        seen = cached_halves(part(latents, (slice(0, 1), slice(span.position + len(x)))))[0]
+        mixed = self._prompt_attention(q_nope, rotated, seen, span.position)
+        add_prompt_product(residual, mixed.flatten(1), self.attn_output)
+
+    def _prompt_attention(self, q_nope: Tensor, q_pe: Tensor, seen: Tensor, position: int) -> Tensor:
+        """Heads attend to keys and values expanded from the latents `seen`, some at a time: bf16 `[T, n_head, v_dim]`.
+
+        V2-Lite and V3 multiply and add 1088 times a token, key and head with latents, 320 times with expanded keys and
+        values; expanding takes 131072 a key and head. So it pays from 171 tokens on, and at 16 k keys costs little.
+        """
+        d = self.dimensions
+        matrices = decode_weight(self.attn_k_b), decode_weight(self.attn_v_b)
+        latents, k_pe = seen.split([d.kv_lora, d.n_rot], dim=-1)
+        out = q_nope.new_empty(len(q_nope), d.n_head, d.v_dim)
+        step = heads_at_once(d.n_head, len(seen) * (d.qk_nope + d.v_dim))
+        for start in range(0, d.n_head, step):
+            heads = slice(start, start + step)
+            k_b, v_b = (dequantize(matrix[heads], dtype=seen.dtype) for matrix in matrices)
+            keys = torch.bmm(latents.expand(len(k_b), -1, -1), k_b)  # [heads, n_key, qk_nope]
+            values = (latents @ v_b.flatten(0, 1).T).unflatten(1, (-1, d.v_dim))  # [n_key, heads, v_dim]
+            prompt_attention(
+                q_nope[:, heads],
+                keys.transpose(0, 1),
+                values,
+                self.scale,
+                position,
+                query_shared=q_pe[:, heads],
+                key_shared=k_pe,
+                out=out[:, heads],
+            )
+        return out
 
     def _expand_pays(self, n_token: int, n_key: int) -> bool:
         """Whether expanding the keys costs fewer multiplications than the wider dot products it saves."""
