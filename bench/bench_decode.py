@@ -92,9 +92,9 @@ def routing_for(n_layer: int, n_expert: int, top_k: int) -> tuple[Tensor, Tensor
     hits 46 % with 25 % of the experts in slots and 77 % with 50 %; the recording itself 46 and 76). Layers beyond the
     recording's twelve repeat it some hundreds of tokens later.
 
-    Predictions have the recorded recall. It is 69 to 84 % for the next layer and 59 to 75 % for the one after that; what
-    layer 0 predicts is much worse, as in all models. Where the recorded layers that are predicted from layer 0, or not at
-    all, stand for later ones, they are predicted as well as the layer behind them.
+    Predictions have the recorded recall. It is 69 to 84 % for the next layer and 59 to 75 % for the one after that;
+    what layer 0 predicts is much worse, as in all models. Where the recorded layers that are predicted from layer 0, or
+    not at all, stand for later ones, they are predicted as well as the layer behind them.
     """
     recorded = np.load(ROUTING)
     ids = recorded["ids"].astype(np.int32)  # [n_step, 12, 8]

@@ -36,8 +36,8 @@ def post(
     step: int64 `[1]`. positions: int32 `[n_token]`; tokens below zero are taken out of `routing` (-1). x: f32
     `[n_token, hidden]`. arrived: int32 `[1]`, zero before and after. replay: int32 `[n_step, n_layer, top_k]`, recorded
     choices that take the place of the router's, with their slots in slot_table, int32 `[n_layer, n_expert]`; then those
-    guessed of each layer are in replay_ahead, `[MAX_AHEAD, n_step, n_layer, top_k]`, by how many layers before; where that
-    is None nothing is guessed.
+    guessed of each layer are in replay_ahead, `[MAX_AHEAD, n_step, n_layer, top_k]`, by how many layers before; where
+    that is None nothing is guessed.
     """
     n_token, top_k = routing.ids.shape
     assert x.shape == (n_token, mailbox.hidden), (x.shape, mailbox.hidden)

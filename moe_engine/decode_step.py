@@ -65,8 +65,8 @@ class DecodeStep:
     Attributes are device tensors that the host sets before a generation: tokens, positions int32 `[n_sequence]` (the
     last token of each sequence and where it stands; below zero: none), step int64 `[1]`, `sampler`.
     replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
-    replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer, top_k]`, what was predicted of each layer by the one before, and by
-    the one before that; None: nothing is predicted then.
+    replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer, top_k]`, what was predicted of each layer by the one before, and
+    by the one before that; None: nothing is predicted then.
     """
 
     def __init__(
