@@ -44,10 +44,11 @@ stage  the same without worker and mailbox, synchronously: the reference, not to
 class StepForm:
     """What is fixed when a step is captured."""
 
-    n_token: int  # one of each sequence
+    n_token: int  # one of each sequence; or of one sequence's prompt
     misses: Misses
     sampling: Variant
     ahead: int = 0  # of how many of the next layers each predicts what they choose
+    prompt_of: int | None = None  # the sequence whose prompt's next tokens these are: nothing is sampled
 
 
 @dataclass
@@ -57,6 +58,10 @@ class Running:
     tokens: list[int]
     params: SamplingParams
     sampler: Sampler
+
+
+PROMPT_TOKENS = 16
+"""Of a prompt that go through one step: as many as the decode kernels take."""
 
 
 class DecodeStep:
@@ -81,9 +86,15 @@ class DecodeStep:
         self.model, self.experts, self.cache, self.rope, self.sampler = model, experts, cache, rope, sampler
         n_layer, n_expert = experts.slot_table.shape
         n = cache.n_sequence
-        self.mailbox = Mailbox.allocate(n_layer, n_expert, model.router.top_k, model.hidden, n, device.type == "cuda")
+        n_row = max(n, PROMPT_TOKENS)
+        pinned = device.type == "cuda"
+        self.mailbox = Mailbox.allocate(n_layer, n_expert, model.router.top_k, model.hidden, n_row, pinned)
         self.tokens = torch.zeros(n, dtype=torch.int32, device=device)
         self.positions = torch.full((n,), -1, dtype=torch.int32, device=device)
+        self.prompt_tokens, self.prompt_positions = (
+            torch.zeros(PROMPT_TOKENS, dtype=torch.int32, device=device) for _ in range(2)
+        )
+        self._never_bad = torch.zeros(PROMPT_TOKENS, dtype=torch.int32, device=device)
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.waited = torch.zeros(n_layer, dtype=torch.int64, device=device)  # nanoseconds
         self.replay: Tensor | None = None
@@ -103,24 +114,39 @@ class DecodeStep:
             target.fill_(-1)
             target[:n] = torch.tensor(values, dtype=target.dtype)
 
+    def set_prompt(self, ids: Sequence[int], position: int) -> None:
+        """Sets what a step with the next tokens of a prompt depends on; at most PROMPT_TOKENS, from `position` on."""
+        n = len(ids)
+        self.prompt_tokens[:n] = torch.tensor(ids, dtype=torch.int32)
+        self.prompt_positions.fill_(-1)
+        self.prompt_positions[:n] = torch.arange(position, position + n, dtype=torch.int32)
+
     def run(self, form: StepForm) -> None:
         """Launches everything; returns at once on a GPU."""
-        model, n = self.model, form.n_token
-        positions = self.positions[:n]
-        x = model.token_embd(self.tokens[:n])
-        for block, cache in zip(model.blk, self.cache.first(n), strict=True):
-            x = block.attn.decode(Normed.of(x, block.attn_norm, model.eps), x, positions, cache, self.rope)
+        model, n, tokens, positions = self.model, form.n_token, self.tokens, self.positions
+        if form.prompt_of is not None:
+            tokens, positions = self.prompt_tokens, self.prompt_positions
+        tokens, positions = tokens[:n], positions[:n]
+        starts, caches = positions, self.cache.first(n)
+        if form.prompt_of is not None:
+            starts, caches = positions[:1], [layer.tensors for layer in self.cache.sequence(form.prompt_of)]
+        x = model.token_embd(tokens)
+        for block, cache in zip(model.blk, caches, strict=True):
+            x = block.attn.decode(Normed.of(x, block.attn_norm, model.eps), x, starts, cache, self.rope)
             normed = Normed.of(x, block.ffn_norm, model.eps)
             if isinstance(block.ffn, MixtureOfExperts):
-                x = self._mixture(block.ffn, normed, x, form)
+                x = self._mixture(block.ffn, normed, x, positions, form)
             else:
                 x = block.ffn.decode(normed, x)
+        if form.prompt_of is not None:
+            finish(self.mailbox, self.step, positions, tokens, self._never_bad[:n])
+            return
         last = Normed.of(x, model.output_norm, model.eps)
         logits = matvec(last.values, decode_weight(model.output), activations=last.rounded)
-        sample(logits, self.sampler, positions + 1, self.tokens[:n], variant=form.sampling)
-        finish(self.mailbox, self.step, positions, self.tokens[:n], self.sampler.bad)
+        sample(logits, self.sampler, positions + 1, tokens, variant=form.sampling)
+        finish(self.mailbox, self.step, positions, tokens, self.sampler.bad)
 
-    def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, form: StepForm) -> Tensor:
+    def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, positions: Tensor, form: StepForm) -> Tensor:
         """Router, then hits and shared expert while the CPU works on the misses."""
         layer, table = self.experts.index[moe.layer], self.experts.slot_table
         pool = self.experts.pool_of(layer)
@@ -138,7 +164,7 @@ class DecodeStep:
                 self.mailbox,
                 layer,
                 self.step,
-                self.positions,
+                positions,
                 routing,
                 x.values,
                 self._arrived,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.config import EngineConfig, PrefetchMode
-from moe_engine.decode_step import DecodeStep, Misses, Running, StepForm
+from moe_engine.decode_step import PROMPT_TOKENS, DecodeStep, Misses, Running, StepForm
 from moe_engine.errors import DecodeError, ModelFormatError
 from moe_engine.experts import Experts
 from moe_engine.kernels.decode_matvec import run_kernels
@@ -25,6 +25,8 @@ from moe_engine.stats import Stats
 
 # Of every so many steps one may fetch, to see whether that pays; it does if this share of the misses is fetched.
 PROBE_STEPS, FETCH_SHARE = 32, 0.2
+
+FEW_PROMPT_TOKENS = 4  # a step for so few is faster than one for PROMPT_TOKENS
 
 NOT_FINITE = "the model's logits are not finite: the file's weights are damaged"
 
@@ -188,7 +190,7 @@ class GraphDecoder:
     @torch.inference_mode()
     def next(self) -> list[int]:
         while self.launched < min(self.taken + self._ahead(), self._last):
-            self._launch()
+            self._launch(self._next_form())
         return self._take()
 
     def _ahead(self) -> int:
@@ -201,11 +203,31 @@ class GraphDecoder:
         fetches = len(self.misses) > 1 and (step % PROBE_STEPS == 0 or self._fetch_share > FETCH_SHARE)
         return replace(self._form, misses=self.misses[-1 if fetches else 0], ahead=ahead)
 
-    def _launch(self) -> None:
-        form, step = self._next_form(), self.launched + 1
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether `prompt` is possible: not where experts have to be fetched first, for a step may choose too many."""
+        return self.misses[0] in ("none", "cpu")
+
+    @torch.inference_mode()
+    def prompt(self, index: int, ids: Sequence[int], position: int) -> None:
+        """Brings tokens of a prompt, from `position` on, into a sequence's KV cache, some with each step.
+
+        Behind the last one the cache must have room for PROMPT_TOKENS more, which are written and mean nothing.
+        """
+        self._drain()
+        for start in range(0, len(ids), PROMPT_TOKENS):
+            some = ids[start : start + PROMPT_TOKENS]
+            self.step.set_prompt(some, position + start)
+            n_token = FEW_PROMPT_TOKENS if len(some) <= FEW_PROMPT_TOKENS else PROMPT_TOKENS
+            self._launch(StepForm(n_token, self.misses[0], "greedy", prompt_of=index))
+            self._take()
+
+    def _launch(self, form: StepForm) -> None:
+        step = self.launched + 1
         with _decode_errors():
             late, posted = form.misses in ("late", "merge"), form.misses != "none"
-            self.worker.expect(step, form.n_token, late, posted, pull=self.lookahead)
+            pull = self.lookahead and form.prompt_of is None
+            self.worker.expect(step, form.n_token, late, posted, pull=pull)
         graph = self._graphs.get(form)
         if graph is not None:
             graph.replay()

@@ -8,7 +8,7 @@ decode    one token at a time: forward, sample, stop?
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -30,9 +30,11 @@ from moe_engine.hardware import Bound, Hardware, measure
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.sampling_kernel import SamplerState
 from moe_engine.kv_cache import KVCache
+from moe_engine.layers import MixtureOfExperts
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer
 from moe_engine.models import model_class
+from moe_engine.prefill import Prefill
 from moe_engine.prompt_experts import PromptExperts
 from moe_engine.sampling import Sampler
 from moe_engine.stats import Stats, peak_ram_bytes
@@ -87,7 +89,6 @@ class Engine:
         self.model, self.cache, self.vram_plan = model, cache, vram_plan
         self.rope = model.make_rope(cache.capacity)
         self.device = model.output_norm.device
-        self.ubatch = vram_plan.ubatch if vram_plan is not None else config.ubatch or DEFAULT_UBATCH
         self._in_cache: list[list[int]] = [[] for _ in range(cache.n_sequence)]  # tokens of each KV cache
         self.decoder: Decoder = EagerDecoder(self._decode_step, experts)
         if isinstance(experts, CachedExperts) and can_use_step(config, model):
@@ -96,6 +97,8 @@ class Engine:
             self.decoder = StagedDecoder(step) if config.eager else GraphDecoder.start(step, config)
         if isinstance(experts, CachedExperts) and not isinstance(self.decoder, GraphDecoder):
             experts.fill()  # prompts use them
+        ubatch = vram_plan.ubatch if vram_plan is not None else config.ubatch or DEFAULT_UBATCH
+        self.prefill = Prefill(model, experts, cache, self.rope, self.decoder, ubatch, config.exact)
 
     @classmethod
     def load(
@@ -150,7 +153,10 @@ class Engine:
                 n_stage = config.staging_slots(model.router.top_k)
                 experts.allocate(_slot_budget(plan, device, held), n_choice, config.cache_slots, plan.staging, n_stage)
                 if plan.caches_experts and config.activations == "int8":
-                    experts.prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact)
+                    routers = [
+                        partial(_ids, block.ffn) for block in model.blk if isinstance(block.ffn, MixtureOfExperts)
+                    ]
+                    experts.prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact, routers)
             return cls(config, file, tokenizer, model, experts, cache, plan)
 
     @staticmethod
@@ -215,15 +221,14 @@ class Engine:
         ids = self._checked_ids(token_ids)
         self._check_fits(ids)
         self._in_cache[0] = []
-        return torch.cat([self._logits(hidden) for hidden in self._prefill(ids)])
+        return torch.cat([self._logits(hidden) for hidden in self.prefill.hidden(ids)])
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
     def _decode(self, generations: Sequence["Generation"]) -> Iterator[None]:
         """Prefill, then decode until each generation is done. Yields whenever all have been given a token.
 
-        The last token of a prompt is the first that decodes, so what follows a prompt does not depend on how much of it
-        was in the KV cache already.
+        The last token of a prompt is the first that decodes, so none is computed twice when more follow.
         """
         clock, stats = _Clock(), Stats()
         running = []
@@ -232,8 +237,6 @@ class Engine:
             sampler = Sampler(generation.params, self.tokenizer.suppress_ids)
             running.append(Running(list(generation.prompt_tokens), generation.params, sampler))
             self._prompt(index, generation.prompt_tokens, stats)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
         stats.prompt_seconds = clock.lap()
         self.decoder.reset_stats()
         active = [index for index, generation in enumerate(generations) if not generation.done]
@@ -290,19 +293,8 @@ class Engine:
         stats.prompt_tokens += len(ids)
         stats.reused_tokens += reused
         self._in_cache[index] = ids[:reused]
-        for _ in self._prefill(ids[:-1], reused, index):
-            pass
+        self.prefill(ids[:-1], reused, index)
         self._in_cache[index] = ids[:-1]
-
-    @torch.inference_mode()
-    def _prefill(self, ids: Sequence[int], first: int = 0, index: int = 0) -> Iterator[Tensor]:
-        """Runs a sequence's tokens from `first` on; yields the hidden states `[n, hidden]` of each micro-batch."""
-        for start in range(first, len(ids), self.ubatch):
-            yield self._forward(ids[start : start + self.ubatch], start, index)
-
-    def _forward(self, ids: Sequence[int], position: int, index: int) -> Tensor:
-        tokens = torch.tensor(ids, dtype=torch.int64, device=self.device)
-        return self.model.forward(tokens, position, self.cache.sequence(index), self.rope)
 
     @torch.inference_mode()
     def _logits(self, hidden: Tensor) -> Tensor:
@@ -317,7 +309,9 @@ class Engine:
         if self.device.type == "cpu" and position < SHORT_CONTEXT:
             torch.set_num_threads(1)
         try:
-            return self._logits(self._forward([token], position, index))[0, : self.tokenizer.n_vocab]
+            tokens = torch.tensor([token], device=self.device)
+            hidden = self.model.forward(tokens, position, self.cache.sequence(index), self.rope)
+            return self._logits(hidden)[0, : self.tokenizer.n_vocab]
         finally:
             torch.set_num_threads(threads)
 
@@ -347,7 +341,7 @@ class Engine:
         if "decoder" in self.__dict__:
             self.decoder.close()
             self.experts.close()
-        for name in ("decoder", "model", "experts", "cache", "rope", "file"):
+        for name in ("prefill", "decoder", "model", "experts", "cache", "rope", "file"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -437,6 +431,10 @@ class _Clock:
         now = time.perf_counter()
         elapsed, self.last = now - self.last, now
         return elapsed
+
+
+def _ids(mixture: MixtureOfExperts, x: Tensor) -> Tensor:
+    return mixture.choose(x)[0]
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -257,8 +257,12 @@ class MixtureOfExperts:
         if self.shared is not None:
             self.shared.prompt(x.bfloat16(), residual)
 
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids int64 and weights f32 of the chosen experts, both `[T, top_k]`."""
+        return route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)
+
     def _routed(self, x: Tensor) -> Tensor:
-        expert_ids, expert_weights = route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)
+        expert_ids, expert_weights = self.choose(x)
         return self.experts(self.layer, x, expert_ids, expert_weights)
 
 

@@ -8,6 +8,7 @@ the products that need an expert wait for its copy. Slots and their table stay a
 
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from moe_engine.expert_cache import CachedExperts
 
 SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
-RUN_AHEAD_SHARE = 0.5  # of a layer's experts in use, from which the next one's are copied before they are asked for
+FORECAST_TOKENS = 1024  # of a micro-batch, from which the next layer's choice is foreseen
 NEWEST = 0.2  # weight of the newest measurement in a rate
 
 
@@ -46,6 +47,11 @@ class _Choice(NamedTuple):
     counts: list[int]  # tokens of each expert
     resident: list[int]  # slot of each expert or -1
     resident_next: list[int]  # the same of the next layer
+    forecast: list[int]  # tokens of each expert there, foreseen
+
+
+Chooser = Callable[[Tensor], Tensor]
+"""A layer's router: x f32 `[n_token, hidden]` to the ids of the chosen experts, int64 `[n_token, top_k]`."""
 
 
 class _CpuShare(NamedTuple):
@@ -61,11 +67,13 @@ class PromptExperts:
     """Call it with a MoE layer; see `Experts` for the rest.
 
     n_token: tokens of a micro-batch at most. exact: the CPU gets nothing, so that results do not depend on what is
-    cached.
+    cached. choosers: by MoE layer; applied to the inputs of the layer before, they say what to copy ahead.
     """
 
-    def __init__(self, experts: "CachedExperts", n_token: int, top_k: int, exact: bool) -> None:
-        self.experts, self.exact = experts, exact
+    def __init__(
+        self, experts: "CachedExperts", n_token: int, top_k: int, exact: bool, choosers: Sequence[Chooser] = ()
+    ) -> None:
+        self.experts, self.exact, self.choosers = experts, exact, choosers
         self.rates, self.counts = Rates(), PromptCounts()
         device, n_expert, hidden = experts.device, experts.n_expert, experts.layouts[0].hidden
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -82,10 +90,10 @@ class PromptExperts:
 
         # The host writes only after it has waited for a layer's choice, so what earlier layers had to read is read.
         n_short = min(SHORT_PROMPT, n_token)
-        self._offsets, self._table = host(n_expert + 1), host(2, n_expert)
+        self._offsets, self._table, self._forecast = host(n_expert + 1), host(2, n_expert), host(n_expert)
         self._x = host(n_short, hidden, dtype=torch.float32)
         self._ids, self._weights = host(n_short, top_k, dtype=torch.int64), host(n_short, top_k, dtype=torch.float32)
-        self._places = host(4, n_expert)
+        self._places = host(5, n_expert)
         self._partial = host(0, hidden, dtype=torch.float32)
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -93,6 +101,8 @@ class PromptExperts:
         table = experts.slot_table[layer]
         product = self._product(x, ids, weights, experts.n_expert, pool.layout, workspace=self._workspace)
         if experts.holds_all:
+            if len(x) == 1:  # a step of the eager decoder, which counts
+                experts.hits += ids.numel()
             product.add(pool.slots, table)
             return product.sum(table)
 
@@ -101,24 +111,25 @@ class PromptExperts:
         streamed, on_cpu = self._divide(layer, choice, arriving)
         coming = {expert for chunk in arriving for expert in chunk.experts}
         ring = self._ring
-        chunks = arriving + ring.chunks(layer, pool.layout, [expert for expert in streamed if expert not in coming])
-        self._send(chunks)
-        hits, arrived, added, mine = self._upload_places(choice, streamed, on_cpu, chunks)
+        following = ring.chunks(layer, pool.layout, [expert for expert in streamed if expert not in coming])
+        self._send(following)
+        hits, ahead, now, added, mine = self._upload_places(choice, streamed, on_cpu, arriving, following)
         share = self._cpu_share(x, ids, weights, mine, on_cpu) if on_cpu else None
 
         n_hit = sum(n for n, slot in zip(choice.counts, choice.resident, strict=True) if slot >= 0)
         if n_hit:
             product.add(pool.slots, hits, n_row=n_hit)
         used = set(streamed)
-        while chunks:
-            self._send(chunks)
-            chunk = chunks.popleft()
-            ring.wait(chunk)
-            n_row = sum(choice.counts[expert] for expert in chunk.experts if expert in used)
-            if n_row:
-                first, last = chunk.experts[0], chunk.experts[-1]
-                product.add(chunk.slots, arrived[first : last + 1], first, n_row)
-            ring.release(chunk)
+        for chunks, places in ((arriving, ahead), (following, now)):
+            while chunks:
+                self._send(following)
+                chunk = chunks.popleft()
+                ring.wait(chunk)
+                n_row = sum(choice.counts[expert] for expert in chunk.experts if expert in used)
+                if n_row:
+                    first, last = chunk.experts[0], chunk.experts[-1]
+                    product.add(chunk.slots, places[first : last + 1], first, n_row)
+                ring.release(chunk)
         self._run_ahead(layer + 1, choice)
         out = product.sum(added)
         if share is not None:
@@ -128,6 +139,11 @@ class PromptExperts:
     def _look(self, layer: int, offsets: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> _Choice:
         """Waits for the router's choice."""
         following = self.experts.slot_table[layer : layer + 2]
+        if layer + 1 < len(self.choosers):
+            foreseen = self.choosers[layer + 1](x[:FORECAST_TOKENS]).flatten()
+            counts = torch.zeros(self.experts.n_expert, dtype=torch.int32, device=x.device)
+            counts.index_add_(0, foreseen, counts.new_ones(1).expand(len(foreseen)))
+            self._forecast.copy_(counts, non_blocking=True)
         self._offsets.copy_(offsets, non_blocking=True)
         self._table[: len(following)].copy_(following, non_blocking=True)
         if not self.exact and len(x) <= len(self._x):
@@ -136,7 +152,9 @@ class PromptExperts:
         if self._stream is not None:
             torch.cuda.current_stream().synchronize()
             self._note_link_rate()
-        return _Choice(self._offsets.diff().tolist(), self._table[0].tolist(), self._table[-1].tolist())
+        return _Choice(
+            self._offsets.diff().tolist(), self._table[0].tolist(), self._table[-1].tolist(), self._forecast.tolist()
+        )
 
     def _divide(self, layer: int, choice: _Choice, arriving: deque[Chunk]) -> tuple[list[int], list[int]]:
         """Experts to copy, ascending, and those for the CPU."""
@@ -152,6 +170,7 @@ class PromptExperts:
         unused = sum(1 for expert in coming if not choice.counts[expert])
         n_cached = sum(1 for n, slot in zip(choice.counts, choice.resident, strict=True) if n and slot >= 0)
         self.counts.cached, self.counts.streamed = self.counts.cached + n_cached, self.counts.streamed + len(streamed)
+        self.experts.hits, self.experts.misses = self.experts.hits + n_cached, self.experts.misses + len(wanted)
         self.counts.cpu, self.counts.unused = self.counts.cpu + n_cpu, self.counts.unused + unused
         self.counts.streamed_bytes += (len(streamed) + unused) * layout.slot_bytes
         self.counts.cpu_bytes += n_cpu * layout.slot_bytes
@@ -179,13 +198,13 @@ class PromptExperts:
                 self._ring.send(chunk)
 
     def _run_ahead(self, layer: int, choice: _Choice) -> None:
-        """Begins to copy the next layer's experts, as many as the ring has room for."""
-        in_use = sum(1 for n in choice.counts if n)
-        if layer == len(self.experts.layouts) or in_use < RUN_AHEAD_SHARE * len(choice.counts):
+        """Begins to copy what the next layer will probably choose, as much as the ring has room for."""
+        if layer >= len(self.choosers):
             return
         ring, layout = self._ring, self.experts.layouts[layer]
-        missing = [expert for expert, slot in enumerate(choice.resident_next) if slot < 0]
-        chunks = ring.chunks(layer, layout, missing[: ring.room * ring.width(layout)])
+        missing = [expert for expert, n in enumerate(choice.forecast) if n and choice.resident_next[expert] < 0]
+        missing.sort(key=lambda expert: -choice.forecast[expert])
+        chunks = ring.chunks(layer, layout, sorted(missing[: ring.room * ring.width(layout)]))
         self._send(chunks)
         self._ahead = (layer, chunks)
 
@@ -193,19 +212,20 @@ class PromptExperts:
         if (rate := self._ring.rate()) is not None:
             self.rates = replace(self.rates, pcie=self.rates.pcie + NEWEST * (rate - self.rates.pcie))
 
-    def _upload_places(self, choice: _Choice, streamed: list[int], on_cpu: list[int], chunks: deque[Chunk]) -> Tensor:
-        """int32 `[4, n_expert]`: slots of cached experts, places of streamed ones in their chunks, both, -1 for others;
-        1 for the CPU's.
+    def _upload_places(
+        self, choice: _Choice, streamed: list[int], on_cpu: list[int], arriving: deque[Chunk], following: deque[Chunk]
+    ) -> Tensor:
+        """int32 `[5, n_expert]`: slots of cached experts; places, in their chunks, of those copied ahead, and of the
+        other streamed ones; all three, to see what is added; -1 for others. The last: 1 for the CPU's.
         """
-        hits, arrived, added, mine = self._places.fill_(-1).numpy()
-        hits[:] = choice.resident
+        hits, ahead, now, added, mine = self._places.fill_(-1).numpy()
+        hits[:] = added[:] = choice.resident
         wanted = set(streamed)
-        for chunk in chunks:
-            for place, expert in enumerate(chunk.experts):
-                if expert in wanted:
-                    arrived[expert] = place
-        added[:] = hits
-        added[streamed] = arrived[streamed]
+        for row, chunks in ((ahead, arriving), (now, following)):
+            for chunk in chunks:
+                for place, expert in enumerate(chunk.experts):
+                    if expert in wanted:
+                        row[expert] = added[expert] = place
         mine[:] = 0
         mine[on_cpu] = 1
         return upload(self._places, self.experts.device)

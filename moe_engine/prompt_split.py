@@ -1,4 +1,4 @@
-"""Which experts of a prompt's layer the CPU computes while the others travel to the GPU: a cost model, no torch."""
+"""How a prompt is computed: in decode steps or streamed, and which experts the CPU takes. A cost model, no torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,3 +39,47 @@ def choose_for_cpu(counts: Sequence[int], n_elsewhere: int, nbytes: int, operati
     cpu = [0.0, *(seconds + rates.hand_over for seconds in accumulate(each))]
     times = [max(gpu, *pair) for pair in zip(link, cpu, strict=True)]
     return times.index(min(times))
+
+
+STEP_LAYER_SECONDS = 70e-6  # a layer of a step with some prompt tokens takes, beside the bytes it reads
+STREAM_LAYER_SECONDS = 2e-3  # a streamed layer takes, mostly the host's launches
+NEWEST = 0.2  # weight of the newest measurement
+
+
+@dataclass
+class PromptWay:
+    """Chooses between decode steps of some tokens each and streaming a micro-batch, and learns from what they took."""
+
+    n_layer: int  # with experts
+    n_expert: int
+    top_k: int
+    expert_bytes: float  # of one
+    missing: float  # share of the experts that are in no slot
+    tokens_per_step: int
+    step_factor: float = 1.0  # seconds, by those that follow from the rates
+    stream_factor: float = 1.0
+
+    def in_steps(self, n_token: int, rates: Rates) -> bool:
+        steps = self.step_factor * self._step_seconds(n_token, rates)
+        return steps < self.stream_factor * self._stream_seconds(n_token, rates)
+
+    def note(self, n_token: int, in_steps: bool, seconds: float, rates: Rates) -> None:
+        """What a prompt took."""
+        expected = (self._step_seconds if in_steps else self._stream_seconds)(n_token, rates)
+        if in_steps:
+            self.step_factor += NEWEST * (min(4.0, seconds / expected) - self.step_factor)
+        else:
+            self.stream_factor += NEWEST * (min(4.0, seconds / expected) - self.stream_factor)
+
+    def _missed_bytes(self, n_token: int) -> float:
+        """Of a layer, were all experts equally liked."""
+        used = self.n_expert * (1 - (1 - self.top_k / self.n_expert) ** n_token)
+        return self.missing * used * self.expert_bytes
+
+    def _step_seconds(self, n_token: int, rates: Rates) -> float:
+        whole, rest = divmod(n_token, self.tokens_per_step)
+        missed = whole * self._missed_bytes(self.tokens_per_step) + self._missed_bytes(rest)
+        return self.n_layer * ((whole + (rest > 0)) * STEP_LAYER_SECONDS + missed / rates.dram)
+
+    def _stream_seconds(self, n_token: int, rates: Rates) -> float:
+        return self.n_layer * max(STREAM_LAYER_SECONDS, self._missed_bytes(n_token) / rates.dram)

@@ -230,3 +230,22 @@ def test_without_kernels_decoding_is_eager(path_of: Callable[[str], Path], monke
         assert not run_kernels(engine.model.output_norm)
         assert isinstance(engine.decoder, EagerDecoder)
         assert len(greedy(engine, 3)) == 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_in_steps_fill_the_kv_cache_as_micro_batches_do(path_of: Callable[[str], Path], name: str) -> None:
+    """One step for few tokens, padded; then one that continues."""
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8]
+    with load(path_of(name), miss="cpu", kv_dtype="f32") as engine:
+        decoder = engine.decoder
+        assert isinstance(decoder, GraphDecoder)
+        assert decoder.takes_prompts
+        engine.prefill(prompt)  # streamed
+        streamed = [tensor[:, : len(prompt)] for tensor in kept(engine)]
+        decoder.prompt(0, prompt[:3], 0)
+        decoder.prompt(0, prompt[3:], 3)
+        in_steps = [tensor[:, : len(prompt)] for tensor in kept(engine)]
+        decoder.worker.settle()
+        decoder.worker.check_integrity()
+    for found, expected in zip(in_steps, streamed, strict=True):
+        assert (found - expected).norm() < 0.03 * expected.norm()

@@ -13,6 +13,7 @@ from moe_engine import Engine
 from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.norm_rope_cache import cached_floats
+from moe_engine.kernels.norm_rope_cache import cached_floats
 from moe_engine.perplexity import perplexity
 
 pytestmark = pytest.mark.gpu
@@ -189,3 +190,24 @@ def test_the_budget_is_kept(options: dict[str, Any]) -> None:
         check_books(engine)
         assert torch.cuda.max_memory_reserved() <= engine.vram_plan.budget - engine.vram_plan.context
         assert 0 < result.stats.peak_vram_bytes <= engine.vram_plan.budget
+
+
+@pytest.mark.parametrize("slots", [9, None])
+def test_prompts_in_steps_fill_the_kv_cache_as_micro_batches_do(slots: int | None) -> None:
+    prompt = list(range(5, 45))
+    with load(cache_slots=slots, n_sequence=2) as engine:
+        decoder = engine.decoder
+        assert isinstance(decoder, GraphDecoder)
+
+        def kept() -> list[torch.Tensor]:
+            return [cached_floats(cache)[1, : len(prompt)] for layer in engine.cache.tensors for cache in layer]
+
+        for _ in engine.prefill.hidden(prompt, 0, 1):
+            pass
+        streamed = kept()
+        for _ in range(2):  # launched kernel by kernel, then replayed
+            decoder.prompt(1, prompt[:18], 0)
+            decoder.prompt(1, prompt[18:], 18)
+            for found, expected in zip(kept(), streamed, strict=True):
+                assert (found - expected).norm() < 0.05 * expected.norm()
+        check_books(engine)

@@ -47,7 +47,8 @@ class Layers:
             experts.register(layer, *weights_of(layer))
         nbytes = sum((n_slot + n_stage) * layout.slot_bytes for layout in experts.pools)
         experts.allocate(nbytes, TOP_K, n_slot, 0, n_stage)
-        self.prompt = PromptExperts(experts, N_TOKEN, TOP_K, exact)
+        choosers = [lambda x: choice(len(x), seed=9)[1]] * N_LAYER
+        self.prompt = PromptExperts(experts, N_TOKEN, TOP_K, exact, choosers)
         self.prompt.rates = rates
         free = {layout: list(range(len(pool.slots))) for layout, pool in experts.pools.items()}
         for layer, expert in dict.fromkeys(resident):
@@ -141,21 +142,27 @@ def test_exact_results_do_not_depend_on_the_cache(
 
 
 @torch.inference_mode()
-def test_the_next_layer_is_copied_ahead() -> None:
+def test_what_is_foreseen_of_the_next_layer_is_copied_ahead() -> None:
+    inputs = [choice(N_TOKEN, seed=layer) for layer in range(N_LAYER)]
+    foreseen = [inputs[0][1], inputs[1][1], inputs[1][1]]  # right for layer 1, that of layer 1 for layer 2
     layers = Layers(2, 8, [], exact=True, rates=Rates())
-    copied: list[int] = []
+    layers.prompt.choosers = [lambda x, ids=ids: ids for ids in foreseen]  # type: ignore[misc]
+    copied: list[tuple[int, int]] = []
     copy = layers.experts.store.copy
 
     def noted(layer: int, first: int, last: int, slots: Tensor) -> None:
-        copied.extend([layer] * (last - first))
+        copied.extend((layer, expert) for expert in range(first, last))
         copy(layer, first, last, slots)
 
     layers.experts.store.copy = noted  # type: ignore[method-assign]
-    layers.prompt(0, *choice(N_TOKEN, seed=1))
-    n_ahead = copied.count(1)
-    assert n_ahead == N_EXPERT
-    layers.prompt(1, *choice(N_TOKEN, seed=2))
-    assert copied.count(1) == n_ahead  # nothing twice
+    chosen = [set(ids.flatten().tolist()) for _, ids, _ in inputs]
+    for layer in range(N_LAYER):
+        assert error(layers.prompt(layer, *inputs[layer]), reference(layer, *inputs[layer])) < TOLERANCE
+        if layer == 0:
+            assert {expert for at, expert in copied if at == 1} == chosen[1]
+    assert len(copied) == len(set(copied))  # nothing twice
+    assert {expert for layer, expert in copied if layer == 2} == chosen[1] | chosen[2]
+    assert layers.prompt.counts.unused == len(chosen[1] - chosen[2])
     layers.close()
 
 

@@ -1,0 +1,81 @@
+"""Prompts into the KV cache: through the layers in micro-batches, or, short ones, in steps of the decoder."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_engine.decode_step import PROMPT_TOKENS
+from moe_engine.decoder import Decoder, GraphDecoder
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.experts import Experts
+from moe_engine.kv_cache import KVCache
+from moe_engine.model import Transformer
+from moe_engine.prompt_split import PromptWay, Rates
+from moe_engine.rope import Rope
+
+
+class Prefill:
+    """Runs a sequence's tokens, of which those before the first given are in its KV cache.
+
+    ubatch: tokens of a micro-batch at most. exact: results must not depend on how long things take. Call it for the KV
+    cache alone, `hidden` for the hidden states too.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        experts: Experts,
+        cache: KVCache,
+        rope: Rope,
+        decoder: Decoder,
+        ubatch: int,
+        exact: bool,
+    ) -> None:
+        self.model, self.cache, self.rope, self.decoder, self.ubatch = model, cache, rope, decoder, ubatch
+        self.device = model.output_norm.device
+        self._experts = experts
+        self._way: PromptWay | None = None
+        on_gpu = self.device.type == "cuda"  # on the simulated device steps would be slow
+        if isinstance(decoder, GraphDecoder) and decoder.takes_prompts and on_gpu and not exact:
+            self._way = self._learning_way()
+
+    def _learning_way(self) -> PromptWay:
+        experts = self._experts
+        assert isinstance(experts, CachedExperts)
+        n_layer, n_expert = experts.slot_table.shape
+        mean_bytes = sum(layout.slot_bytes for layout in experts.layouts) / n_layer
+        missing = 1 - experts.n_slot / (n_layer * n_expert)
+        return PromptWay(n_layer, n_expert, self.model.router.top_k, mean_bytes, missing, PROMPT_TOKENS)
+
+    def __call__(self, ids: Sequence[int], first: int = 0, index: int = 0) -> None:
+        """Brings `ids[first:]` into the KV cache of sequence `index`; returns when it is done."""
+        n = len(ids) - first
+        if n == 0:
+            return
+        started, in_steps = time.perf_counter(), False
+        rates = self._rates()
+        if self._way is not None and len(ids) + PROMPT_TOKENS <= self.cache.capacity:
+            in_steps = self._way.in_steps(n, rates)
+        if in_steps:
+            assert isinstance(self.decoder, GraphDecoder)
+            self.decoder.prompt(index, ids[first:], first)
+        else:
+            for _ in self.hidden(ids, first, index):
+                pass
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
+        if self._way is not None:
+            self._way.note(n, in_steps, time.perf_counter() - started, rates)
+
+    def _rates(self) -> Rates:
+        prompt = self._experts.prompt if isinstance(self._experts, CachedExperts) else None
+        return Rates() if prompt is None else prompt.rates
+
+    @torch.inference_mode()
+    def hidden(self, ids: Sequence[int], first: int = 0, index: int = 0) -> Iterator[Tensor]:
+        """The hidden states f32 `[n, hidden]` of each micro-batch; on a GPU they may not be there yet."""
+        for start in range(first, len(ids), self.ubatch):
+            tokens = torch.tensor(ids[start : start + self.ubatch], dtype=torch.int64, device=self.device)
+            yield self.model.forward(tokens, start, self.cache.sequence(index), self.rope)
