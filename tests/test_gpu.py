@@ -13,7 +13,6 @@ from moe_engine import Engine
 from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.norm_rope_cache import cached_floats
-from moe_engine.kernels.norm_rope_cache import cached_floats
 from moe_engine.perplexity import perplexity
 
 pytestmark = pytest.mark.gpu
