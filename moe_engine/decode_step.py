@@ -67,6 +67,7 @@ class DecodeStep:
     replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
     replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer, top_k]`, what was predicted of each layer by the one before, and
     by the one before that; None: nothing is predicted then.
+    stamps: where the kernels note the time of what they do in the last step (`new_stamps`; benchmarks).
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class DecodeStep:
         self.replay: Tensor | None = None
         self.replay_ahead: Tensor | None = None
         self._mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
+        self.stamps: Tensor | None = None
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def begin(self, sequences: Sequence[Running]) -> None:
@@ -118,7 +120,7 @@ class DecodeStep:
         last = Normed.of(x, model.output_norm, model.eps)
         logits = matvec(last.values, decode_weight(model.output), activations=last.rounded)
         sample(logits, self.sampler, positions + 1, self.tokens[:n], variant=form.sampling)
-        finish(self.mailbox, self.step, positions, self.tokens[:n], self.sampler.bad)
+        finish(self.mailbox, self.step, positions, self.tokens[:n], self.sampler.bad, stamps=self.stamps)
 
     def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, form: StepForm) -> Tensor:
         """Router, then hits and shared expert while the CPU works on the misses."""
@@ -145,6 +147,7 @@ class DecodeStep:
                 slot_table=table,
                 replay=self.replay,
                 replay_ahead=self.replay_ahead,
+                stamps=self.stamps,
             )
 
         def on_gpu(chosen: Tensor, add_to: Tensor) -> Tensor:
@@ -182,4 +185,5 @@ class DecodeStep:
         late: Tensor | None = None,
     ) -> None:
         table = self.experts.slot_table
-        wait(self.mailbox, layer, self.step, routing, table, self.waited, out=out, hits=hits, late=late)
+        parts = {"out": out, "hits": hits, "late": late, "stamps": self.stamps}
+        wait(self.mailbox, layer, self.step, routing, table, self.waited, **parts)

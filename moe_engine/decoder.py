@@ -255,6 +255,11 @@ class GraphDecoder:
         while self.taken < self.launched:
             self._take()
 
+    def forget_captures(self) -> None:
+        """After a change of what the step does (`replay`, `stamps`)."""
+        self._drain()
+        self._graphs.clear()
+
     @torch.inference_mode()
     def drop(self, index: int) -> None:
         self.step.positions[index] = -1  # in order behind the steps that are launched

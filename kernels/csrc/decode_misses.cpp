@@ -297,7 +297,7 @@ void DecodeWorker::start_fetch(ExpertKey key) {
     batch_.push_back({layer.table + expert * int64_t{4},
                       reinterpret_cast<const uint8_t*>(spec_.slot_numbers + slot), 4});
     copies_.submit(batch_);
-    in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false});
+    in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false, now()});
     unused_[static_cast<size_t>(key)] = true;
 }
 

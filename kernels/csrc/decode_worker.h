@@ -100,6 +100,11 @@ struct TimelineEntry {
     int64_t n_hit, n_cpu, n_now;  // pairs, and experts
 };
 
+// An expert's way into its slot, in nanoseconds of the steady clock.
+struct CopyEntry {
+    int64_t layer, expert, begun, ended;
+};
+
 struct StepTokens {
     int64_t step = 0;
     bool bad = false;
@@ -132,6 +137,7 @@ class DecodeWorker {
     WorkerStats stats();
     void reset_stats();
     std::vector<TimelineEntry> timeline();
+    std::vector<CopyEntry> copies();
 
  private:
     struct Step {
@@ -142,6 +148,7 @@ class DecodeWorker {
         ExpertKey key;
         int64_t n_bytes;
         bool beside_cpu;
+        int64_t submitted;
     };
 
     static int64_t now();  // nanoseconds of the steady clock
@@ -229,6 +236,8 @@ class DecodeWorker {
     static constexpr int64_t kTimeline = 4096;
     std::vector<TimelineEntry> timeline_;  // a ring
     int64_t n_message_ = 0;
+    std::vector<CopyEntry> copied_;  // a ring
+    int64_t n_copied_ = 0, copied_until_ = 0;
 
     std::mutex stop_mutex_;
     std::thread thread_;
