@@ -185,5 +185,10 @@ class DecodeStep:
         late: Tensor | None = None,
     ) -> None:
         table = self.experts.slot_table
-        parts = {"out": out, "hits": hits, "late": late, "stamps": self.stamps}
-        wait(self.mailbox, layer, self.step, routing, table, self.waited, **parts)
+        wait(
+            *(self.mailbox, layer, self.step, routing, table, self.waited),
+            out=out,
+            hits=hits,
+            late=late,
+            stamps=self.stamps,
+        )

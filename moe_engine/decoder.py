@@ -259,6 +259,9 @@ class GraphDecoder:
         """After a change of what the step does (`replay`, `stamps`)."""
         self._drain()
         self._graphs.clear()
+        if self._pool is not None:
+            torch.cuda.empty_cache()
+            self._pool = torch.cuda.graph_pool_handle()  # one that has lost its last graph cannot be used again
 
     @torch.inference_mode()
     def drop(self, index: int) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from moe_engine.benchmark.ours import MODEL_FIELDS, Ours
 from moe_engine.benchmark.plan import Test
 from moe_engine.benchmark.results import Row, Sample
-from moe_engine.benchmark.runner import MODEL_FIELDS, Ours
 from moe_engine.budget import CUDA_CONTEXT_BYTES
 from moe_engine.config import format_size
 from moe_engine.errors import CapacityError, ConfigError, UnsupportedModelError

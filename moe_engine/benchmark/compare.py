@@ -56,20 +56,21 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
 
 
 def difference(name: str, before: Sequence[float], after: Sequence[float]) -> Difference:
-    """By Welch's test; a side with one sample is taken to scatter as the other one does."""
+    """By Welch's test; a side with one sample is taken to scatter as the other one does. Of one sample each, the noise
+    is not known, and given as 0."""
     means = statistics.fmean(before), statistics.fmean(after)
     if means[0] <= 0:
         raise ConfigError(f"{name}: the speed before is 0, which nothing can be compared with")
-    variances = [statistics.variance(side) if len(side) > 1 else None for side in (before, after)]
-    known = [v for v in variances if v is not None]
-    parts = [
-        ((max(known, default=0.0) if v is None else v) / len(side), len(side))
-        for v, side in zip(variances, (before, after), strict=True)
-    ]
-    total = sum(part for part, _ in parts)
-    freedom = sum(part**2 / max(1, n - 1) for part, n in parts)
-    degrees = total**2 / freedom if freedom else math.inf
-    quantile = _T95[max(1, int(degrees)) - 1] if degrees < len(_T95) + 1 else _T95_MANY
+    sides = [(statistics.variance(side), len(side)) for side in (before, after) if len(side) > 1]
+    if len(sides) == 2:
+        parts = [(variance / n, n) for variance, n in sides]
+        total = sum(part for part, _ in parts)
+        freedom = sum(part**2 / (n - 1) for part, n in parts)
+        degrees = total**2 / freedom if freedom else math.inf
+    else:
+        variance, n = sides[0] if sides else (0.0, 2)
+        total, degrees = variance * (1 / len(before) + 1 / len(after)), n - 1
+    quantile = _T95[int(degrees) - 1] if degrees < len(_T95) + 1 else _T95_MANY
     return Difference(name, *means, quantile * math.sqrt(total) / means[0])
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from moe_engine.benchmark.environment import vram_in_use
+from moe_engine.benchmark.ours import Ours
 from moe_engine.benchmark.plan import Test
 from moe_engine.benchmark.results import Row, Sample, test_of
-from moe_engine.benchmark.runner import Ours
 from moe_engine.benchmark.tables import parse_rows
 from moe_engine.errors import ConfigError, MoeEngineError
 from moe_engine.gguf_file import GGUFFile
@@ -36,17 +36,15 @@ class LlamaBench:
         self.name = " ".join(part for part in (self.engine, ours.load.name) if part)
         self.peak_vram = 0
         self._setting: list[str] | None = None
-        self._rows: dict[Test, Row] = {}
+        self._tests: Sequence[Test] = ()
+        self._rows: dict[Test, Row] = {}  # of the repetition at hand
+        self._repetition = -1
 
     def open(self, tests: Sequence[Test]) -> None:
-        """Runs all tests once."""
+        """Finds the setting once."""
+        self._tests = tests
         if self._setting is None:
             self._setting = self._fit(tests) if self._on_gpu else []
-        rows = self._call(self._setting, _selection(tests))
-        self._rows = {test_of(row): row for row in rows}
-        missing = [test.name for test in tests if test not in self._rows]
-        if missing:
-            raise ConfigError(f"{self.binary}: gave no result for {', '.join(missing)}")
 
     @property
     def _on_gpu(self) -> bool:
@@ -85,7 +83,7 @@ class LlamaBench:
         config, gpu = self.ours.config, self._on_gpu
         # -ngl: more than any model has
         common = ["-m", self.ours.path, "-t", config.n_threads, "-ngl", 999 if gpu else 0, "-r", 1, "-o", "json"]
-        common += ["-b", max(2048, config.ubatch), "-ub", config.ubatch]
+        common += ["-b", max(2048, self.ours.ubatch), "-ub", self.ours.ubatch]
         common += ["-ctk", config.kv_dtype, "-ctv", config.kv_dtype]
         common += ["-fa", 1] if gpu and "-fa" in self.options else []
         if any(part == "-d" for part in selection) and "-d" not in self.options:
@@ -99,8 +97,13 @@ class LlamaBench:
         return parse_rows(done.stdout[start:], f"output of {self.binary}")
 
     def run(self, test: Test, repetition: int) -> Sample:
-        row = self._rows[test]
-        return Sample(test.n_token / row["avg_ts"], test.n_token)
+        """The first call of a repetition runs all tests."""
+        if repetition != self._repetition:
+            self._rows = {test_of(row): row for row in self._call(self._setting or [], _selection(self._tests))}
+            self._repetition = repetition
+        if test not in self._rows or not self._rows[test]["avg_ts"]:
+            raise MoeEngineError(f"{self.binary}: gave no result for {test.name}")
+        return Sample(test.n_token / self._rows[test]["avg_ts"], test.n_token)
 
     def close(self) -> None:
         pass  # its process has ended

@@ -97,6 +97,7 @@ def require_matplotlib() -> None:
 def write_plots(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Pictures (SVG) and traces of what the rows have; what they have not is left out. Raises `ConfigError`."""
     require_matplotlib()
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     written: list[Path] = []
@@ -106,7 +107,8 @@ def write_plots(rows: Sequence[Row], folder: Path) -> list[Path]:
         draw(figure.subplots())
         path = folder / f"{name}.svg"
         unfinished = path.with_suffix(".part")
-        figure.savefig(unfinished, format="svg", metadata={"Date": None})
+        with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):  # the same file every time, with small text
+            figure.savefig(unfinished, format="svg", metadata={"Date": None})
         os.replace(unfinished, path)
         written.append(path)
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from moe_engine.benchmark.plan import Test
+from moe_engine.prompt_experts import PromptCounts
 from moe_engine.stats import Stats
 
 Row = dict[str, Any]
@@ -24,6 +25,7 @@ class Sample:
     seconds: float
     n_token: int  # of all sequences
     stats: Stats | None = None  # of the engine, if it was ours
+    prompt: PromptCounts | None = None  # of its prompts' experts, if it counts them
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ def decode_costs(samples: Sequence[Sample]) -> Row:
         else None,
         "gpu_wait_share": sum(stats.gpu_wait_seconds for stats in found) / seconds if steps and seconds else None,
     }
+
+
+def prompt_costs(samples: Sequence[Sample]) -> Row:
+    """The same of prompts: an expert counts once for each layer and micro-batch, bytes are of one repetition."""
+    found = [sample.prompt for sample in samples if sample.prompt is not None]
+    hits = sum(counts.cached for counts in found)
+    uses = hits + sum(counts.streamed + counts.cpu for counts in found)
+    if not uses:
+        return {"hit_rate": None, "prompt_bytes": None}
+    sources = {"pcie": "streamed_bytes", "cpu": "cpu_bytes"}
+    nbytes = {
+        name: round(sum(getattr(counts, field) for counts in found) / len(found)) for name, field in sources.items()
+    }
+    return {"hit_rate": hits / uses, "prompt_bytes": nbytes}
 
 
 def decode_limit(samples: Sequence[Sample]) -> Limit | None:

@@ -4,9 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moe_engine.benchmark.environment import ModelFacts
+from moe_engine.benchmark.machine import Machine
+from moe_engine.benchmark.ours import Ours
 from moe_engine.benchmark.plan import Load, Test
 from moe_engine.benchmark.results import Row, add_ratios
-from moe_engine.benchmark.runner import Contender, Machine, Ours, run
+from moe_engine.benchmark.runner import Contender, run
 from moe_engine.config import EngineConfig
 from moe_engine.errors import ConfigError
 
@@ -28,10 +31,10 @@ class Session:
     def run(self, progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> list[Row]:
         """progress: called with runs done, runs in all, and the last one's name. Raises what `Engine.load` does,
         `ConfigError` for a peer. Ctrl-C: the rows of what has been measured, if anything."""
-        first = dict(self.loads[0].options)
+        facts, first = ModelFacts.of(self.path), dict(self.loads[0].options)
         machine = Machine(EngineConfig.of(device=first.get("device", "auto"), threads=first.get("threads")))
         ours = [
-            Ours(self.path, load, machine, routing=self.routing, with_timeline=self.with_timeline)
+            Ours(self.path, facts, load, machine, routing=self.routing, with_timeline=self.with_timeline)
             for load in self.loads
         ]
         contenders, done = with_peers(ours, self.against), 0

@@ -86,7 +86,7 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "of bound": [_bound(row) for row in rows],
         "hits": [_percent(row.get("hit_rate")) for row in rows],
         "GPU waits": [_percent(row.get("gpu_wait_share")) for row in rows],
-        "read per step": [_bytes(row.get("step_bytes")) for row in rows],
+        "read per step or prompt": [_bytes(row.get("step_bytes") or row.get("prompt_bytes")) for row in rows],
         "peak VRAM": [format_size(row["peak_vram"]) if row.get("peak_vram") else "" for row in rows],
         "peak RAM": [format_size(row["peak_ram"]) if row.get("peak_ram") else "" for row in rows],
         "ours/theirs": [f"{row['ratio']:.2f}" if row.get("ratio") else "" for row in rows],
