@@ -51,7 +51,7 @@ class Environment:
             cpu=_cpu_name(),
             cores=len(os.sched_getaffinity(0)),
             ram=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            os=f"{platform.system()} {platform.release()}",
+            os=platform.system(),
             versions={
                 "moe_engine": __version__,
                 "python": platform.python_version(),

@@ -37,7 +37,7 @@ MODEL_FIELDS = ("model_filename", "model_type", "model_size", "model_n_params", 
 # Text as the model itself would write it. All contenders and repetitions that can, draw alike.
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "top_p": 1.0, "repeat_penalty": 1.0, "ignore_eos": True}
 AMPLE = 1 << 37  # bytes: a budget to begin with
-PLANS = 8  # tries to find the budget of a share of the experts
+PLANS = 32  # tries to find the budget of a share of the experts
 FEW_TOKENS = 8  # choices per expert below which a prompt need not touch every expert
 
 
@@ -234,7 +234,7 @@ def engine_options(path: Path, facts: ModelFacts, load: Load, n_ctx: int) -> dic
     ample = {"vram_budget": AMPLE} if options.get("device") == "simulated" else {}  # elsewhere: what is free
     plan = Engine.plan(path, **options, **ample)
     for _ in range(PLANS):  # the rest of the budget depends on it, in steps
-        if plan.slots == room:
+        if abs(plan.slots - room) < 1024:
             break
         plan = Engine.plan(path, vram_budget=plan.budget - plan.slots + room, **options)
     return {**options, "vram_budget": plan.budget}
