@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from check_gpu import MemoryWatch
-from synth_gguf import write_model
 from torch import Tensor
 
 from moe_engine import Engine
+from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import PrefetchMode, format_size
 from moe_engine.decoder import GraphDecoder
 from moe_engine.inspection import inspect_file

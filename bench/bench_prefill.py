@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from check_gpu import MemoryWatch
-from synth_gguf import write_model
 
 from moe_engine import Engine
+from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.inspection import inspect_file

@@ -19,9 +19,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from synth_gguf import write_model
 
 from moe_engine import Engine
+from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts

@@ -4,6 +4,7 @@ All launches have fixed grids and read the step's number from the device, so a C
 which nothing is missed is posted too (for statistics and the policy), but not waited for.
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -15,6 +16,15 @@ from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, Mailbox
 _BLOCK = 4096
 WAIT_NANOSECONDS = 4_000_000_000
 _WAIT_LOOKS = 2000  # in Triton's interpreter, which has no clock; a look takes it about 2 ms
+
+
+def new_stamps(mailbox: Mailbox, device: torch.device) -> Tensor:
+    """int64 `[3 * n_layer + 2]`, in nanoseconds of the GPU's clock, for `post`, `wait` and `finish` to fill in.
+
+    Of each layer: its misses are posted, the wait begins, the wait is over. Then: the step before this has ended, this
+    step has ended.
+    """
+    return torch.zeros(3 * mailbox.n_layer + 2, dtype=torch.int64, device=device)
 
 
 def post(
@@ -29,6 +39,7 @@ def post(
     slot_table: Tensor,
     replay: Tensor | None = None,
     replay_ahead: Tensor | None = None,
+    stamps: Tensor | None = None,
 ) -> None:
     """Sends a layer's routing to the host, with what it guesses of the next layer's, and its input where something is
     missed.
@@ -37,7 +48,7 @@ def post(
     `[n_token, hidden]`. arrived: int32 `[1]`, zero before and after. replay: int32 `[n_step, n_layer, top_k]`, recorded
     choices that take the place of the router's, with their slots in slot_table, int32 `[n_layer, n_expert]`; then those
     guessed of each layer are in replay_ahead, `[MAX_AHEAD, n_step, n_layer, top_k]`, by how many layers before; where
-    that is None nothing is guessed.
+    that is None nothing is guessed. stamps: see `new_stamps`.
     """
     n_token, top_k = routing.ids.shape
     assert x.shape == (n_token, mailbox.hidden), (x.shape, mailbox.hidden)
@@ -65,11 +76,13 @@ def post(
         slot_table if ahead is None else ahead,
         slot_table,
         1 if replay is None else len(replay),
+        step if stamps is None else stamps,
         layer,
         N_EXPERT=mailbox.n_expert,
         REPLAY=replay is not None,
         AHEAD=n_ahead,
         AHEAD_BYTES=4 * mailbox.max_batch * top_k,
+        TIMED=stamps is not None,
         N_LAYER=mailbox.n_layer,
         RING=RING,
         MESSAGE_BYTES=mailbox.message_bytes,
@@ -98,6 +111,7 @@ def wait(
     out: Tensor | None = None,
     hits: Tensor | None = None,
     late: Tensor | None = None,
+    stamps: Tensor | None = None,
     time_out: int | None = None,
 ) -> None:
     """Waits for the answer to what `post` has sent, if something was missed, and applies it.
@@ -131,8 +145,10 @@ def wait(
         stand_in if hits is None else hits,
         stand_in if out is None else out,
         waited,
+        step if stamps is None else stamps,
         layer,
         time_out,
+        TIMED=stamps is not None,
         N_LAYER=mailbox.n_layer,
         LATE_AT=mailbox.late_offset,
         EVICTED_AT=mailbox.evicted_offset,
@@ -149,7 +165,9 @@ def wait(
     )
 
 
-def finish(mailbox: Mailbox, step: Tensor, positions: Tensor, tokens: Tensor, bad: Tensor) -> None:
+def finish(
+    mailbox: Mailbox, step: Tensor, positions: Tensor, tokens: Tensor, bad: Tensor, *, stamps: Tensor | None = None
+) -> None:
     """Sends a step's tokens (int32 `[n_token]`) to the host; step and positions go up by one.
 
     bad: int32 `[n_token]`, not zero where logits were not finite. Positions below zero stay.
@@ -163,6 +181,8 @@ def finish(mailbox: Mailbox, step: Tensor, positions: Tensor, tokens: Tensor, ba
         positions,
         tokens,
         bad,
+        step if stamps is None else stamps,
+        TIMED=stamps is not None,
         N_LAYER=mailbox.n_layer,
         RING=RING,
         TOKEN_BYTES=mailbox.token_bytes,

@@ -42,10 +42,12 @@ def post_kernel(
     ahead,
     slot_table,
     n_replay,
+    stamps,
     layer,
     N_EXPERT: tl.constexpr,
     REPLAY: tl.constexpr,
     AHEAD: tl.constexpr,
+    TIMED: tl.constexpr,
     N_LAYER: tl.constexpr,
     RING: tl.constexpr,
     MESSAGE_BYTES: tl.constexpr,
@@ -113,6 +115,8 @@ def post_kernel(
     if publishes:
         _fence(ON_GPU)
         tl.store(headers + record * (MESSAGE_BYTES // 8), s * (N_LAYER + 1) + layer, cache_modifier=".wt")
+        if TIMED:
+            tl.store(stamps + 3 * layer, _nanoseconds(ON_GPU))
 
 
 @triton.jit
@@ -129,8 +133,10 @@ def wait_kernel(
     hits,
     out,
     waited,
+    stamps,
     layer,
     time_out,
+    TIMED: tl.constexpr,
     N_LAYER: tl.constexpr,
     LATE_AT: tl.constexpr,
     EVICTED_AT: tl.constexpr,
@@ -150,6 +156,8 @@ def wait_kernel(
     time_out: nanoseconds on a GPU, looks elsewhere.
     """
     program = tl.program_id(0)
+    if TIMED and program == 0:
+        tl.store(stamps + 3 * layer + 1, _nanoseconds(ON_GPU))
     pair = tl.arange(0, PAIRS)
     real = pair < N_TOKEN * TOP_K
     slot = tl.load(slots + pair, mask=real, other=0)
@@ -193,6 +201,8 @@ def wait_kernel(
                 tl.store(table + index, -1, mask=gone_expert)
         if ON_GPU and program == 0:
             tl.store(waited + layer, tl.load(waited + layer) + _nanoseconds(ON_GPU) - start)
+    if TIMED and program == 0:
+        tl.store(stamps + 3 * layer + 2, _nanoseconds(ON_GPU))
     if program == 0:
         if MERGE:
             tl.store(slots + pair, fetched, mask=missed)
@@ -210,6 +220,8 @@ def finish_kernel(
     positions,
     tokens,
     bad,
+    stamps,
+    TIMED: tl.constexpr,
     N_LAYER: tl.constexpr,
     RING: tl.constexpr,
     TOKEN_BYTES: tl.constexpr,
@@ -218,6 +230,9 @@ def finish_kernel(
     ON_GPU: tl.constexpr,
 ):
     """Sends a step's tokens to the host, and moves on to the next step and positions."""
+    if TIMED:
+        tl.store(stamps + 3 * N_LAYER, tl.load(stamps + 3 * N_LAYER + 1))
+        tl.store(stamps + 3 * N_LAYER + 1, _nanoseconds(ON_GPU))
     s = tl.load(step)
     record = s % RING
     lane = tl.arange(0, TOKENS)

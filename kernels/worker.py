@@ -293,6 +293,14 @@ class DecodeWorker:
         fields = [(name, np.int64) for name in ("seq", "seen", "answered", "n_hit", "n_cpu", "n_now")]
         return np.frombuffer(self._worker.timeline(), fields)
 
+    def copies(self) -> npt.NDArray[np.void]:
+        """The last experts (at most 4096) whose copying has ended since `reset_stats`, oldest first.
+
+        Fields, all int64: layer and expert; begun and ended on the clock of `timeline`.
+        """
+        fields = [(name, np.int64) for name in ("layer", "expert", "begun", "ended")]
+        return np.frombuffer(self._worker.copies(), fields)
+
 
 def _native_layer(layer: WorkerLayer, slot_class: int, table: Tensor) -> _cpu.WorkerLayer:
     handle, layout, slots = layer.experts, layer.layout, layer.slots

@@ -1,4 +1,4 @@
-"""The command line: `moe-engine generate | inspect | perplexity | tokenize | trace`."""
+"""The command line: `moe-engine generate | inspect | perplexity | tokenize | trace | bench`."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moe_engine import cli_trace
+from moe_engine import cli_bench, cli_trace
 from moe_engine.config import format_size
 from moe_engine.errors import ConfigError, MoeEngineError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cli_trace.app, name="trace")
+app.add_typer(cli_bench.app, name="bench")
 # Results go to stdout; progress, summaries and errors to stderr.
 _notes = Console(stderr=True, highlight=False)
 

@@ -164,6 +164,7 @@ class SamplingParams(_Options):
     repeat_penalty  divide the logits of recent tokens by this; default: 1.1 when sampling, 1 (off) when greedy.
     seed            for repeatable draws; default: a new one each time.
     stop            texts that end the generation; they are not part of the output.
+    ignore_eos      go on after the model's own end of text: for benchmarks.
     """
 
     max_tokens: int = 128
@@ -174,6 +175,7 @@ class SamplingParams(_Options):
     repeat_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         _check(_is_integer(self.max_tokens, 0), "max_tokens", self.max_tokens, "an integer >= 0")
@@ -185,6 +187,7 @@ class SamplingParams(_Options):
         _check(penalty is None or _is_number(penalty, 1e-3, 1e3), "repeat_penalty", penalty, "a number over 0")
         seed_ok = self.seed is None or (_is_integer(self.seed, 0) and self.seed < 1 << 63)
         _check(seed_ok, "seed", self.seed, "an integer from 0 to 2**63 - 1")
+        _check(isinstance(self.ignore_eos, bool), "ignore_eos", self.ignore_eos, "true or false")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         ok = isinstance(stop, list | tuple) and all(isinstance(s, str) and s for s in stop)
         _check(ok, "stop", self.stop, "a text or a list of texts, none of them empty")

@@ -72,6 +72,7 @@ class DecodeStep:
     replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
     replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer, top_k]`, what was predicted of each layer by the one before, and
     by the one before that; None: nothing is predicted then.
+    stamps: where the kernels note the time of what they do in the last step (`new_stamps`; benchmarks).
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class DecodeStep:
         self.replay: Tensor | None = None
         self.replay_ahead: Tensor | None = None
         self._mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
+        self.stamps: Tensor | None = None
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def begin(self, sequences: Sequence[Running]) -> None:
@@ -144,7 +146,7 @@ class DecodeStep:
         last = Normed.of(x, model.output_norm, model.eps)
         logits = matvec(last.values, decode_weight(model.output), activations=last.rounded)
         sample(logits, self.sampler, positions + 1, tokens, variant=form.sampling)
-        finish(self.mailbox, self.step, positions, tokens, self.sampler.bad)
+        finish(self.mailbox, self.step, positions, tokens, self.sampler.bad, stamps=self.stamps)
 
     def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, positions: Tensor, form: StepForm) -> Tensor:
         """Router, then hits and shared expert while the CPU works on the misses."""
@@ -171,6 +173,7 @@ class DecodeStep:
                 slot_table=table,
                 replay=self.replay,
                 replay_ahead=self.replay_ahead,
+                stamps=self.stamps,
             )
 
         def on_gpu(chosen: Tensor, add_to: Tensor) -> Tensor:
@@ -208,4 +211,10 @@ class DecodeStep:
         late: Tensor | None = None,
     ) -> None:
         table = self.experts.slot_table
-        wait(self.mailbox, layer, self.step, routing, table, self.waited, out=out, hits=hits, late=late)
+        wait(
+            *(self.mailbox, layer, self.step, routing, table, self.waited),
+            out=out,
+            hits=hits,
+            late=late,
+            stamps=self.stamps,
+        )

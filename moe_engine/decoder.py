@@ -219,7 +219,7 @@ class GraphDecoder:
             some = ids[start : start + PROMPT_TOKENS]
             self.step.set_prompt(some, position + start)
             n_token = FEW_PROMPT_TOKENS if len(some) <= FEW_PROMPT_TOKENS else PROMPT_TOKENS
-            self._launch(StepForm(n_token, self.misses[0], "greedy", prompt_of=index))
+            self._launch(StepForm(n_token, self.misses[-1], "greedy", prompt_of=index))
             self._take()
 
     def _launch(self, form: StepForm) -> None:
@@ -276,6 +276,14 @@ class GraphDecoder:
     def _drain(self) -> None:
         while self.taken < self.launched:
             self._take()
+
+    def forget_captures(self) -> None:
+        """After a change of what the step does (`replay`, `stamps`)."""
+        self._drain()
+        self._graphs.clear()
+        if self._pool is not None:
+            torch.cuda.empty_cache()
+            self._pool = torch.cuda.graph_pool_handle()  # one that has lost its last graph cannot be used again
 
     @torch.inference_mode()
     def drop(self, index: int) -> None:

@@ -197,7 +197,7 @@ class Engine:
         generations = [self._generation(prompt, SamplingParams.of(**sampling)) for prompt in prompts]
         for _ in self._decode(generations):
             pass
-        return [generation.result() for generation in generations]
+        return [generation.so_far() for generation in generations]
 
     def _generation(self, prompt: Prompt, params: SamplingParams) -> "Generation":
         return Generation(self, self.encode(prompt), params, isinstance(prompt, str))
@@ -364,7 +364,7 @@ class Generation:
         self.params, self.stats = params, Stats()
         self.finish_reason: Literal["stop", "length"] = "length"
         self.done = params.max_tokens == 0
-        self._stop_ids = engine.tokenizer.stop_ids
+        self._stop_ids = () if params.ignore_eos else engine.tokenizer.stop_ids
         self._text = engine.tokenizer.stream(continuation=continues_text)
         self._held = ""  # text that may be the beginning of a stop string
         self._pieces: list[str] = []
@@ -378,9 +378,12 @@ class Generation:
 
     def result(self) -> Result:
         """The finished generation; runs it to its end if it has not been iterated."""
-        if not (self.done and self._pieces):
-            for _ in self:
-                pass
+        for _ in self:
+            pass
+        return self.so_far()
+
+    def so_far(self) -> Result:
+        """What there is, without going on."""
         return Result("".join(self._pieces), self.tokens, self.prompt_tokens, self.finish_reason, self.stats)
 
     def _run(self, engine: Engine) -> Iterator[str]:

@@ -360,3 +360,22 @@ def test_slots_and_table_on_the_device(mode: Mode) -> None:
     for step in range(1, 20):
         gpu.step(step, random_ids(np.random.default_rng(step), 2))
     assert gpu.worker.stats().copied_bytes > 0
+
+
+def test_copies_are_timed_one_after_the_other() -> None:
+    gpu, rng = FakeGpu("fetch", (3, 3)), np.random.default_rng(0)
+    before = time.monotonic_ns()
+    for step in range(1, 6):
+        gpu.step(step, random_ids(rng, 1))
+    gpu.worker.settle()
+    found, stats = gpu.worker.copies(), gpu.worker.stats()
+    assert len(found) == stats.fetched_now + stats.fetched_background > 0
+    assert before <= found["begun"][0]
+    assert (found["begun"] <= found["ended"]).all()
+    assert (found["ended"][:-1] <= found["begun"][1:]).all()
+    assert found["ended"][-1] <= time.monotonic_ns()
+    resident = {(layer, expert) for layer in range(N_LAYER) for expert in gpu.worker.residents(layer)}
+    assert resident <= {(int(copy["layer"]), int(copy["expert"])) for copy in found}
+    gpu.worker.reset_stats()
+    assert len(gpu.worker.copies()) == 0
+    gpu.worker.stop()

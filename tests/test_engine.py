@@ -70,6 +70,20 @@ def test_stop_token_ends_the_text(engine: Engine, monkeypatch: pytest.MonkeyPatc
     assert result.finish_reason == "stop"
 
 
+def test_the_end_of_text_can_be_ignored(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = engine.generate("Once upon a time", temperature=0, max_tokens=6, ignore_eos=True).tokens
+    monkeypatch.setattr(engine.tokenizer, "stop_ids", frozenset({expected[2]}))
+    assert len(engine.generate("Once upon a time", temperature=0, max_tokens=6).tokens) == 2
+    assert engine.generate("Once upon a time", temperature=0, max_tokens=6, ignore_eos=True).tokens == expected
+
+
+def test_a_batch_of_prompts_alone_stays_in_its_caches() -> None:
+    with Engine.load(device="cpu", n_sequence=2, ctx=32) as engine:
+        prompts = [[1, 2, 3, 4], [5, 6, 7, 8]]
+        assert [result.tokens for result in engine.generate_batch(prompts, max_tokens=0)] == [[], []]
+        assert engine.generate_batch(prompts, max_tokens=0)[0].stats.reused_tokens == 6
+
+
 def test_context_is_a_limit() -> None:
     with Engine.load(device="cpu", ctx=16, threads=1) as small:
         assert len(small.generate([5] * 10, max_tokens=50, temperature=0).tokens) == 7  # the 17th is never stored

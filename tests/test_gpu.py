@@ -1,6 +1,7 @@
 """The CUDA path against the CPU's, and decoding by a graph against decoding kernel by kernel: `pytest -m gpu`."""
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from check_models import FLIP, Recorded, greedy_agreement, logit_differences
 from filled_slots import fill_slots
 
 from moe_engine import Engine
+from moe_engine.benchmark.timeline import record
 from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.norm_rope_cache import cached_floats
@@ -209,4 +211,19 @@ def test_prompts_in_steps_fill_the_kv_cache_as_micro_batches_do(slots: int | Non
             decoder.prompt(1, prompt[18:], 18)
             for found, expected in zip(kept(), streamed, strict=True):
                 assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_timeline_of_a_step() -> None:
+    """GPU events adjoin from the step's begin to its end, the CPU's lie within, and tokens stay what they were."""
+    with load(cache_slots=9, miss="cpu") as engine:
+        expected = greedy(engine, PROMPTS[0], 32)
+        events = record(engine, engine.encode(PROMPTS[0])[0])
+        gpu = [event for event in events if event.lane == "GPU"]
+        assert gpu[0].start == 0
+        assert all(one.end == following.start for one, following in pairwise(gpu))
+        assert all(event.start <= event.end for event in events)
+        on_cpu = [event for event in events if event.lane == "CPU"]
+        assert on_cpu
+        assert all(event.start >= 0 and event.end <= gpu[-1].end for event in on_cpu)
+        assert greedy(engine, PROMPTS[0], 32) == expected
         check_books(engine)

@@ -232,5 +232,9 @@ void bind_worker(nb::module_& m) {
         .def("timeline", [](DecodeWorker& worker) {
             const std::vector<moe::TimelineEntry> entries = worker.timeline();
             return nb::bytes(entries.data(), entries.size() * sizeof(entries[0]));
+        })
+        .def("copies", [](DecodeWorker& worker) {
+            const std::vector<moe::CopyEntry> entries = worker.copies();
+            return nb::bytes(entries.data(), entries.size() * sizeof(entries[0]));
         });
 }

@@ -157,7 +157,7 @@ void DecodeWorker::divide(const Step& step, int layer) {
     } else if (spec_.fetch == Fetch::balanced) {
         int64_t backlog = 0;
         for (const Flight& flight : in_flight_) backlog += flight.n_bytes;
-        n_fetch = cost_.best_fetches(n_fetch, expert_bytes_[static_cast<size_t>(layer)], backlog);
+        n_fetch = cost_of(step).best_fetches(n_fetch, expert_bytes_[static_cast<size_t>(layer)], backlog);
     }
     int64_t n_started = 0;
     while (n_started < n_fetch && reserve(fetches_[static_cast<size_t>(n_started)])) ++n_started;
@@ -203,7 +203,7 @@ void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& 
     stats_.cpu_experts += entry_.n_cpu;
     stats_.cpu_bytes += n_bytes;
     stats_.cpu_ns += ns;
-    cost_.note_cpu(n_bytes, static_cast<double>(ns) * 1e-9, beside_copies);
+    cost_of(step).note_cpu(n_bytes, static_cast<double>(ns) * 1e-9, beside_copies);
 }
 
 void DecodeWorker::await_late() {
@@ -297,7 +297,7 @@ void DecodeWorker::start_fetch(ExpertKey key) {
     batch_.push_back({layer.table + expert * int64_t{4},
                       reinterpret_cast<const uint8_t*>(spec_.slot_numbers + slot), 4});
     copies_.submit(batch_);
-    in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false});
+    in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false, now()});
     unused_[static_cast<size_t>(key)] = true;
 }
 

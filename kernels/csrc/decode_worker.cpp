@@ -48,7 +48,9 @@ DecodeWorker::DecodeWorker(WorkerSpec spec, ThreadPool& pool, CopyEngine& copies
       fate_(static_cast<size_t>(spec_.n_expert)),
       chosen_(fate_.size()),
       cost_(spec_.rates),
-      timeline_(kTimeline) {
+      prompt_cost_(spec_.rates),
+      timeline_(kTimeline),
+      copied_(kTimeline) {
     for (const WorkerLayer& layer : spec_.layers) {
         expert_bytes_.push_back(0);
         for (const ExpertPart& part : layer.parts) expert_bytes_.back() += part.n_bytes;
@@ -194,7 +196,12 @@ void DecodeWorker::poll_copies() {
         ++progress_;
         std::lock_guard<std::mutex> lock(stats_mutex_);
         stats_.copied_bytes += flight.n_bytes;
-        cost_.note_copy(flight.n_bytes, *seconds, flight.beside_cpu);
+        // Copies run one after the other: this began when it was submitted, or when the one before had ended.
+        const auto [layer, expert] = cache_.layer_and_expert(flight.key);
+        const int64_t begun = std::max(flight.submitted, copied_until_);
+        copied_until_ = begun + static_cast<int64_t>(*seconds * 1e9);
+        copied_[static_cast<size_t>(n_copied_++ % kTimeline)] = {layer, expert, begun, copied_until_};
+        for (MissCost* cost : {&cost_, &prompt_cost_}) cost->note_copy(flight.n_bytes, *seconds, flight.beside_cpu);
     }
 }
 
@@ -289,7 +296,7 @@ void DecodeWorker::reset_stats() {
     for (auto* counts : {&stats_.misses, &stats_.expected, &stats_.missed_experts, &stats_.foreseen,
                          &stats_.prefetched, &stats_.prefetched_in_time, &stats_.prefetched_late})
         counts->assign(spec_.layers.size(), 0);
-    n_message_ = 0;
+    n_message_ = n_copied_ = 0;
 }
 
 std::vector<TimelineEntry> DecodeWorker::timeline() {
@@ -297,6 +304,14 @@ std::vector<TimelineEntry> DecodeWorker::timeline() {
     std::vector<TimelineEntry> entries;
     for (int64_t i = std::max<int64_t>(0, n_message_ - kTimeline); i < n_message_; ++i)
         entries.push_back(timeline_[static_cast<size_t>(i % kTimeline)]);
+    return entries;
+}
+
+std::vector<CopyEntry> DecodeWorker::copies() {
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    std::vector<CopyEntry> entries;
+    for (int64_t i = std::max<int64_t>(0, n_copied_ - kTimeline); i < n_copied_; ++i)
+        entries.push_back(copied_[static_cast<size_t>(i % kTimeline)]);
     return entries;
 }
 

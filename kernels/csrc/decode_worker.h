@@ -100,6 +100,11 @@ struct TimelineEntry {
     int64_t n_hit, n_cpu, n_now;  // pairs, and experts
 };
 
+// An expert's way into its slot, in nanoseconds of the steady clock.
+struct CopyEntry {
+    int64_t layer, expert, begun, ended;
+};
+
 struct StepTokens {
     int64_t step = 0;
     bool bad = false;
@@ -132,6 +137,7 @@ class DecodeWorker {
     WorkerStats stats();
     void reset_stats();
     std::vector<TimelineEntry> timeline();
+    std::vector<CopyEntry> copies();
 
  private:
     struct Step {
@@ -142,6 +148,7 @@ class DecodeWorker {
         ExpertKey key;
         int64_t n_bytes;
         bool beside_cpu;
+        int64_t submitted;
     };
 
     static int64_t now();  // nanoseconds of the steady clock
@@ -221,7 +228,10 @@ class DecodeWorker {
 
     std::mutex stats_mutex_;  // taken last
     WorkerStats stats_;
-    MissCost cost_;
+    // Many tokens that share experts are bound by arithmetic: other rates.
+    MissCost& cost_of(const Step& step) { return step.n_token > kFewTokens ? prompt_cost_ : cost_; }
+    static constexpr int64_t kFewTokens = 8;
+    MissCost cost_, prompt_cost_;
     // A layer is prefetched for while this share of its prefetches is of use, averaged over about 16; then at every
     // so many chances.
     static constexpr double kInTime = 0.5, kScoreStep = 1.0 / 16;
@@ -229,6 +239,8 @@ class DecodeWorker {
     static constexpr int64_t kTimeline = 4096;
     std::vector<TimelineEntry> timeline_;  // a ring
     int64_t n_message_ = 0;
+    std::vector<CopyEntry> copied_;  // a ring
+    int64_t n_copied_ = 0, copied_until_ = 0;
 
     std::mutex stop_mutex_;
     std::thread thread_;

@@ -1,14 +1,7 @@
-"""Writes a full-size MoE GGUF with random quantized weights, for speed and memory work.
+"""Shapes and types of real models, and the writer of their tensors with random values."""
 
-    python bench/synth_gguf.py qwen3-30b-a3b out.gguf --skew 0.35
-    python bench/synth_gguf.py deepseek-v3 out.gguf --layers 7     # 3 dense and 4 MoE layers
-
-Names, shapes, quant types (a Q4_K_M mix) and metadata are those of the real model; only the values are random.
-Routers can be skewed so that some experts are picked more often: row e is scaled by (rank + 1) ** -skew.
-"""
-
-import argparse
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +47,23 @@ MODELS = {
         sigmoid=True,
     ),
 }
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Types of tensors, much as llama.cpp chooses them; `finer`: every second down, v and output."""
+
+    usual: T
+    finer: T
+    file_type: int
+
+
+MIXES = {
+    "q4_k_m": Mix(T.Q4_K, T.Q6_K, 15),
+    "q5_k_m": Mix(T.Q5_K, T.Q6_K, 17),
+    "q6_k": Mix(T.Q6_K, T.Q6_K, 18),
+    "q8_0": Mix(T.Q8_0, T.Q8_0, 7),
+}
 HEAD_DIM = 128  # of the Qwen3 models
 QK_NOPE, N_ROT, V_DIM, KV_LORA = 128, 64, 128, 512  # of the DeepSeek models
 
@@ -81,11 +91,12 @@ def random_blocks(qtype: T, rng: np.random.Generator, std: float = 0.02) -> Arra
 class Writer:
     """Collects tensor headers, then writes the data in one pass."""
 
-    def __init__(self, path: Path, shape: Shape, seed: int, skew: float) -> None:
-        self.gguf = gguf.GGUFWriter(path, shape.architecture)
+    def __init__(self, shape: Shape, mix: Mix, skew: float, seed: int) -> None:
+        self.gguf = gguf.GGUFWriter(None, shape.architecture)
+        self.mix, self.skew = mix, skew
         self.rng = np.random.default_rng(seed)
-        self.skew = skew
-        self.pools = {t: random_blocks(t, self.rng) for t in (T.Q4_K, T.Q6_K, T.Q8_0)}
+        types = sorted({mix.usual, mix.finer, T.Q8_0})
+        self.pools = {t: random_blocks(t, self.rng) for t in types}
         self.todo: list[tuple[T, tuple[int, ...]] | Array] = []
 
     def quant(self, name: str, qtype: T, *shape: int) -> None:
@@ -113,13 +124,24 @@ class Writer:
             rows *= (rank**-self.skew)[:, None] * (n_expert**self.skew / 2)
         self.floats(name, rows)
 
-    def finish(self) -> None:
-        self.gguf.write_header_to_file()
-        self.gguf.write_kv_data_to_file()
-        self.gguf.write_ti_data_to_file()
-        for item in self.todo:
-            self.gguf.write_tensor_data(item if isinstance(item, np.ndarray) else self._cut(*item))
-        self.gguf.close()
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(item.nbytes if isinstance(item, np.ndarray) else int(np.prod(item[1])) for item in self.todo)
+
+    def finish(self, path: Path, progress: Callable[[int, int], None]) -> None:
+        done, total = 0, self.nbytes
+        try:
+            self.gguf.write_header_to_file(path)
+            self.gguf.write_kv_data_to_file()
+            self.gguf.write_ti_data_to_file()
+            for item in self.todo:
+                data = item if isinstance(item, np.ndarray) else self._cut(*item)
+                self.gguf.write_tensor_data(data)
+                done += data.nbytes
+                progress(done, total)
+        finally:
+            self.gguf.close()
 
     def _cut(self, qtype: T, byte_shape: tuple[int, ...]) -> Array:
         pool, nbytes = self.pools[qtype], int(np.prod(byte_shape))
@@ -150,8 +172,8 @@ def write_tokenizer(w: gguf.GGUFWriter, n_vocab: int) -> None:
     w.add_add_bos_token(False)
 
 
-def write_common(w: gguf.GGUFWriter, name: str, s: Shape) -> None:
-    w.add_name(f"synthetic {name}")
+def write_common(w: gguf.GGUFWriter, name: str, s: Shape, mix: Mix) -> None:
+    w.add_name(name)
     w.add_block_count(s.n_layer)
     w.add_embedding_length(s.hidden)
     w.add_feed_forward_length(s.n_ff)
@@ -161,22 +183,22 @@ def write_common(w: gguf.GGUFWriter, name: str, s: Shape) -> None:
     w.add_expert_count(s.n_expert)
     w.add_expert_used_count(s.top_k)
     w.add_expert_feed_forward_length(s.n_ff_expert)
-    w.add_file_type(15)
+    w.add_file_type(mix.file_type)
     write_tokenizer(w, s.n_vocab)
 
 
 def write_experts(out: Writer, prefix: str, s: Shape, layer: int) -> None:
-    down = T.Q6_K if layer % 2 else T.Q4_K
+    usual, down = out.mix.usual, out.mix.finer if layer % 2 else out.mix.usual
     out.router(prefix + "ffn_gate_inp.weight", s.n_expert, s.hidden)
-    out.quant(prefix + "ffn_gate_exps.weight", T.Q4_K, s.n_expert, s.n_ff_expert, s.hidden)
-    out.quant(prefix + "ffn_up_exps.weight", T.Q4_K, s.n_expert, s.n_ff_expert, s.hidden)
+    out.quant(prefix + "ffn_gate_exps.weight", usual, s.n_expert, s.n_ff_expert, s.hidden)
+    out.quant(prefix + "ffn_up_exps.weight", usual, s.n_expert, s.n_ff_expert, s.hidden)
     out.quant(prefix + "ffn_down_exps.weight", down, s.n_expert, s.hidden, s.n_ff_expert)
 
 
 def write_dense(out: Writer, prefix: str, s: Shape, n_ff: int, suffix: str = "") -> None:
-    out.quant(f"{prefix}ffn_gate{suffix}.weight", T.Q4_K, n_ff, s.hidden)
-    out.quant(f"{prefix}ffn_up{suffix}.weight", T.Q4_K, n_ff, s.hidden)
-    out.quant(f"{prefix}ffn_down{suffix}.weight", T.Q4_K, s.hidden, n_ff)
+    out.quant(f"{prefix}ffn_gate{suffix}.weight", out.mix.usual, n_ff, s.hidden)
+    out.quant(f"{prefix}ffn_up{suffix}.weight", out.mix.usual, n_ff, s.hidden)
+    out.quant(f"{prefix}ffn_down{suffix}.weight", out.mix.usual, s.hidden, n_ff)
 
 
 def write_qwen3(out: Writer, s: Shape) -> None:
@@ -189,10 +211,10 @@ def write_qwen3(out: Writer, s: Shape) -> None:
         p = f"blk.{layer}."
         for name, n in (("attn", s.hidden), ("ffn", s.hidden), ("attn_q", HEAD_DIM), ("attn_k", HEAD_DIM)):
             out.ones(f"{p}{name}_norm.weight", n)
-        out.quant(p + "attn_q.weight", T.Q4_K, query, s.hidden)
-        out.quant(p + "attn_k.weight", T.Q4_K, key, s.hidden)
-        out.quant(p + "attn_v.weight", T.Q6_K, key, s.hidden)
-        out.quant(p + "attn_output.weight", T.Q4_K, s.hidden, query)
+        out.quant(p + "attn_q.weight", out.mix.usual, query, s.hidden)
+        out.quant(p + "attn_k.weight", out.mix.usual, key, s.hidden)
+        out.quant(p + "attn_v.weight", out.mix.finer, key, s.hidden)
+        out.quant(p + "attn_output.weight", out.mix.usual, s.hidden, query)
         write_experts(out, p, s, layer)
 
 
@@ -226,16 +248,16 @@ def write_deepseek(out: Writer, s: Shape) -> None:
         out.ones(p + "attn_norm.weight", s.hidden)
         out.ones(p + "ffn_norm.weight", s.hidden)
         if s.q_lora:
-            out.quant(p + "attn_q_a.weight", T.Q4_K, s.q_lora, s.hidden)
+            out.quant(p + "attn_q_a.weight", out.mix.usual, s.q_lora, s.hidden)
             out.ones(p + "attn_q_a_norm.weight", s.q_lora)
-            out.quant(p + "attn_q_b.weight", T.Q4_K, query, s.q_lora)
+            out.quant(p + "attn_q_b.weight", out.mix.usual, query, s.q_lora)
         else:
-            out.quant(p + "attn_q.weight", T.Q4_K, query, s.hidden)
+            out.quant(p + "attn_q.weight", out.mix.usual, query, s.hidden)
         out.quant(p + "attn_kv_a_mqa.weight", T.Q8_0, KV_LORA + N_ROT, s.hidden)
         out.ones(p + "attn_kv_a_norm.weight", KV_LORA)
         out.quant(p + "attn_k_b.weight", T.Q8_0, s.n_head, KV_LORA, QK_NOPE)
         out.quant(p + "attn_v_b.weight", T.Q8_0, s.n_head, V_DIM, KV_LORA)
-        out.quant(p + "attn_output.weight", T.Q4_K, s.hidden, s.n_head * V_DIM)
+        out.quant(p + "attn_output.weight", out.mix.usual, s.hidden, s.n_head * V_DIM)
         if layer < s.n_dense:
             write_dense(out, p, s, s.n_ff)
             continue
@@ -243,30 +265,3 @@ def write_deepseek(out: Writer, s: Shape) -> None:
             out.floats(p + "exp_probs_b.bias", np.zeros(s.n_expert))
         write_experts(out, p, s, layer)
         write_dense(out, p, s, s.n_shared * s.n_ff_expert, "_shexp")
-
-
-def write_model(name: str, path: Path, *, layers: int | None = None, skew: float = 0.0, seed: int = 0) -> None:
-    """Writes `MODELS[name]`, or its first `layers` layers, to `path`."""
-    s = replace(MODELS[name], n_layer=layers or MODELS[name].n_layer)
-    out = Writer(path, s, seed, skew)
-    write_common(out.gguf, name, s)
-    out.quant("token_embd.weight", T.Q4_K, s.n_vocab, s.hidden)
-    (write_qwen3 if s.architecture == "qwen3moe" else write_deepseek)(out, s)
-    out.ones("output_norm.weight", s.hidden)
-    out.quant("output.weight", T.Q6_K, s.n_vocab, s.hidden)
-    out.finish()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, help="keep only the first N layers")
-    parser.add_argument("--skew", type=float, default=0.0)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    write_model(options.model, options.out, layers=options.layers, skew=options.skew, seed=options.seed)
-
-
-if __name__ == "__main__":
-    main()
