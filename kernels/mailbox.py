@@ -58,6 +58,7 @@ def post(
     assert replay is None or replay.shape[1:] == (mailbox.n_layer, top_k), replay.shape
     n_ahead, ahead = 0 if routing.ahead is None else len(routing.ahead), routing.ahead
     assert layer + n_ahead < mailbox.n_layer
+    assert ahead is None or ahead.is_contiguous()
     if replay is not None:
         assert replay_ahead is None or replay_ahead.shape == (MAX_AHEAD, *replay.shape), replay_ahead.shape
         n_ahead, ahead = 0 if replay_ahead is None else n_ahead, replay_ahead

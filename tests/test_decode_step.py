@@ -136,14 +136,13 @@ def test_looking_ahead_changes_no_bit(path_of: Callable[[str], Path]) -> None:
     assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
-def test_prefetch_changes_no_bit(tmp_path: Path) -> None:
+def test_prefetch_changes_no_token(tmp_path: Path) -> None:
     path = tiny_models.make("qwen3moe/plain", tmp_path, "F16", **(SMALL | {"num_hidden_layers": 3})).path
-    with load(path, eager=True, kv_dtype="f32") as engine:
-        expected = greedy(engine, 2), kept(engine)
-    with load(path, exact=True, cache_slots=4, prefetch="always", kv_dtype="f32") as engine:
+    with load(path, eager=True) as engine:
+        expected = greedy(engine, 2)
+    with load(path, miss="cpu", cache_slots=6, prefetch="always") as engine:
         result = engine.generate(PROMPT, temperature=0, max_tokens=2)
-        assert result.tokens == expected[0]
-        assert all(map(torch.equal, kept(engine), expected[1]))
+    assert result.tokens == expected
     stats = result.stats
     assert stats.layer_prefetched[:2] == [0, 0]
     assert 0 < stats.layer_prefetched[2] <= 2

@@ -104,7 +104,7 @@ def test_what_the_next_layers_will_choose_is_posted_too() -> None:
     assert part(record, box.ahead_offset, 12).tolist() == [3, 1, 2, 0, -1, -1, -1, -1, 15, 8, 9, 10]
     assert part(record, box.slots_offset, 4).tolist() == routing.slots[0].tolist() == [0, 1, 2, 3]
 
-    twice = torch.cat([ahead, ahead.flip(1)])[:, :2]
+    twice = torch.cat([ahead, ahead.flip(1)])[:, :2].contiguous()
     box, _, _ = posted(48, slots[:2], [5, 6], twice, layer=0)
     record = box.messages[6 % RING * N_LAYER]
     assert header(record)[:4].tolist() == [24, 2, 0, 2]

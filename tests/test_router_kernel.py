@@ -139,8 +139,7 @@ def test_with_the_router_matrix(n_token: int, n_expert: int, hidden: int) -> Non
     torch.testing.assert_close(out.weights, weights, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("n_token", "hidden"), [(1, 96), (3, 1000), (9, 512)])
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("n_token", "hidden", "biased"), [(1, 96, True), (3, 200, False)])
 def test_guessing_the_next_layer_changes_nothing_else(n_token: int, hidden: int, biased: bool) -> None:
     generator = torch.Generator().manual_seed(hidden)
     config = RouterConfig(60, 5, "sigmoid", True, 1.5, 5, 2, "top2_sum")
