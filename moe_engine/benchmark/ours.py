@@ -85,7 +85,7 @@ class Ours:
         started = time.perf_counter()
         self._engine = engine = Engine.load(self.path, progress=self.progress, **options)
         self.load_seconds = time.perf_counter() - started
-        self.config, self.ubatch, self._n_sequence = engine.config, engine.ubatch, engine.cache.n_sequence
+        self.config, self.ubatch, self._n_sequence = engine.config, engine.prefill.ubatch, engine.cache.n_sequence
         engine.__dict__["hardware"] = self.machine.hardware  # in place of a measurement of its own
         if self.routing is not None:
             self._follow(self.routing)
