@@ -193,6 +193,9 @@ void DecodeWorker::poll_copies() {
         const Flight flight = in_flight_.front();
         in_flight_.pop_front();
         cache_.complete(flight.key);
+        const auto [layer, expert] = cache_.layer_and_expert(flight.key);
+        const ExpertLayer& experts = spec_.layers[static_cast<size_t>(layer)].experts;
+        if (experts.memory != nullptr) experts.memory->release(experts.memory_layer, &expert, 1);
         ++progress_;
         std::lock_guard<std::mutex> lock(stats_mutex_);
         stats_.copied_bytes += flight.n_bytes;
