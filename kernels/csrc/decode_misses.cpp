@@ -243,7 +243,8 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
         for (int64_t pair = 0; pair < n_pair; ++pair)
             if (message.ahead[i][pair] >= 0)
                 cache_.keep(cache_.key(layer + 1 + static_cast<int>(i), message.ahead[i][pair]));
-    if (n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {
+    const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait
+    if (in_memory && n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {
         // The better half of the choices: the others are wrong too often to evict an expert for.
         for (int64_t choice = 0; choice < (spec_.mailbox.top_k + 1) / 2; ++choice)
             for (int64_t token = 0; token < step.n_token; ++token) {
