@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from synth_gguf import write_model
 
 from moe_engine import Engine
+from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.expert_store import ExpertStore
 from moe_engine.kernels.cpu import CpuKernels
