@@ -157,6 +157,13 @@ class CpuKernels:
         n_rows, stride = matrix.shape[0], matrix.stride(0)
         _cpu.dequantize(self._pool, weight.type.id, matrix.data_ptr(), n_rows, weight.n_in, stride, out.data_ptr())
 
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies bytes, uint8 `[n]`, with all threads."""
+        assert target.shape == source.shape, (target.shape, source.shape)
+        assert target.is_contiguous(), target.stride()
+        assert source.is_contiguous(), source.stride()
+        _cpu.copy_memory(self._pool, target.data_ptr(), source.data_ptr(), source.numel())
+
     def read_rate(self, memory: torch.Tensor) -> float:
         """Bytes per second at which all threads read `memory` (uint8, contiguous), once."""
         best = 0.0

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from moe_engine import cli_bench, cli_trace
@@ -36,6 +45,10 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or simulated (the CUDA path on the CPU).")]
 VramBudget = Annotated[str | None, typer.Option(help="All VRAM to use, such as 6GiB. Default: 90 % of what is free.")]
+RamBudget = Annotated[
+    str | None,
+    typer.Option(help="All RAM to use, such as 16GiB; experts beyond it are read from disk. Default: what is free."),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 Miss = Annotated[str, typer.Option(help="Experts not in VRAM: cpu computes them, fetch copies them, auto divides.")]
 KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16, f32 or q8_0.")]
@@ -63,6 +76,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
     device: Device = "auto",
     vram_budget: VramBudget = None,
+    ram_budget: RamBudget = None,
     threads: Threads = None,
     ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
     kv_type: KVType = "f16",
@@ -74,8 +88,9 @@ def generate(
 ) -> None:
     """Continue a prompt."""
     text = _prompt_text(prompt, prompt_file)
-    options = {"device": device, "vram_budget": vram_budget, "threads": threads, "ctx": ctx, "kv_dtype": kv_type}
-    with _engine(model, **options, miss=miss, exact=exact, lookahead=lookahead, prefetch=prefetch) as engine:
+    options = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget, "threads": threads, "ctx": ctx}
+    options |= {"kv_dtype": kv_type, "miss": miss, "exact": exact, "lookahead": lookahead, "prefetch": prefetch}
+    with _engine(model, **options) as engine:
         generation = engine.stream(
             [{"role": "user", "content": text}] if chat else text,
             max_tokens=max_tokens,
@@ -125,6 +140,7 @@ def perplexity(
     ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     device: Device = "auto",
     vram_budget: VramBudget = None,
+    ram_budget: RamBudget = None,
     threads: Threads = None,
     kv_type: KVType = "f16",
     as_json: AsJson = False,
@@ -133,9 +149,13 @@ def perplexity(
     from moe_engine.perplexity import perplexity as measure
 
     text = _read_text(file)
+    options = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget, "threads": threads, "ctx": ctx}
     with (
-        _engine(model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx, kv_dtype=kv_type) as engine,
-        _progress("scoring", "ppl {task.fields[ppl]:.3f}", ppl=float("nan")) as (bar, task),
+        _engine(model, **options, kv_dtype=kv_type) as engine,
+        _progress("scoring", MofNCompleteColumn(), TextColumn("ppl {task.fields[ppl]:.3f}"), ppl=float("nan")) as (
+            bar,
+            task,
+        ),
     ):
         result = measure(
             engine,
@@ -193,7 +213,7 @@ def _engine(model: Path | None, **options: Any) -> "Iterator[Engine]":
     """Loads the model under a progress bar."""
     from moe_engine.engine import Engine
 
-    with _progress("loading", "layers") as (bar, task):
+    with _progress("loading", DownloadColumn(), TransferSpeedColumn()) as (bar, task):
         engine = Engine.load(
             model, progress=lambda done, total: bar.update(task, completed=done, total=total), **options
         )
@@ -202,9 +222,9 @@ def _engine(model: Path | None, **options: Any) -> "Iterator[Engine]":
 
 
 @contextmanager
-def _progress(what: str, unit: str, **fields: Any) -> "Iterator[tuple[Progress, Any]]":
+def _progress(what: str, *columns: ProgressColumn, **fields: Any) -> "Iterator[tuple[Progress, Any]]":
     """A bar on stderr that vanishes when done; nothing where stderr is not a terminal."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    columns = (TextColumn(what), BarColumn(), *columns, TimeElapsedColumn())
     with Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal) as bar:
         yield bar, bar.add_task(what, total=None, **fields)
 

@@ -72,6 +72,9 @@ class EngineConfig(_Options):
                  path on tensors in RAM, for tests and development without a GPU.
     vram_budget  all VRAM the engine may use: weights, KV cache, workspace, expert slots and the CUDA context.
                  Default: 90 % of what is free.
+    ram_budget   what the whole process may have resident in RAM, mapped file pages included. Routed experts get what
+                 the rest leaves of it, less an eighth kept for what is allocated later; those that do not fit are read
+                 from disk when they are needed. Default: what is available, less 2 GiB, for the experts alone.
     experts      where routed experts are computed: "cpu", "cache" (fetched into VRAM slots and computed
                  there), or "auto": "cache" if the budget has room for at least top_k experts.
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
@@ -96,6 +99,7 @@ class EngineConfig(_Options):
 
     device: str = "auto"
     vram_budget: int | str | None = None
+    ram_budget: int | str | None = None
     experts: ExpertHome = "auto"
     cache_slots: int | None = None
     miss: MissMode = "auto"
@@ -134,8 +138,9 @@ class EngineConfig(_Options):
         _check(in_range, "n_sequence", self.n_sequence, f"an integer from 1 to {MAX_SEQUENCES}")
         _check(not (self.exact and self.miss == "cpu"), "miss", self.miss, "'auto' or 'fetch' with exact")
         _check(self.threads is None or self.threads <= 1024, "threads", self.threads, "at most 1024")
-        if self.vram_budget is not None:
-            parse_size(self.vram_budget)
+        for budget in (self.vram_budget, self.ram_budget):
+            if budget is not None:
+                parse_size(budget)
 
     def slots_at_once(self, top_k: int) -> int:
         """Slots that the experts of one layer of a step may need."""

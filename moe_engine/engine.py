@@ -24,6 +24,7 @@ from moe_engine.decode_step import DecodeStep, Running
 from moe_engine.decoder import Decoder, EagerDecoder, GraphDecoder, StagedDecoder, can_use_step
 from moe_engine.errors import CapacityError, ConfigError, ModelFormatError
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.expert_store import ExpertStore
 from moe_engine.experts import CpuExperts, Experts
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Bound, Hardware, measure
@@ -32,10 +33,11 @@ from moe_engine.kernels.sampling_kernel import SamplerState
 from moe_engine.kv_cache import KVCache
 from moe_engine.layers import MixtureOfExperts
 from moe_engine.metadata import Metadata
-from moe_engine.model import Transformer
+from moe_engine.model import Transformer, n_layer
 from moe_engine.models import model_class
 from moe_engine.prefill import Prefill
 from moe_engine.prompt_experts import PromptExperts
+from moe_engine.ram_plan import plan_ram
 from moe_engine.sampling import Sampler
 from moe_engine.stats import Stats, peak_ram_bytes
 from moe_engine.tokenizer import Tokenizer
@@ -110,7 +112,7 @@ class Engine:
     ) -> Self:
         """Loads a GGUF file; without a path, the bundled model.
 
-        options: the fields of `EngineConfig`. progress: called with (layers loaded, layers in all).
+        options: the fields of `EngineConfig`. progress: called with (bytes read, bytes to be read).
         Raises `ModelFormatError` or `UnsupportedModelError` for the file, `ConfigError` for an option,
         `CapacityError` when the memory does not suffice.
         """
@@ -132,14 +134,24 @@ class Engine:
             raise ConfigError("experts is 'cache', but device 'cpu' has no VRAM: use a CUDA device or 'simulated'")
         cpu = CpuKernels(config.n_threads, float_activations=config.activations == "float")
         backend: Backend = CpuBackend(cpu)
-        experts: Experts = CpuExperts(cpu)
-        plan = None
-        if accelerated:
-            plan = plan_vram(file, meta, family, config, ctx, device)
+        plan = plan_vram(file, meta, family, config, ctx, device) if accelerated else None
+        ram = plan_ram(file, meta, n_layer(meta), config, dense_in_ram=not accelerated)
+        in_place = not accelerated and ram.holds_all
+        store = ExpertStore(file, ram, meta.integer("expert_count"), cpu, device, in_place=in_place)
+        experts: Experts = CpuExperts(cpu, store)
+        if plan is not None:
             backend = AcceleratorBackend(device, plan.scratch_elements, config.activations == "int8")
-            experts = CachedExperts(device, backend.scratch, cpu, plan.caches_experts)
-        with torch.inference_mode():
-            model = family(meta, Weights(file, backend), experts, progress)
+            experts = CachedExperts(device, backend.scratch, cpu, plan.caches_experts, store)
+
+        def report() -> None:
+            if progress is not None:
+                progress(*store.progress())
+
+        with store.closed_on_error(), torch.inference_mode():
+            model = family(meta, Weights(file, backend), experts, report)
+            if accelerated:
+                file.drop_pages()  # what is dense is in VRAM
+            store.finish(report)
             if tokenizer.n_vocab > model.n_vocab:
                 raise ModelFormatError(
                     f"{source}: the tokenizer has {tokenizer.n_vocab} tokens, but 'token_embd.weight' only "

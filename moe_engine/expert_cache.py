@@ -40,8 +40,10 @@ class CachedExperts:
     scratch: flat f32 on `device`, room for dequantized rows. caches: whether there are to be slots.
     """
 
-    def __init__(self, device: torch.device, scratch: Tensor, cpu: CpuKernels, caches: bool) -> None:
-        self.device, self.scratch, self.cpu, self.caches = device, scratch, cpu, caches
+    def __init__(
+        self, device: torch.device, scratch: Tensor, cpu: CpuKernels, caches: bool, store: ExpertStore
+    ) -> None:
+        self.device, self.scratch, self.cpu, self.caches, self.store = device, scratch, cpu, caches, store
         self.hits = self.misses = 0
         self.n_expert = 0
         self.index: dict[int, int] = {}  # MoE layer of a model's layer
@@ -50,16 +52,13 @@ class CachedExperts:
         self.slot_table = torch.empty(0, 0, dtype=torch.int32)  # [n_layer, n_expert]: slot or -1
         self.layouts: list[SlotLayout] = []  # by MoE layer
         self.staging = torch.empty(0, dtype=torch.uint8)  # bytes that experts pass through
-        self.store = ExpertStore(page_locked=caches and device.type == "cuda")
         self.prompt: PromptExperts | None = None  # where its kernels run
 
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
         self.n_expert, n_ff, hidden = gate.shape
         layout = SlotLayout.of(gate.type, up.type, down.type, hidden, n_ff)
-        if self.caches:
-            gate, up, down = self.store.add(layout, (gate, up, down))
         self.index[layer] = len(self.handles)
-        self.handles.append(self.cpu.register_experts(gate, up, down))
+        self.handles.append(self.store.register(gate, up, down))
         self.layouts.append(layout)
         self.pools.setdefault(layout, SlotPool(layout)).layers.append(self.index[layer])
 

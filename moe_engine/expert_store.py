@@ -1,110 +1,238 @@
-"""Routed experts in RAM, as a GPU wants to fetch them: an expert's gate, up and down lie together, page-locked.
+"""Routed experts in RAM, read from the file by native threads (kernels/csrc/expert_memory.h).
 
-One fetch is then one copy at the speed of the bus, and the CPU kernels read the same bytes. Without a GPU nothing is
-moved: the experts stay where the file is mapped.
+An expert's gate, up and down lie together, as in a cache slot, so that one fetch is one copy, and the CPU kernels read
+the same bytes. If all experts fit, they are read at load, each byte once; otherwise the ones that are needed are read
+when they are needed, and those used longest ago are forgotten. On the CPU, if all fit, they stay in the mapped file.
 """
 
-import ctypes
+import logging
+import os
+import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from moe_engine.gguf_file import GGUFFile, TensorInfo
+from moe_engine.kernels import _cpu
+from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
+from moe_engine.page_lock import CudaDriver, Driver, PageLocker, StagingRing
+from moe_engine.ram_plan import RamPlan
 
-ExpertParts = tuple[QuantTensor, QuantTensor, QuantTensor]
-"""Gate, up and down of a layer as stacks: `[n_expert, n_ff, hidden]` twice and `[n_expert, hidden, n_ff]`."""
+_log = logging.getLogger("moe_engine")
 
-SPARE_RAM_BYTES = 2 << 30  # left to everything else
-
-_READERS = 8  # threads that copy from the mapped file
+MAX_READERS = 16
+_GAP = 4096  # between two tensors, and read with them
 
 
 class ExpertStore:
-    """Makes and keeps the memory of all layers; `close` gives it back.
+    """The experts of all MoE layers, which are numbered in the order of `register`.
 
-    page_locked: copy experts into page-locked memory; without a GPU they stay where they are.
+    in_place: experts stay in the mapped file (CPU only). Use: `register` every layer, `finish`, then the rest; `close`
+    ends what runs in the background and may be called at any time.
     """
 
-    def __init__(self, page_locked: bool) -> None:
-        self.page_locked = page_locked
-        self._layers: list[tuple[SlotLayout, ExpertParts, Tensor | None]] = []  # the last: in slot order
-        self._locked: list[int] = []  # addresses
-        self._memory: list[Tensor] = []
-        self.close = weakref.finalize(self, _unlock, self._locked, self._memory, self._layers)
+    def __init__(
+        self,
+        file: GGUFFile,
+        ram: RamPlan,
+        n_expert: int,
+        cpu: CpuKernels,
+        device: torch.device,
+        *,
+        in_place: bool = False,
+        driver: Driver | None = None,
+    ) -> None:
+        """driver: locks pages; by default that of a CUDA `device`. Begins to read what else is in the file."""
+        self.file, self.ram, self.cpu, self.device, self.in_place = file, ram, cpu, device, in_place
+        limit = -1 if ram.limit is None else ram.limit
+        n_reader = min(MAX_READERS, max(4, len(os.sched_getaffinity(0))))
+        self.memory = _cpu.ExpertMemory(n_expert, limit, ram.process, ram.least, n_reader)
+        self._rows: list[Tensor] = []  # uint8 [n_expert, slot_bytes] by layer
+        self._ring: StagingRing | None = None
+        self._locker: PageLocker | None = None
+        if driver is None and device.type == "cuda":
+            driver = CudaDriver(device.index or 0)
+        if driver is not None and ram.holds_all and not in_place:
+            self._locker = PageLocker(driver, self.memory.is_read, partial(_warn_of_refusal, device, cpu))
+            weakref.finalize(self, self._locker.close)
+        for path in file.paths:
+            self.memory.add_file(str(path))
+        dense = [info for info in file.tensors.values() if in_place or "_exps." not in info.name]
+        for part, offset, nbytes in _runs(dense):
+            self.memory.add_cached(part, offset, nbytes)
+        in_memory = 0 if in_place else ram.routed if ram.limit is None else min(ram.limit, ram.routed)
+        self._expected = self.memory.bytes_total() + in_memory
 
-    def add(self, layout: SlotLayout, parts: ExpertParts) -> ExpertParts:
-        """Takes the next MoE layer's experts; returns where they lie now.
+    def register(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> ExpertHandle:
+        """The next layer: views of the mapped file, gate and up `[n_expert, n_ff, hidden]`, down the other way round.
 
-        Where the RAM does not suffice they stay in the mapped file, from which copies are slower.
+        Returns at once. The handle's weights may be used after `finish`, by `CpuKernels.expert_ffn`, which waits for
+        reads; any other use needs `hold`.
         """
-        n_expert = parts[0].shape[0]
-        rows = None
-        if self.page_locked and n_expert * layout.slot_bytes <= available_ram_bytes() - SPARE_RAM_BYTES:
-            parts, rows = self._in_slot_order(layout, parts)
-        self._layers.append((layout, parts, rows))
-        return parts
+        if self.in_place:
+            return self.cpu.register_experts(gate, up, down)
+        n_expert, n_ff, hidden = gate.shape
+        layout = SlotLayout.of(gate.type, up.type, down.type, hidden, n_ff)
+        spots, parts = (layout.gate, layout.up, layout.down), []
+        for stack, spot in zip((gate, up, down), spots, strict=True):
+            part, offset = self.file.place_of(stack.data)
+            parts.append((part, offset, stack.data.stride(0), spot.nbytes, spot.offset))
+        index = self.memory.add_layer(layout.slot_bytes, parts)
+        rows = self.memory.region(index, n_expert * layout.slot_bytes).view(n_expert, layout.slot_bytes)
+        self._rows.append(rows)
+        if self._locker is not None:
+            self._locker.add(rows)
+        views = [
+            QuantTensor(
+                rows[:, spot.offset : spot.offset + spot.nbytes].unflatten(1, (spot.n_out, -1)), spot.type, spot.n_in
+            )
+            for spot in spots
+        ]
+        handle = self.cpu.register_experts(*views)
+        if not self.ram.holds_all:
+            handle.layer.read_from(self.memory, index)
+        return handle
 
-    def copy(self, layer: int, first: int, last: int, slots: Tensor) -> None:
-        """Copies experts `first` to `last - 1` of a MoE layer into slots, uint8 `[last - first, slot_bytes]`.
+    def progress(self) -> tuple[int, int]:
+        """Bytes read and bytes to be read at load."""
+        return self.memory.bytes_done(), max(self._expected, self.memory.bytes_total())
 
-        In order of the current stream, and asynchronously where the memory is page-locked.
+    def finish(self, report: Callable[[], None]) -> None:
+        """Waits until all is read that is to be read at load, and calls `report` meanwhile.
+
+        Raises `ModelFormatError` for a file that cannot be read.
         """
-        layout, parts, rows = self._layers[layer]
-        if rows is not None:
-            slots.copy_(rows[first:last], non_blocking=True)
+        self.memory.preload()
+        while not self.memory.wait(0.1):
+            report()
+        self._expected = 0
+        report()
+
+    def copy(self, index: int, first: int, last: int, slots: Tensor) -> None:
+        """Copies experts `first` to `last - 1` of MoE layer `index` into `slots`, in the order of the current stream.
+
+        slots: uint8 `[last - first, slot_bytes]`, contiguous, on the device. Returns before the copies are done, but
+        where the memory is not page-locked it takes as long as bringing the bytes into a ring that is.
+        """
+        if not self.ram.holds_all:
+            self._copy_held(index, first, last, slots)
             return
-        for expert, slot in zip(range(first, last), slots, strict=True):
-            for view, part in zip(layout.parts(slot), parts, strict=True):
-                view.data.copy_(part[expert].data, non_blocking=True)
+        rows, start = self._rows[index], first
+        while start < last:
+            until = start if self._locker is None else self._locker.locked_until(index, start, last)
+            if until > start:
+                slots[start - first : until - first].copy_(rows[start:until], non_blocking=True)
+            else:
+                until = last
+                self._copy_unlocked(rows[start:last], slots[start - first :])
+            start = until
 
-    def _in_slot_order(self, layout: SlotLayout, parts: ExpertParts) -> tuple[ExpertParts, Tensor]:
-        n_expert = parts[0].shape[0]
-        rows = torch.empty(n_expert, layout.slot_bytes, dtype=torch.uint8)
-        views = tuple(
-            QuantTensor(_part_of(rows, spot.offset, spot.nbytes, spot.n_out), spot.type, spot.n_in)
-            for spot in (layout.gate, layout.up, layout.down)
-        )
+    def _copy_held(self, index: int, first: int, last: int, slots: Tensor) -> None:
+        ahead = max(1, self.memory.at_once(index) // 2)
+        for expert in range(first, last):
+            with self.hold(index, [expert]):
+                self.prefetch(index, range(expert + 1, min(last, expert + 1 + ahead)))
+                self._copy_unlocked(self._rows[index][expert], slots[expert - first])
 
-        @torch.inference_mode()  # of this thread
-        def copy(expert: int) -> None:
-            for view, part in zip(views, parts, strict=True):
-                view.data[expert].copy_(part.data[expert])
+    def _copy_unlocked(self, source: Tensor, target: Tensor) -> None:
+        if self.device.type != "cuda" and self._locker is None:
+            target.copy_(source)
+            return
+        if self._ring is None:
+            self._ring = StagingRing(self.device, self.cpu)
+        self._ring.copy(source.view(-1), target.view(-1))
 
-        with ThreadPoolExecutor(_READERS) as pool:
-            list(pool.map(copy, range(n_expert)))
-        self._memory.append(rows)
-        # If it is refused (limits, containers) copies are slower and results the same.
-        if _driver().cuMemHostRegister_v2(ctypes.c_void_p(rows.data_ptr()), ctypes.c_size_t(rows.numel()), 0) == 0:
-            self._locked.append(rows.data_ptr())
-        return (views[0], views[1], views[2]), rows
+    @contextmanager
+    def hold(self, index: int, experts: Sequence[int]) -> Iterator[None]:
+        """Within it these experts of a MoE layer are in RAM.
+
+        Raises `CapacityError` for more than the RAM budget holds, `ModelFormatError` if they cannot be read.
+        """
+        if self.ram.holds_all:
+            yield
+            return
+        ids = list(experts)
+        self.memory.hold(index, ids)
+        try:
+            yield
+        finally:
+            self.memory.release(index, ids)
+
+    def prefetch(self, index: int, experts: Sequence[int]) -> None:
+        """Begins to read experts of a MoE layer, the first ones first, as far as there is room; returns at once."""
+        if not self.ram.holds_all:
+            self.memory.prefetch(index, list(experts))
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends all reading and gives page-locked memory back. The store cannot be used afterwards."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        if self._locker is not None:
+            self._locker.close()
+            self._locker = None
+        self.memory.stop()
+        self._rows.clear()
+        self._ring = None
 
 
-def available_ram_bytes() -> int:
-    """What can be taken without swapping, by the system's estimate."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return 0
+def _warn_of_refusal(device: torch.device, cpu: CpuKernels, error: int) -> None:
+    """On the locker's thread."""
+    rates = _copy_rates(device, cpu)
+    cost = "" if rates is None else f", at {rates[0] / 1e9:.1f} GB/s instead of {rates[1] / 1e9:.1f}"
+    _log.warning(
+        "the system refuses to page-lock the experts' memory (CUDA error %d): copies to the GPU go through a small "
+        "page-locked buffer%s. Containers: allow it with --ulimit memlock=-1",
+        error,
+        cost,
+    )
 
 
-def _driver() -> ctypes.CDLL:
-    """Not through the runtime library, which reports a refusal again at some later call."""
-    return ctypes.CDLL("libcuda.so.1")
+def _runs(tensors: Sequence[TensorInfo]) -> Iterator[tuple[int, int, int]]:
+    """Where tensors lie, neighbours as one: part, offset, bytes."""
+    part, start, end = -1, 0, 0
+    for info in sorted(tensors, key=lambda info: (info.part, info.offset)):
+        if info.part != part or info.offset > end + _GAP:
+            if end > start:
+                yield part, start, end - start
+            part, start = info.part, info.offset
+        end = info.offset + info.nbytes
+    if end > start:
+        yield part, start, end - start
 
 
-def _unlock(locked: list[int], *memory: list[Any]) -> None:
-    for address in locked:
-        _driver().cuMemHostUnregister(ctypes.c_void_p(address))
-    for part in (locked, *memory):
-        part.clear()
-
-
-def _part_of(rows: Tensor, offset: int, nbytes: int, n_out: int) -> Tensor:
-    """`[n_expert, n_out, row_bytes]`, a view."""
-    view: Tensor = rows[:, offset : offset + nbytes].unflatten(1, (n_out, -1))
-    return view
+def _copy_rates(device: torch.device, cpu: CpuKernels) -> tuple[float, float] | None:
+    """Bytes per second to the GPU through a ring, and from locked memory; None where that cannot be measured."""
+    if device.type != "cuda":
+        return None
+    nbytes = 16 << 20
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        try:
+            locked = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            target = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except RuntimeError:
+            return None
+        source, ring = torch.ones(nbytes, dtype=torch.uint8), StagingRing(device, cpu)
+        rates = []
+        for run in (lambda: ring.copy(source, target), lambda: target.copy_(locked, non_blocking=True)):
+            best = 0.0
+            for _ in range(3):
+                start = time.perf_counter()
+                run()
+                torch.cuda.current_stream(device).synchronize()
+                best = max(best, nbytes / (time.perf_counter() - start))
+            rates.append(best)
+    return rates[0], rates[1]

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from moe_engine.expert_store import ExpertStore
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.quant_tensor import QuantTensor
 
@@ -35,13 +36,13 @@ class Experts(Protocol):
 class CpuExperts:
     """All experts on the CPU, wherever the rest of the model is."""
 
-    def __init__(self, cpu: CpuKernels) -> None:
-        self.cpu = cpu
+    def __init__(self, cpu: CpuKernels, store: ExpertStore) -> None:
+        self.cpu, self.store = cpu, store
         self.hits = self.misses = 0
         self._layers: dict[int, ExpertHandle] = {}
 
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
-        self._layers[layer] = self.cpu.register_experts(gate, up, down)
+        self._layers[layer] = self.store.register(gate, up, down)
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         expert_ids = expert_ids.cpu()
@@ -50,3 +51,4 @@ class CpuExperts:
 
     def close(self) -> None:
         self._layers.clear()
+        self.store.close()

@@ -18,6 +18,8 @@ from moe_engine.errors import ModelFormatError, UnsupportedModelError
 from moe_engine.kernels.quant_types import PLAIN_TYPES, QUANT_TYPES, QuantType, why_unsupported
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from moe_engine.kernels.quant_tensor import QuantTensor
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -102,6 +104,24 @@ class GGUFFile:
         """Size of all parts in bytes."""
         return sum(part.size for part in self._parts)
 
+    @property
+    def paths(self) -> list[Path]:
+        """Of all parts, as `TensorInfo.part` counts them."""
+        return [part.path for part in self._parts]
+
+    def place_of(self, data: "Tensor") -> tuple[int, int]:
+        """Part and offset in its file where a view of the mapping (`tensor`) begins."""
+        for part in self._parts:
+            offset = data.data_ptr() - part.address
+            if 0 <= offset < part.size:
+                return part.index, offset
+        raise AssertionError("not a view of this file")
+
+    def drop_pages(self) -> None:
+        """Takes the mapped pages out of the process; they come back, from the system's cache or the disk, when used."""
+        for part in self._parts:
+            part.drop_pages()
+
     def tensor(self, name: str) -> "QuantTensor":
         """A read-only view of a tensor's bytes in the mapped file, uint8 `[..., row_bytes]`."""
         import torch
@@ -151,13 +171,16 @@ class _Part:
         self.metadata: dict[str, Any] = {}
         self.tensors: list[TensorInfo] = []
         self._read()
-        self._address = np.frombuffer(self._map, np.uint8).ctypes.data
+        self.address = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def view(self, offset: int, nbytes: int) -> ctypes.Array[ctypes.c_ubyte]:
         """The bytes as a buffer that keeps the mapping alive."""
-        buffer = (ctypes.c_ubyte * nbytes).from_address(self._address + offset)
+        buffer = (ctypes.c_ubyte * nbytes).from_address(self.address + offset)
         buffer.owner = self._map  # type: ignore[attr-defined]
         return buffer
+
+    def drop_pages(self) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     # -- reading -----------------------------------------------------------------------------------------------
 

@@ -27,8 +27,6 @@ from moe_engine.metadata import Metadata
 from moe_engine.rope import Rope, RopeConfig
 from moe_engine.weights import Weights
 
-Progress = Callable[[int, int], None]
-
 
 class Block:
     """One layer: attention, then a dense feed-forward or a mixture of experts, each with a norm and a residual."""
@@ -43,8 +41,8 @@ class Transformer(ABC):
     Attributes carry the file's tensor names. Building it takes every tensor of the file or raises.
     """
 
-    def __init__(self, meta: Metadata, weights: Weights, experts: Experts, progress: Progress | None = None) -> None:
-        """progress: called with (layers loaded, layers in all)."""
+    def __init__(self, meta: Metadata, weights: Weights, experts: Experts, report: Callable[[], None]) -> None:
+        """report: called after every layer."""
         self.meta, self.weights, self.experts = meta, weights, experts
         self.n_layer = n_layer(meta)
         self.hidden = meta.integer("embedding_length", high=1 << 20)
@@ -57,8 +55,7 @@ class Transformer(ABC):
         self.blk = []
         for layer in range(self.n_layer):
             self.blk.append(self._block(layer))
-            if progress is not None:
-                progress(layer + 1, self.n_layer)
+            report()
         self.output_norm = weights.floats("output_norm.weight", self.hidden)
         head = "output.weight" if weights.has("output.weight") else "token_embd.weight"  # tied
         self.output = weights.linear(head, self.n_vocab, self.hidden)

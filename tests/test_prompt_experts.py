@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_blocks import random_blocks
+from tensor_store import TensorStore
 from torch import Tensor
 
 from moe_engine.expert_cache import CachedExperts
@@ -42,7 +43,8 @@ class Layers:
 
     def __init__(self, n_slot: int, n_stage: int, resident: list[tuple[int, int]], exact: bool, rates: Rates) -> None:
         scratch = torch.empty(1 << 16, device=DEVICE)
-        self.experts = experts = CachedExperts(DEVICE, scratch, CpuKernels(2), caches=True)
+        cpu = CpuKernels(2)
+        self.experts = experts = CachedExperts(DEVICE, scratch, cpu, caches=True, store=TensorStore(cpu))
         for layer in range(N_LAYER):
             experts.register(layer, *weights_of(layer))
         nbytes = sum((n_slot + n_stage) * layout.slot_bytes for layout in experts.pools)
@@ -150,9 +152,9 @@ def test_what_is_foreseen_of_the_next_layer_is_copied_ahead() -> None:
     copied: list[tuple[int, int]] = []
     copy = layers.experts.store.copy
 
-    def noted(layer: int, first: int, last: int, slots: Tensor) -> None:
-        copied.extend((layer, expert) for expert in range(first, last))
-        copy(layer, first, last, slots)
+    def noted(index: int, first: int, last: int, slots: Tensor) -> None:
+        copied.extend((index, expert) for expert in range(first, last))
+        copy(index, first, last, slots)
 
     layers.experts.store.copy = noted  # type: ignore[method-assign]
     chosen = [set(ids.flatten().tolist()) for _, ids, _ in inputs]

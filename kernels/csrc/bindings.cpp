@@ -6,8 +6,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "bindings_memory.h"
 #include "bindings_worker.h"
 #include "cpu_order.h"
+#include "expert_memory.h"
 #include "host_memory.h"
 #include "moe_cpu.h"
 #include "read_memory.h"
@@ -47,6 +49,12 @@ NB_MODULE(_cpu, m) {
             return moe::read_memory(pool, at<const uint8_t>(address), n_bytes, prefetch);
         },
         "pool"_a, "address"_a, "n_bytes"_a, "prefetch_distance"_a, no_gil);
+    m.def(
+        "copy_memory",
+        [](ThreadPool& pool, uintptr_t to, uintptr_t from, int64_t n_bytes) {
+            moe::copy_memory(pool, at<uint8_t>(to), at<const uint8_t>(from), n_bytes);
+        },
+        "pool"_a, "to"_a, "source"_a, "n_bytes"_a, no_gil);
     m.def("available_tiers", &moe::available_tiers);
     m.def("tier", &moe::current_tier);
     m.def("set_tier", &moe::set_tier, "name"_a);
@@ -84,7 +92,15 @@ NB_MODULE(_cpu, m) {
             },
             "gate_ptr"_a, "gate_type"_a, "gate_expert_stride"_a, "up_ptr"_a, "up_type"_a,
             "up_expert_stride"_a, "down_ptr"_a, "down_type"_a, "down_expert_stride"_a, "n_expert"_a,
-            "hidden"_a, "n_ff"_a);
+            "hidden"_a, "n_ff"_a)
+        // Its experts are read when they are needed.
+        .def(
+            "read_from",
+            [](moe::ExpertLayer& self, moe::ExpertMemory& memory, int layer) {
+                self.memory = &memory;
+                self.memory_layer = layer;
+            },
+            "memory"_a, "layer"_a, nb::keep_alive<1, 2>());
 
     m.def(
         "dequantize",
@@ -127,5 +143,6 @@ NB_MODULE(_cpu, m) {
         "pool"_a, "layer"_a, "x"_a, "n_tokens"_a, "expert_ids"_a, "top_k"_a, "weights"_a, "out"_a,
         "float_activations"_a, no_gil);
 
+    bind_memory(m);
     bind_worker(m);
 }

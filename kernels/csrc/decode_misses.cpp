@@ -113,6 +113,7 @@ void DecodeWorker::note_use(ExpertKey key) {
 void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& message) {
     const Mailbox& mailbox = spec_.mailbox;
     n_evicted_ = 0;
+    read_ahead(layer);
     divide(step, layer);
     compute(step, layer, message);
     await_late();
@@ -136,6 +137,17 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     for (ExpertKey key : background_) start_fetch(key);
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_.fetched_background += static_cast<int64_t>(background_.size());
+}
+
+// Where not all experts are in RAM: all reads of the layer begin together, whoever waits for them.
+void DecodeWorker::read_ahead(int layer) {
+    const ExpertLayer& experts = spec_.layers[static_cast<size_t>(layer)].experts;
+    if (experts.memory == nullptr) return;
+    activity_ = "reads experts of layer";
+    expert_.clear();
+    for (ExpertKey key : missed_)
+        if (cache_.absent(key)) expert_.push_back(key % spec_.n_expert);
+    experts.memory->prefetch(experts.memory_layer, expert_.data(), static_cast<int64_t>(expert_.size()));
 }
 
 // Decides which missed experts are late, and starts to fetch those that are not on their way.
@@ -231,7 +243,8 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
         for (int64_t pair = 0; pair < n_pair; ++pair)
             if (message.ahead[i][pair] >= 0)
                 cache_.keep(cache_.key(layer + 1 + static_cast<int>(i), message.ahead[i][pair]));
-    if (n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {
+    const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait
+    if (in_memory && n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {
         // The better half of the choices: the others are wrong too often to evict an expert for.
         for (int64_t choice = 0; choice < (spec_.mailbox.top_k + 1) / 2; ++choice)
             for (int64_t token = 0; token < step.n_token; ++token) {
@@ -290,6 +303,7 @@ void DecodeWorker::start_fetch(ExpertKey key) {
     const auto [layer_index, expert] = cache_.layer_and_expert(key);
     const WorkerLayer& layer = spec_.layers[static_cast<size_t>(layer_index)];
     const int32_t slot = cache_.slot(key);
+    if (layer.experts.memory != nullptr) layer.experts.memory->hold(layer.experts.memory_layer, &expert, 1);
     batch_.clear();
     for (const ExpertPart& part : layer.parts)
         batch_.push_back({layer.slots + slot * layer.slot_bytes + part.slot_offset,

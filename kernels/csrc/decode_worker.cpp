@@ -193,11 +193,13 @@ void DecodeWorker::poll_copies() {
         const Flight flight = in_flight_.front();
         in_flight_.pop_front();
         cache_.complete(flight.key);
+        const auto [layer, expert] = cache_.layer_and_expert(flight.key);
+        const ExpertLayer& experts = spec_.layers[static_cast<size_t>(layer)].experts;
+        if (experts.memory != nullptr) experts.memory->release(experts.memory_layer, &expert, 1);
         ++progress_;
         std::lock_guard<std::mutex> lock(stats_mutex_);
         stats_.copied_bytes += flight.n_bytes;
         // Copies run one after the other: this began when it was submitted, or when the one before had ended.
-        const auto [layer, expert] = cache_.layer_and_expert(flight.key);
         const int64_t begun = std::max(flight.submitted, copied_until_);
         copied_until_ = begun + static_cast<int64_t>(*seconds * 1e9);
         copied_[static_cast<size_t>(n_copied_++ % kTimeline)] = {layer, expert, begun, copied_until_};

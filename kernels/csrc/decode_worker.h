@@ -16,6 +16,8 @@
 // Prefetch            What the layer after that will probably choose, and is in no slot, comes before the experts
 //                     just computed when something is fetched behind an answer. It arrives in time: two layers
 //                     take longer than a copy. Predicted experts are not evicted.
+// Reads               Where not all experts fit the RAM, expert_ffn() holds those it computes, and the thread those
+//                     whose copy is in flight.
 // Failures            Any exception of the thread, and a standstill found by wait_tokens(), sets the mailbox's
 //                     abort, on which every wait of the GPU returns; all later calls throw the reason.
 
@@ -33,6 +35,7 @@
 #include <vector>
 
 #include "copy_engine.h"
+#include "expert_memory.h"
 #include "lookahead.h"
 #include "mailbox.h"
 #include "miss_cost.h"
@@ -162,6 +165,7 @@ class DecodeWorker {
     void handle(const Step& step, int layer);
     void read_message(const Step& step, int layer, const Mailbox::Message& message);
     void answer(const Step& step, int layer, const Mailbox::Message& message);
+    void read_ahead(int layer);
     void divide(const Step& step, int layer);
     void compute(const Step& step, int layer, const Mailbox::Message& message);
     void await_late();

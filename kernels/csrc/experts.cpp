@@ -12,6 +12,7 @@
 
 #include <algorithm>
 
+#include "expert_memory.h"
 #include "gemm.h"
 #include "routing.h"
 
@@ -308,6 +309,7 @@ void Call::run() {
 }  // namespace
 
 void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job) {
+    if (layer.memory != nullptr) return expert_ffn_in_groups(pool, layer, job);
     std::lock_guard<std::mutex> lock(pool.mutex());
     Call(pool, layer, job).run();
 }

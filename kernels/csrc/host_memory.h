@@ -14,7 +14,9 @@ std::vector<int> memory_nodes(const std::string& system);
 
 class HostMemory {
  public:
-    HostMemory(int64_t n_bytes, const std::string& system);  // std::bad_alloc if the system refuses
+    // sparse: only some of it will be in use at a time, and pages are given back: small ones, which the system
+    // promises without having them. std::bad_alloc if the system refuses.
+    HostMemory(int64_t n_bytes, const std::string& system, bool sparse = false);
     ~HostMemory();
     HostMemory(const HostMemory&) = delete;
     HostMemory& operator=(const HostMemory&) = delete;

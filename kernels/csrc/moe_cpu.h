@@ -71,10 +71,16 @@ struct ExpertStack {
     int64_t expert_stride;  // bytes
 };
 
+class ExpertMemory;
+
 struct ExpertLayer {
     ExpertStack gate, up;  // [n_expert, n_ff, hidden]
     ExpertStack down;      // [n_expert, hidden, n_ff]
     int64_t n_expert, hidden, n_ff;
+    // Where not all experts fit the RAM: who reads them when they are needed (expert_memory.h), and the layer's
+    // number there. expert_ffn() asks for what it uses; who else reads weights has to hold them.
+    ExpertMemory* memory = nullptr;
+    int memory_layer = 0;
 };
 
 // A pair (token_ids[i], expert_ids[i], weights[i]) sends a token through an expert; pairs with expert -1 are

@@ -1,8 +1,9 @@
-// Reads memory and does nothing else: what the machine gives to a pool's threads at best.
+// Reads or copies memory with all threads of a pool, and does nothing else.
 
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "thread_pool.h"
 
@@ -31,6 +32,15 @@ inline uint64_t read_memory(ThreadPool& pool, const uint8_t* data, int64_t n_byt
         total.fetch_xor(all[0] ^ all[1], std::memory_order_relaxed);
     });
     return total.load();
+}
+
+inline void copy_memory(ThreadPool& pool, uint8_t* to, const uint8_t* from, int64_t n_bytes) {
+    constexpr int64_t kUnit = 256 << 10;
+    std::lock_guard<std::mutex> lock(pool.mutex());
+    pool.run((n_bytes + kUnit - 1) / kUnit, [&](int64_t unit, int) {
+        const int64_t first = unit * kUnit;
+        std::memcpy(to + first, from + first, static_cast<size_t>(std::min(kUnit, n_bytes - first)));
+    });
 }
 
 }  // namespace moe

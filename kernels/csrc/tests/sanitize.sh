@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds stress.cpp and stress_worker.cpp with the thread sanitizer and with those for addresses and undefined
-# behaviour; runs all four.
+# Builds stress*.cpp with the thread sanitizer and with those for addresses and undefined
+# behaviour; runs all.
 #
 #     sanitize.sh [SECONDS]      for each; any report is a failure
 set -euo pipefail
@@ -16,7 +16,7 @@ if setarch "$(uname -m)" -R true 2> /dev/null; then fixed_layout=(setarch "$(una
 for kind in thread address,undefined; do
     cmake -S "$sources" -B "$build/$kind" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMOE_SANITIZE="$kind" > "$build/log"
     cmake --build "$build/$kind" -j "$(nproc)" >> "$build/log" 2>&1 || { cat "$build/log"; exit 1; }
-    for program in stress stress_worker; do
+    for program in stress stress_worker stress_memory; do
         TSAN_OPTIONS="halt_on_error=1 exitcode=66" ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 \
             "${fixed_layout[@]}" "$build/$kind/$program" "$seconds" 1
     done

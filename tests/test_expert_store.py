@@ -1,0 +1,303 @@
+"""Models whose experts are in RAM, all or some: the tokens are those of the mapped file, whatever is read when."""
+
+import gc
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+from moe_engine import CapacityError, ConfigError, Engine, ModelFormatError
+from moe_engine.decoder import GraphDecoder
+from moe_engine.expert_store import ExpertStore
+from moe_engine.gguf_file import GGUFFile
+from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.page_lock import PageLocker
+from moe_engine.ram_plan import RamPlan, plan_ram
+
+PAGE = os.sysconf("SC_PAGESIZE")
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}  # interpreted kernels are slow
+
+
+@pytest.fixture(autouse=True)
+def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_engine.hardware.RAM_SAMPLE_BYTES", 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.make("qwen3moe/plain", tmp_path_factory.mktemp("model"), "F16", **SMALL).path
+
+
+def load(path: Path | None, **options: Any) -> Engine:
+    return Engine.load(path, **({"ctx": 32, "threads": 2} | options))
+
+
+def store_of(engine: Engine) -> ExpertStore:
+    store = engine.experts.store  # type: ignore[attr-defined]
+    assert isinstance(store, ExpertStore)
+    return store
+
+
+def room_for(n: int) -> Callable[..., RamPlan]:
+    """The plan of a machine whose RAM holds `n` experts."""
+
+    def plan(file: GGUFFile, *rest: Any, **options: Any) -> RamPlan:
+        whole = plan_ram(file, *rest, **options)
+        expert = file.tensors["blk.1.ffn_gate_exps.weight"]
+        nbytes = 3 * expert.nbytes // expert.shape[0] + 1
+        return replace(whole, limit=n * (-(-nbytes // PAGE) + 1) * PAGE)
+
+    return plan
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "cpu": {"device": "cpu"},
+    "eager": {"device": "simulated", "eager": True},
+    "worker, misses on the CPU": {"device": "simulated", "miss": "cpu", "cache_slots": 4},
+    "worker, misses fetched": {"device": "simulated", "exact": True, "cache_slots": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(path: Path) -> dict[str, list[int]]:
+    """Tokens with all experts in RAM, by device."""
+    tokens = {}
+    for device in ("cpu", "simulated"):
+        with load(path, device=device, eager=True) as engine:
+            assert store_of(engine).ram.holds_all
+            tokens[device] = engine.generate(PROMPT, temperature=0, max_tokens=3).tokens
+    return tokens
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_do_not_depend_on_how_many_experts_are_in_ram(
+    path: Path, expected: dict[str, list[int]], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_engine.engine.plan_ram", room_for(6))
+    options = MODES[mode]
+    with load(path, **options) as engine:
+        if mode.startswith("worker"):
+            assert isinstance(engine.decoder, GraphDecoder)
+        tokens = engine.generate(PROMPT, temperature=0, max_tokens=3).tokens
+        if isinstance(engine.decoder, GraphDecoder):
+            engine.decoder.worker.settle()
+        store = store_of(engine)
+        store.memory.check_integrity()
+        counts = store.memory.counts()
+        assert tokens == expected[options["device"]]
+    assert store.ram.limit is not None
+    assert counts.most_resident_bytes <= store.ram.limit
+    assert counts.n_dropped > 0
+    assert counts.n_held == 0
+
+
+def test_a_budget_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(None, device="cpu") as engine:
+        expected = engine.generate("Once upon", temperature=0, max_tokens=8).tokens
+        plan = store_of(engine).ram
+    budget = 8 << 30
+    taken = budget // 8 * 7 - plan.dense - plan.routed * 3 // 4  # an eighth is kept
+    monkeypatch.setattr("moe_engine.ram_plan.process_bytes", lambda: taken)
+    with load(None, device="cpu", ram_budget=budget) as engine:
+        ram = store_of(engine).ram
+        assert (ram.limit, ram.process, ram.holds_all) == (plan.routed * 3 // 4, budget // 8 * 7, False)
+        assert engine.generate("Once upon", temperature=0, max_tokens=8).tokens == expected
+    monkeypatch.setattr("moe_engine.ram_plan.process_bytes", lambda: taken - plan.routed)
+    with load(None, device="cpu", ram_budget="8GiB") as engine:
+        assert store_of(engine).ram.holds_all
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_no_room_for_a_step(path: Path, device: str) -> None:
+    with pytest.raises(CapacityError, match=r"ram_budget is 1\.0 MiB.*one step's experts need.*raise ram_budget by"):
+        load(path, device=device, ram_budget="1MiB")
+    with pytest.raises(ConfigError, match="lots"):
+        load(path, device=device, ram_budget="lots")
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_progress_ends_with_all_bytes(path: Path, device: str) -> None:
+    reports: list[tuple[int, int]] = []
+    with load(path, device=device, eager=True, progress=lambda done, total: reports.append((done, total))):
+        pass
+    done, total = reports[-1]
+    assert reports == sorted(reports)
+    assert 0.9 * path.stat().st_size < done == total <= path.stat().st_size
+
+
+def test_a_file_that_becomes_shorter(path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "short.gguf"
+    copy.write_bytes(path.read_bytes())
+    file = GGUFFile(copy)
+    stacks = [file.tensor(f"blk.1.ffn_{part}_exps.weight") for part in ("gate", "up", "down")]
+    with copy.open("r+b") as opened:
+        opened.truncate(file.tensors["blk.1.ffn_gate_exps.weight"].offset)
+    store = ExpertStore(file, RamPlan(0, 0, None, 0, 0), stacks[0].shape[0], CpuKernels(1), torch.device("cpu"))
+    store.register(*stacks)
+    with pytest.raises(ModelFormatError, match=r"short\.gguf.*shorter"):
+        store.finish(lambda: None)
+    store.close()
+
+
+def n_thread() -> int:
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_loading_can_be_interrupted(path: Path, device: str) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with load(path, device=device, eager=True):
+        pass
+    gc.collect()
+    before = n_thread()
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            load(path, device=device, eager=True, progress=interrupt)
+    gc.collect()
+    assert n_thread() <= before
+
+
+class FakeDriver:
+    """Locks up to `n_ok` pieces, then refuses."""
+
+    def __init__(self, n_ok: int, enters: int = 0) -> None:
+        self.n_ok, self.enters = n_ok, enters
+        self.locked: dict[int, int] = {}
+        self.most = 0
+        self.threads: set[int] = set()
+
+    def enter(self) -> int:
+        self.threads.add(threading.get_ident())
+        return self.enters
+
+    def lock(self, address: int, nbytes: int) -> int:
+        if len(self.locked) == self.n_ok:
+            return 304
+        overlaps = [
+            a for a, n in self.locked.items() if a // PAGE <= (address + nbytes - 1) // PAGE and address < a + n
+        ]
+        assert not overlaps
+        self.locked[address] = nbytes
+        self.most = len(self.locked)
+        return 0
+
+    def unlock(self, address: int) -> None:
+        del self.locked[address]
+
+    def leave(self) -> None:
+        self.threads.add(threading.get_ident())
+
+
+@pytest.fixture(scope="module")
+def bundled_store() -> Callable[..., tuple[ExpertStore, list[torch.Tensor]]]:
+    """A store of the bundled model's experts, and what its slots should be."""
+    with load(None, device="cpu") as engine:
+        path = engine.file.path
+
+    def make(driver: FakeDriver) -> tuple[ExpertStore, list[torch.Tensor]]:
+        file = GGUFFile(path)
+        names = sorted(name.removesuffix("ffn_gate_exps.weight") for name in file.tensors if "ffn_gate_exps" in name)
+        stacks = [[file.tensor(f"{name}ffn_{part}_exps.weight") for part in ("gate", "up", "down")] for name in names]
+        ram = RamPlan(0, 0, None, 0, 0)
+        store = ExpertStore(file, ram, stacks[0][0].shape[0], CpuKernels(2), torch.device("cpu"), driver=driver)
+        slots = []
+        for gate, up, down in stacks:
+            handle = store.register(gate, up, down)
+            for part, stack in zip((handle.gate, handle.up, handle.down), (gate, up, down), strict=True):
+                assert part.shape == stack.shape
+            slots.append((handle, (gate, up, down)))
+        store.finish(lambda: None)
+        for handle, whole_parts in slots:
+            for part, whole in zip((handle.gate, handle.up, handle.down), whole_parts, strict=True):
+                assert torch.equal(part.data, whole.data)
+        return store, store._rows
+
+    return make
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    event = threading.Event()
+    for _ in range(500):
+        if condition():
+            return
+        event.wait(0.01)
+    raise AssertionError("it has not happened in five seconds")
+
+
+@pytest.mark.parametrize("at_once", [1 << 30, 1])
+@pytest.mark.parametrize("n_ok", [0, 1, 1000])
+def test_copies_while_and_without_page_locking(
+    bundled_store: Callable[..., tuple[ExpertStore, list[torch.Tensor]]],
+    n_ok: int,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("moe_engine.page_lock.LOCK_BYTES", at_once)
+    monkeypatch.setattr("moe_engine.page_lock.RING_BYTES", 10_007)  # an expert takes several
+    driver = FakeDriver(n_ok)
+    with caplog.at_level(logging.WARNING):
+        store, rows = bundled_store(driver)
+        locker = store._locker
+        assert locker is not None
+        n_expert = len(rows[0])
+        wait_until(lambda: "refuses" in caplog.text or min(locker.n_locked) == n_expert)
+    assert ("304" in caplog.text) == (n_ok < 1000)
+    for index, whole in enumerate(rows):
+        slots = torch.zeros_like(whole)
+        store.copy(index, 0, n_expert, slots)
+        assert torch.equal(slots, whole)
+        store.copy(index, 1, 3, slots[5:7])
+        assert torch.equal(slots[5:7], whole[1:3])
+    assert driver.most == min(n_ok, driver.most)
+    store.close()
+    store.close()
+    assert not driver.locked
+    assert len(driver.threads) == 1
+
+
+def test_no_driver_is_a_refusal(
+    bundled_store: Callable[..., tuple[ExpertStore, list[torch.Tensor]]], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        store, _ = bundled_store(FakeDriver(5, enters=100))
+        wait_until(lambda: "CUDA error 100" in caplog.text)
+    store.close()
+
+
+@pytest.mark.parametrize("row_bytes", [PAGE, PAGE + 16])
+def test_locked_pieces_share_no_page(row_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_engine.page_lock.LOCK_BYTES", 3 * PAGE)
+    memory = torch.zeros(12 * row_bytes + PAGE, dtype=torch.uint8)
+    start = -memory.data_ptr() % PAGE
+    rows = memory[start : start + 10 * row_bytes].view(10, row_bytes)
+    driver, ready = FakeDriver(1000), threading.Event()
+    locker = PageLocker(driver, lambda index: ready.is_set(), lambda error: None)
+    locker.add(rows)
+    assert locker.locked_until(0, 2, 10) == 2
+    ready.set()
+    wait_until(lambda: locker.n_locked == [10])
+    assert driver.most == (4 if row_bytes == PAGE else 1)
+    assert [locker.locked_until(0, first, 8) for first in (0, 2, 3, 7)] == (
+        [3, 3, 6, 8] if driver.most == 4 else [8] * 4
+    )
+    locker.close()
+    assert not driver.locked
+
+
+def test_closing_does_not_wait_for_what_is_not_ready() -> None:
+    driver = FakeDriver(1000)
+    locker = PageLocker(driver, lambda index: False, lambda error: None)
+    locker.add(torch.zeros(4, PAGE, dtype=torch.uint8))
+    locker.close()
+    assert (driver.most, len(driver.threads)) == (0, 1)
