@@ -37,14 +37,14 @@ class ExpertStore:
         self._memory: list[Tensor] = []
         self.close = weakref.finalize(self, _unlock, self._locked, self._memory, self._layers)
 
-    def add(self, layout: SlotLayout, parts: ExpertParts) -> ExpertParts:
-        """Takes the next MoE layer's experts; returns where they lie now.
+    def add(self, layout: SlotLayout, parts: ExpertParts, stays: bool = False) -> ExpertParts:
+        """Takes the next MoE layer's experts; returns where they lie now. stays: not moved, as they are not fetched.
 
         Where the RAM does not suffice they stay in the mapped file, from which copies are slower.
         """
         n_expert = parts[0].shape[0]
         rows = None
-        if self.page_locked and n_expert * layout.slot_bytes <= available_ram_bytes() - SPARE_RAM_BYTES:
+        if self.page_locked and not stays and n_expert * layout.slot_bytes <= available_ram_bytes() - SPARE_RAM_BYTES:
             parts, rows = self._in_slot_order(layout, parts)
         self._layers.append((layout, parts, rows))
         return parts
