@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from check_gpu import MemoryWatch
+from prediction import predicted
 from torch import Tensor
 
 from moe_engine import Engine
@@ -197,6 +198,14 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats
         found["ways"] = [way_of(way, rates[way], middles[way], timelines[way]) for way in ways]
         for each in found["ways"]:
             print("   ", ", ".join(f"{name} {value}" for name, value in each.items()), flush=True)
+    found["predicted"] = predicted(
+        path,
+        decode=statistics.median(rates[way]),
+        hit_rate=middle.hit_rate if row.routing == "own" else None,
+        context=n_prompt + n_decode // 2,
+        vram_budget=budget,
+        **options,
+    )
     if watch.enabled and watch.peak > budget:
         print(f"  PEAK OVER BUDGET by {format_size(watch.peak - budget)}", flush=True)
     return found

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moe_engine.config import EngineConfig, SamplingParams
     from moe_engine.engine import Engine, Generation, Result
     from moe_engine.errors import (
+        CalibrationError,
         CapacityError,
         ConfigError,
         DecodeError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 # Where each public name lives; loaded on first use, so that importing the package costs nothing.
 _HOMES = {
+    "CalibrationError": "errors",
     "CapacityError": "errors",
     "ConfigError": "errors",
     "DecodeError": "errors",
@@ -48,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CalibrationError",
     "CapacityError",
     "ConfigError",
     "DecodeError",

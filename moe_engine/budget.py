@@ -1,6 +1,8 @@
 """Divides the VRAM budget before anything is loaded: what must fit, and what is left for expert slots."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -13,6 +15,7 @@ from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import cached_bytes
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
+from moe_engine.placement import Home, block_of, placed_homes
 
 CUDA_CONTEXT_BYTES = 704 << 20  # seen: 689 MiB on an H200, CUDA 13 (bench/results/check_gpu.json)
 DEFAULT_SHARE = 0.9  # of the free VRAM, when no budget is given
@@ -24,6 +27,7 @@ STAGING_BYTES = 384 << 20  # for experts on their way to the GPU in prompts
 STAGING_SHARE = 0.25  # of what is left for experts: the most that staging takes
 UBATCHES = (16384, 8192, 4096, 2048, 1024)  # to choose from; a prompt streams the experts once per micro-batch
 WORKSPACE_SHARE = 0.2  # of the budget without dense weights and KV cache: the most that a chosen micro-batch takes
+LEAST_CTX, LEAST_UBATCH = 256, 32  # that are suggested where something does not fit
 SCRATCH_ELEMENTS = 16 << 20  # one chunk of dequantized weights: 64 MiB keep a 7168-wide matrix to few chunks
 
 
@@ -34,41 +38,112 @@ class VramPlan:
     budget: int
     context: int
     dense: int
+    placed: int  # experts that are in VRAM for good
     kv_cache: int
     workspace: int
     staging: int
     ubatch: int
     caches_experts: bool
+    homes: Mapping[int, Home]  # of placed layers' experts, by block
     scratch_elements: int  # f32 values of dequantized weights held at once, part of the workspace
 
     @property
     def slots(self) -> int:
-        return self.budget - self.context - self.dense - self.kv_cache - self.workspace - self.staging
+        taken = self.context + self.dense + self.placed + self.kv_cache + self.workspace + self.staging
+        return self.budget - taken
 
-    def __str__(self) -> str:
-        terms = {
+    def needed(self, least: int) -> int:
+        """Of the whole, with slots and staging of `least` bytes."""
+        return self.budget - self.slots + (least if self.caches_experts else 0)
+
+    @property
+    def terms(self) -> dict[str, int]:
+        """Bytes of everything but the slots."""
+        return {
             "CUDA context": self.context,
             "dense weights": self.dense,
+            **({"placed experts": self.placed} if self.placed else {}),
             "KV cache": self.kv_cache,
             "workspace": self.workspace,
-            "staging": self.staging,
+            "staging ring": self.staging,
         }
-        return ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in terms.items())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {format_size(nbytes)}" for name, nbytes in self.terms.items())
 
 
 def plan_vram(
-    file: GGUFFile, meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int, device: torch.device
+    file: GGUFFile,
+    meta: Metadata,
+    family: type[Transformer],
+    config: EngineConfig,
+    ctx: int,
+    device: torch.device,
+    memory: tuple[int, int] | None = None,
 ) -> VramPlan:
-    """Raises `CapacityError`, with the terms, when the model does not fit; `ConfigError` for a bad budget."""
+    """Raises `CapacityError`, with the terms and what would fit, when the model does not; `ConfigError` for a bad
+    budget. memory: free and total VRAM, where the device is not at hand.
+    """
+    budget = _budget(config, device, memory)
+    plan, least, least_staging = _divide(file, meta, family, config, ctx, device, budget)
+    needed = plan.needed(least)
+    if needed > plan.budget:
+        slots = f", slots for one token's experts {format_size(least)}" if plan.caches_experts else ""
+
+        def fits(ctx: int, **changes: Any) -> bool:
+            other, least, _ = _divide(file, meta, family, replace(config, **changes), ctx, device, budget)
+            return other.needed(least) <= budget
+
+        raise CapacityError(
+            f"{file.path} needs at least {format_size(needed)} of VRAM ({plan}{slots}), but the budget is "
+            f"{format_size(plan.budget)}. What would do: {', or '.join(_remedies(needed, config, ctx, fits))}"
+        )
+    if plan.caches_experts:
+        plan = replace(plan, staging=max(least_staging, min(STAGING_BYTES, int(STAGING_SHARE * plan.slots))))
+    return plan
+
+
+def _remedies(needed: int, config: EngineConfig, ctx: int, fits: Callable[..., bool]) -> list[str]:
+    """Single changes with which the model fits. fits: of a ctx and changes of the configuration."""
+    found = [f"vram_budget {-(-needed >> 20)}MiB"]
+    halves = range(1, 16)
+    smaller = next((n for n in (ctx >> shift for shift in halves) if n >= LEAST_CTX and fits(n)), None)
+    if smaller is not None:
+        found.append(f"ctx {smaller}")
+    ubatch = config.ubatch or DEFAULT_UBATCH
+    sizes = (n for n in (ubatch >> shift for shift in halves) if n >= LEAST_UBATCH and fits(ctx, ubatch=n))
+    fewer = next(sizes, None)
+    if fewer is not None:
+        found.append(f"ubatch {fewer}")
+    if config.n_sequence > 1 and fits(ctx, n_sequence=1):
+        found.append("n_sequence 1")
+    if config.experts == "cache" and not config.exact and fits(ctx, experts="cpu"):
+        found.append("experts 'cpu'")
+    return [*found, "device 'cpu'"]
+
+
+def _divide(
+    file: GGUFFile,
+    meta: Metadata,
+    family: type[Transformer],
+    config: EngineConfig,
+    ctx: int,
+    device: torch.device,
+    budget: int,
+) -> tuple[VramPlan, int, int]:
+    """A plan without staging, whether it fits or not; and bytes: of slots and staging at least, and of the latter."""
     matrices = [torch.Size(info.shape[-2:]).numel() for info in file.tensors.values() if len(info.shape) > 1]
     scratch_elements = min(SCRATCH_ELEMENTS, max(matrices, default=1))
-    least_slots, least_staging = _least_bytes(file, meta, config)
+    name = "simulated" if device.type == "cpu" else f"cuda:{device.index or 0}"
+    homes = placed_homes(file, config, name, n_layer(meta))
+    least_slots, least_staging = _least_bytes(file, meta, config, homes)
 
     def divided(ubatch: int) -> VramPlan:
         return VramPlan(
-            budget=_budget(config, device),
+            budget=budget,
             context=CUDA_CONTEXT_BYTES if device.type == "cuda" else 0,
             dense=_dense_bytes(file, meta),
+            placed=_placed_bytes(file, homes),
             kv_cache=config.n_sequence * n_layer(meta) * ctx * cached_bytes(config.kv_dtype, family.kv_values(meta)),
             workspace=4 * scratch_elements
             + _workspace_bytes(file, meta, family, config, min(ubatch, ctx), ctx)
@@ -76,6 +151,7 @@ def plan_vram(
             staging=0,
             ubatch=min(ubatch, ctx),
             caches_experts=config.experts != "cpu",
+            homes=homes,
             scratch_elements=scratch_elements,
         )
 
@@ -87,22 +163,13 @@ def plan_vram(
     least = least_slots + least_staging
     if config.experts == "auto" and plan.slots < least:
         plan = replace(plan, caches_experts=False)
-    needed = plan.budget - plan.slots + (least if plan.caches_experts else 0)
-    if needed > plan.budget:
-        slots = f", slots for one token's experts {format_size(least)}" if plan.caches_experts else ""
-        raise CapacityError(
-            f"{file.path} needs at least {format_size(needed)} of VRAM ({plan}{slots}), but the budget is "
-            f"{format_size(plan.budget)}: raise vram_budget, lower ctx or ubatch, or use device 'cpu'"
-        )
-    if plan.caches_experts:
-        plan = replace(plan, staging=max(least_staging, min(STAGING_BYTES, int(STAGING_SHARE * plan.slots))))
-    return plan
+    return plan, least, least_staging
 
 
-def _budget(config: EngineConfig, device: torch.device) -> int:
+def _budget(config: EngineConfig, device: torch.device, memory: tuple[int, int] | None) -> int:
     if device.type != "cuda":
         return SIMULATED_BYTES if config.vram_budget is None else parse_size(config.vram_budget)
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = memory or torch.cuda.mem_get_info(device)
     if config.vram_budget is None:
         return int(free * DEFAULT_SHARE) + CUDA_CONTEXT_BYTES
     budget = parse_size(config.vram_budget)
@@ -128,12 +195,19 @@ def _dense_bytes(file: GGUFFile, meta: Metadata) -> int:
     return total
 
 
-def _least_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig) -> tuple[int, int]:
-    """The slots that every pool needs at least, and the staging slots (see expert_cache.py)."""
+def _placed_bytes(file: GGUFFile, homes: Mapping[int, Home]) -> int:
+    """Slots for all experts of the layers that are in VRAM for good."""
+    experts = (info for info in file.tensors.values() if _is_expert(info.name))
+    placed = (info for info in experts if homes.get(block_of(info.name)) == "vram")
+    return sum(info.shape[0] * aligned(info.nbytes // info.shape[0]) for info in placed)
+
+
+def _least_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, homes: Mapping[int, Home]) -> tuple[int, int]:
+    """The slots that every shared pool needs at least, and the staging slots (see expert_cache.py)."""
     top_k, n_expert = meta.integer("expert_used_count"), meta.integer("expert_count")
     layers: dict[str, list[tuple[str, int, int]]] = {}
     for info in file.tensors.values():
-        if _is_expert(info.name):
+        if _is_expert(info.name) and homes.get(block_of(info.name), "cache") == "cache":
             block, part = info.name.rsplit(".", 2)[0], info.name.rsplit(".", 2)[1]
             layers.setdefault(block, []).append((part, info.type_id, info.nbytes // n_expert))
     pools = {tuple(sorted(parts)) for parts in layers.values()}

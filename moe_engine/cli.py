@@ -1,4 +1,4 @@
-"""The command line: `moe-engine generate | inspect | perplexity | tokenize | trace | bench`."""
+"""The command line: `moe-engine generate | plan | calibrate | inspect | perplexity | tokenize | trace | bench`."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from moe_engine import cli_bench, cli_trace
+from moe_engine import cli_bench, cli_plan, cli_trace
 from moe_engine.config import format_size
 from moe_engine.errors import ConfigError, MoeEngineError
 
@@ -37,6 +37,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_trace.app, name="trace")
 app.add_typer(cli_bench.app, name="bench")
+app.command()(cli_plan.plan)
+app.command()(cli_plan.calibrate)
 # Results go to stdout; progress, summaries and errors to stderr.
 _notes = Console(stderr=True, highlight=False)
 
@@ -52,6 +54,7 @@ RamBudget = Annotated[
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 Miss = Annotated[str, typer.Option(help="Experts not in VRAM: cpu computes them, fetch copies them, auto divides.")]
 KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16, f32 or q8_0.")]
+Place = cli_plan.Place
 Exact = Annotated[bool, typer.Option("--exact", help="Output does not depend on the cache: fetch every miss.")]
 Lookahead = Annotated[bool, typer.Option(help="Pull experts that the CPU will probably need into its caches.")]
 Prefetch = Annotated[str, typer.Option(help="Copy experts into VRAM before they are needed: off, auto or always.")]
@@ -84,13 +87,14 @@ def generate(
     exact: Exact = False,
     lookahead: Lookahead = True,
     prefetch: Prefetch = "auto",
+    place: Place = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     text = _prompt_text(prompt, prompt_file)
     options = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget, "threads": threads, "ctx": ctx}
     options |= {"kv_dtype": kv_type, "miss": miss, "exact": exact, "lookahead": lookahead, "prefetch": prefetch}
-    with _engine(model, **options) as engine:
+    with _engine(model, **options, place=tuple(place or ())) as engine:
         generation = engine.stream(
             [{"role": "user", "content": text}] if chat else text,
             max_tokens=max_tokens,

@@ -48,7 +48,7 @@ def simulate(
     from moe_engine.simulator import simulate as replay
 
     specs = [policy_of(text) for text in policy or ("lru", "lfu-decay", "belady")]
-    trace = _load(file, experts)
+    trace = load_trace(file, experts)
     model = trace.model
     capacities = sorted({capacity_of(text, model.n_expert, model.top_k) for text in capacity.split(",")})
     outcomes = replay(
@@ -57,7 +57,7 @@ def simulate(
         capacities,
         warm=warm,
         shared=shared,
-        profile=None if profile is None else _load(profile, model.n_expert),
+        profile=None if profile is None else load_trace(profile, model.n_expert),
         expert_bytes=None if expert_bytes is None else parse_size(expert_bytes),
     )
     if as_json:
@@ -85,7 +85,7 @@ def export(file: TraceFile, output: Output) -> None:
     """Write a trace as a numpy archive (.npz)."""
     from moe_engine.trace_npz import export_npz
 
-    trace = _load(file)
+    trace = load_trace(file)
     export_npz(trace, output)
     print(f"{output}: {trace.n_token} tokens")
 
@@ -93,7 +93,7 @@ def export(file: TraceFile, output: Output) -> None:
 @app.command()
 def info(file: TraceFile, as_json: AsJson = False) -> None:
     """Show what is in a trace."""
-    trace = _load(file)
+    trace = load_trace(file)
     if as_json:
         _print_json(**_facts(trace))
         return
@@ -101,7 +101,8 @@ def info(file: TraceFile, as_json: AsJson = False) -> None:
         print(f"{name:<14}{value}")
 
 
-def _load(path: Path, n_expert: int | None = None) -> "Trace":
+def load_trace(path: Path, n_expert: int | None = None) -> "Trace":
+    """A trace file, or an archive that `trace import` would take."""
     from moe_engine.trace_npz import import_npz
     from moe_engine.traces import Trace
 

@@ -39,6 +39,17 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.2f} GiB"
 
 
+def parse_rule(rule: object) -> tuple[re.Pattern[str], str]:
+    """Pattern and place of REGEX=PLACE. Raises `ConfigError`."""
+    pattern, _, place = rule.rpartition("=") if isinstance(rule, str) else ("", "", "")
+    if not pattern or not (place in ("cache", "cpu") or re.fullmatch(r"cuda:\d+", place)):
+        raise ConfigError(f"place is {rule!r}, expected REGEX=PLACE with a place of: cuda:0, cache, cpu")
+    try:
+        return re.compile(pattern), place
+    except re.error as e:
+        raise ConfigError(f"place is {rule!r}, whose pattern is no regular expression: {e}") from e
+
+
 def _check(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ConfigError(f"{name} is {value!r}, expected {expected}")
@@ -77,6 +88,8 @@ class EngineConfig(_Options):
                  from disk when they are needed. Default: what is available, less 2 GiB, for the experts alone.
     experts      where routed experts are computed: "cpu", "cache" (fetched into VRAM slots and computed
                  there), or "auto": "cache" if the budget has room for at least top_k experts.
+    place        rules REGEX=PLACE on tensor names that say where layers' experts are: "cuda:0" for good in VRAM,
+                 "cache" or "cpu"; the first that matches decides (placement.py). Default: all as `experts` says.
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
     miss         what a decode step does with experts that are in no slot: "cpu" computes them on the CPU, "fetch"
                  copies them into slots first, "auto" divides them so that both finish together.
@@ -101,6 +114,7 @@ class EngineConfig(_Options):
     vram_budget: int | str | None = None
     ram_budget: int | str | None = None
     experts: ExpertHome = "auto"
+    place: tuple[str, ...] = ()
     cache_slots: int | None = None
     miss: MissMode = "auto"
     lookahead: bool = True
@@ -141,6 +155,11 @@ class EngineConfig(_Options):
         for budget in (self.vram_budget, self.ram_budget):
             if budget is not None:
                 parse_size(budget)
+        place = (self.place,) if isinstance(self.place, str) else self.place
+        _check(isinstance(place, list | tuple), "place", self.place, "a list of rules REGEX=PLACE")
+        for rule in place:
+            parse_rule(rule)
+        object.__setattr__(self, "place", tuple(place))
 
     def slots_at_once(self, top_k: int) -> int:
         """Slots that the experts of one layer of a step may need."""

@@ -190,7 +190,7 @@ class DecodeStep:
         if form.misses == "none":
             return hits
         out = torch.empty_like(hits)
-        late = torch.empty_like(routing.slots) if form.misses == "late" else None
+        late = torch.empty_like(routing.slots) if form.misses == "late" and len(slots) else None
         self._wait(layer, routing, out=out, hits=hits, late=late)
         return out if late is None else on_gpu(late, out)
 

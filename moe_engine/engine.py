@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moe_engine.backend import AcceleratorBackend, Backend, CpuBackend, choose_device
 from moe_engine.budget import LOGIT_BYTES, VramPlan, plan_vram
+from moe_engine.calibration import Calibration, kept
 from moe_engine.config import DEFAULT_UBATCH, EngineConfig, SamplingParams
 from moe_engine.decode_step import DecodeStep, Running
 from moe_engine.decoder import Decoder, EagerDecoder, GraphDecoder, StagedDecoder, can_use_step
@@ -35,6 +36,7 @@ from moe_engine.layers import MixtureOfExperts
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
 from moe_engine.models import model_class
+from moe_engine.placement import placed_homes
 from moe_engine.prefill import Prefill
 from moe_engine.prompt_experts import PromptExperts
 from moe_engine.ram_plan import plan_ram
@@ -122,7 +124,7 @@ class Engine:
         family = model_class(file.architecture, source)
         meta = Metadata(file.metadata, file.architecture, source)
         tokenizer = Tokenizer.from_metadata(file.metadata, source)
-        ctx = _context(config, meta)
+        ctx = context_of(config, meta)
 
         device, accelerated = choose_device(config.device)
         held = 0
@@ -141,7 +143,9 @@ class Engine:
         experts: Experts = CpuExperts(cpu, store)
         if plan is not None:
             backend = AcceleratorBackend(device, plan.scratch_elements, config.activations == "int8")
-            experts = CachedExperts(device, backend.scratch, cpu, plan.caches_experts, store)
+            experts = CachedExperts(device, backend.scratch, cpu, plan.caches_experts, store, plan.homes)
+        else:
+            placed_homes(file, config, "cpu", n_layer(meta))
 
         def report() -> None:
             if progress is not None:
@@ -164,11 +168,13 @@ class Engine:
                     raise ConfigError(f"cache_slots is {config.cache_slots}, but exact needs at least {n_choice}")
                 n_stage = config.staging_slots(model.router.top_k)
                 experts.allocate(_slot_budget(plan, device, held), n_choice, config.cache_slots, plan.staging, n_stage)
-                if plan.caches_experts and config.activations == "int8":
+                if experts.n_slot and config.activations == "int8":
                     routers = [
                         partial(_ids, block.ffn) for block in model.blk if isinstance(block.ffn, MixtureOfExperts)
                     ]
                     experts.prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact, routers)
+                    if calibration := _calibration(device, config):
+                        experts.prompt.rates = calibration.rates(str(experts.layouts[0].gate.type))
             return cls(config, file, tokenizer, model, experts, cache, plan)
 
     @staticmethod
@@ -180,7 +186,7 @@ class Engine:
         family, (device, accelerated) = model_class(file.architecture, str(file.path)), choose_device(config.device)
         if not accelerated:
             raise ConfigError("device 'cpu' has no VRAM to plan: use a CUDA device or 'simulated'")
-        return plan_vram(file, meta, family, config, _context(config, meta), device)
+        return plan_vram(file, meta, family, config, context_of(config, meta), device)
 
     # -- text --------------------------------------------------------------------------------------------------
 
@@ -293,9 +299,10 @@ class Engine:
 
     @cached_property
     def hardware(self) -> Hardware:
-        """What the memories deliver; measured at the first use, which takes about half a second."""
+        """What the memories deliver: as calibrated, or else measured at the first use, in about half a second."""
         assert isinstance(self.experts, CachedExperts)
-        return measure(self.device, self.experts.cpu)
+        calibration = _calibration(self.device, self.config)
+        return measure(self.device, self.experts.cpu) if calibration is None else calibration.hardware
 
     def _prompt(self, index: int, ids: list[int], stats: Stats) -> None:
         """Brings all but the last token of a prompt into a sequence's KV cache, unless they are there."""
@@ -465,7 +472,13 @@ def _slot_budget(plan: VramPlan, device: torch.device, held: int) -> int:
     return min(planned, measured)
 
 
-def _context(config: EngineConfig, meta: Metadata) -> int:
+def _calibration(device: torch.device, config: EngineConfig) -> Calibration | None:
+    """What `moe-engine calibrate` has kept for this GPU."""
+    return kept(torch.cuda.get_device_name(device), config.n_threads) if device.type == "cuda" else None
+
+
+def context_of(config: EngineConfig, meta: Metadata) -> int:
+    """Tokens of context: as configured, or the default. Raises `ConfigError` for more than the model has."""
     trained = meta.integer("context_length")
     if config.ctx is not None and config.ctx > trained:
         raise ConfigError(f"ctx is {config.ctx}, but the model was trained for at most {trained} tokens")

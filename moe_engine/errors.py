@@ -4,6 +4,7 @@
   - ModelFormatError        the model file is damaged or says something impossible
     - UnsupportedModelError the file is fine, but this version cannot run it
   - TraceFormatError        the trace file is damaged or is none
+  - CalibrationError        a file of moe-engine calibrate is damaged or is none
   - CapacityError           the model, or the request, does not fit the memory or context it was given
   - ConfigError             an option has a value that makes no sense
   - DecodeError             the decode worker or the GPU has stopped answering: load the engine anew
@@ -25,6 +26,10 @@ class UnsupportedModelError(ModelFormatError):
 
 class TraceFormatError(MoeEngineError):
     """A trace file (recorded routing) is damaged, inconsistent or no such file."""
+
+
+class CalibrationError(MoeEngineError):
+    """A calibration file (what a machine delivers) is damaged, of another version, or no such file."""
 
 
 class CapacityError(MoeEngineError):

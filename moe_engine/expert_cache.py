@@ -5,7 +5,7 @@ out meanwhile (kernels/worker.py). Calling the object is the path for prompts (p
 activations, expert by expert the reference for it: results do not depend on what is cached then. Nothing is evicted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from moe_engine.kernels.decode_product import moe_decode
 from moe_engine.kernels.dequantize import linear
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
+from moe_engine.placement import Home
 from moe_engine.prompt_experts import PromptExperts
 
 Key = tuple[int, int]
@@ -27,7 +28,7 @@ Key = tuple[int, int]
 
 @dataclass
 class SlotPool:
-    """The slots that all layers with the same layout share."""
+    """The slots that all layers with the same layout share, or those of one placed layer."""
 
     layout: SlotLayout
     layers: list[int] = field(default_factory=list)  # MoE layers
@@ -37,18 +38,27 @@ class SlotPool:
 class CachedExperts:
     """See `Experts` for the interface. Without slots everything is computed on the CPU.
 
-    scratch: flat f32 on `device`, room for dequantized rows. caches: whether there are to be slots.
+    scratch: flat f32 on `device`, room for dequantized rows. caches: whether there are to be slots that layers share.
+    homes: where the experts of placed layers are, by the model's layer.
     """
 
     def __init__(
-        self, device: torch.device, scratch: Tensor, cpu: CpuKernels, caches: bool, store: ExpertStore
+        self,
+        device: torch.device,
+        scratch: Tensor,
+        cpu: CpuKernels,
+        caches: bool,
+        store: ExpertStore,
+        homes: Mapping[int, Home],
     ) -> None:
-        self.device, self.scratch, self.cpu, self.caches, self.store = device, scratch, cpu, caches, store
+        self.device, self.scratch, self.cpu, self.caches = device, scratch, cpu, caches
+        self.store, self.homes = store, homes
         self.hits = self.misses = 0
         self.n_expert = 0
         self.index: dict[int, int] = {}  # MoE layer of a model's layer
         self.handles: list[ExpertHandle] = []  # in RAM, by MoE layer
         self.pools: dict[SlotLayout, SlotPool] = {}
+        self.own_pools: dict[int, SlotPool] = {}  # by MoE layer: with a slot for each expert, or with none
         self.slot_table = torch.empty(0, 0, dtype=torch.int32)  # [n_layer, n_expert]: slot or -1
         self.layouts: list[SlotLayout] = []  # by MoE layer
         self.staging = torch.empty(0, dtype=torch.uint8)  # bytes that experts pass through
@@ -57,14 +67,20 @@ class CachedExperts:
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
         self.n_expert, n_ff, hidden = gate.shape
         layout = SlotLayout.of(gate.type, up.type, down.type, hidden, n_ff)
+        home = self.homes.get(layer, "cache")
         self.index[layer] = len(self.handles)
         self.handles.append(self.store.register(gate, up, down))
         self.layouts.append(layout)
-        self.pools.setdefault(layout, SlotPool(layout)).layers.append(self.index[layer])
+        pool = SlotPool(layout) if home != "cache" else self.pools.setdefault(layout, SlotPool(layout))
+        pool.layers.append(self.index[layer])
+        if home != "cache":
+            n_slot = self.n_expert if home == "vram" else 0
+            pool.slots = torch.empty(n_slot, layout.slot_bytes, dtype=torch.uint8, device=self.device)
+            self.own_pools[self.index[layer]] = pool
 
     def pool_of(self, index: int) -> SlotPool:
         """The pool of a MoE layer."""
-        return self.pools[self.layouts[index]]
+        return self.own_pools.get(index) or self.pools[self.layouts[index]]
 
     def _size(self, pool: SlotPool) -> int:
         return len(pool.layers) * self.n_expert
@@ -79,7 +95,7 @@ class CachedExperts:
             self._allocate(dict.fromkeys(self.pools, 0), 0)
             return
         total = sum(layout.slot_bytes * self._size(pool) for layout, pool in self.pools.items())
-        least_staging = n_stage * max(layout.slot_bytes for layout in self.pools)
+        least_staging = n_stage * max((layout.slot_bytes for layout in self.pools), default=0)
         staging = least_staging if limit is None and budget >= total + least_staging else max(staging, least_staging)
         least = {layout: min(n_choice, self._size(pool)) for layout, pool in self.pools.items()}
         needed = staging + sum(layout.slot_bytes * n_slot for layout, n_slot in least.items())
@@ -106,23 +122,27 @@ class CachedExperts:
         return self.staging[: n_slot * layout.slot_bytes].view(n_slot, layout.slot_bytes)
 
     @property
+    def _all_pools(self) -> list[SlotPool]:
+        return [*self.pools.values(), *self.own_pools.values()]
+
+    @property
     def n_slot(self) -> int:
-        return sum(len(pool.slots) for pool in self.pools.values())
+        return sum(len(pool.slots) for pool in self._all_pools)
 
     @property
     def holds_all(self) -> bool:
         """Whether there is a slot for every expert."""
-        return all(len(pool.slots) == self._size(pool) for pool in self.pools.values())
+        return all(len(pool.slots) == self._size(pool) for pool in self._all_pools)
 
     def fill(self, reserve: Callable[[int, int], int | None] | None = None) -> None:
         """Loads the first experts of each layer. reserve: `(layer, expert)` to a slot, None where none is left."""
         if reserve is None:
-            left = {layout: iter(range(len(pool.slots))) for layout, pool in self.pools.items()}
+            left = {pool.layers[0]: iter(range(len(pool.slots))) for pool in self._all_pools}
 
             def reserve(layer: int, expert: int) -> int | None:
-                return next(left[self.layouts[layer]], None)
+                return next(left[self.pool_of(layer).layers[0]], None)
 
-        for expert in range(self.n_expert if self.caches else 0):
+        for expert in range(self.n_expert if self.n_slot else 0):
             for layer in range(len(self.handles)):
                 slot = reserve(layer, expert)
                 if slot is not None:
@@ -140,12 +160,12 @@ class CachedExperts:
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """See `Experts`."""
         index = self.index[layer]
-        if self.prompt is not None:
-            return self.prompt(index, x, expert_ids, weights)
-        if not self.caches:
+        if self._is_on_cpu(index):
             expert_ids = expert_ids.cpu()
             self.misses += len(expert_ids.unique())
             return self.cpu.expert_ffn(self.handles[index], x.cpu(), expert_ids, weights.cpu()).to(x.device)
+        if self.prompt is not None:
+            return self.prompt(index, x, expert_ids, weights)
         return self._one_by_one(index, x, expert_ids, weights)
 
     def _one_by_one(self, index: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -168,14 +188,23 @@ class CachedExperts:
         total: Tensor = (outputs * weights[..., None]).sum(dim=1)
         return total
 
+    def _is_on_cpu(self, index: int) -> bool:
+        """Whether the CPU computes all experts of a MoE layer."""
+        return not len(self.own_pools[index].slots) if index in self.own_pools else not self.caches
+
     def staged(self, index: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """The sums of a MoE layer for a few tokens with the kernels of the decode step, all experts in staging slots.
 
         expert_ids: int32, -1 for none; otherwise as in `Experts`.
         """
-        if not self.caches:
+        if self._is_on_cpu(index):
             return self.cpu.expert_ffn(self.handles[index], x.cpu(), expert_ids.cpu(), weights.cpu()).to(x.device)
         layout, place = self.layouts[index], expert_ids.tolist()
+        if index in self.own_pools:
+            table = self.slot_table[index].tolist()
+            slots = [[table[expert] if expert >= 0 else -1 for expert in row] for row in place]
+            held = self.own_pools[index].slots
+            return moe_decode(x, held, layout, torch.tensor(slots, dtype=torch.int32).to(x.device), weights)
         chosen = sorted({expert for row in place for expert in row if expert >= 0})
         staging = self._staging_slots(layout, len(chosen))
         for slot, expert in enumerate(chosen):
@@ -188,3 +217,4 @@ class CachedExperts:
         self.store.close()
         self.handles.clear()
         self.pools.clear()
+        self.own_pools.clear()

@@ -53,10 +53,11 @@ def measure(device: torch.device, cpu: CpuKernels) -> Hardware:
     nbytes = 64 << 20
     source, target = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    return Hardware(2 * _copy_rate(source, target, 8), _copy_rate(host, target, 2), dram)
+    return Hardware(2 * copy_rate(source, target, 8), copy_rate(host, target, 2), dram)
 
 
-def _copy_rate(source: Tensor, target: Tensor, repeats: int) -> float:
+def copy_rate(source: Tensor, target: Tensor, repeats: int) -> float:
+    """Bytes per second, the best of three times `repeats` copies."""
     best = 0.0
     for _ in range(3):
         torch.cuda.synchronize()

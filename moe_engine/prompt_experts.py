@@ -77,12 +77,14 @@ class PromptExperts:
         self.rates, self.counts = Rates(), PromptCounts()
         device, n_expert, hidden = experts.device, experts.n_expert, experts.layouts[0].hidden
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        largest = max(layout.slot_bytes for layout in experts.pools)
+        largest = max(layout.slot_bytes for layout in experts.layouts)
         self._ring = Ring(experts.staging, largest, experts.store, self._stream)
         self._ahead: tuple[int, deque[Chunk]] = (-1, deque())  # a layer, and what is being copied for it
+        shared = (layer for layer in range(len(experts.layouts)) if layer not in experts.own_pools)
+        self._first = next(shared, 0)  # layer that may need the ring
         self._product: type[PromptProduct] | type[PlainProduct] = PromptProduct if self._stream else PlainProduct
         n_row = n_token * top_k if self._stream else 0
-        values = max(PromptProduct.workspace_values(n_row, layout) for layout in experts.pools)
+        values = max(PromptProduct.workspace_values(n_row, layout) for layout in experts.layouts)
         self._workspace = torch.empty(values, dtype=torch.bfloat16, device=device)
 
         def host(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -100,7 +102,7 @@ class PromptExperts:
         experts, pool = self.experts, self.experts.pool_of(layer)
         table = experts.slot_table[layer]
         product = self._product(x, ids, weights, experts.n_expert, pool.layout, workspace=self._workspace)
-        if experts.holds_all:
+        if experts.holds_all or layer in experts.own_pools:
             if len(x) == 1:  # a step of the eager decoder, which counts
                 experts.hits += ids.numel()
             product.add(pool.slots, table)
@@ -186,7 +188,7 @@ class PromptExperts:
             return chunks
         for chunk in chunks:
             self._ring.release(chunk)
-        if self._stream is not None and layer == 0:
+        if self._stream is not None and layer == self._first:
             self._stream.wait_stream(torch.cuda.current_stream())  # whatever else has used the staging slots
         return deque()
 
@@ -199,7 +201,7 @@ class PromptExperts:
 
     def _run_ahead(self, layer: int, choice: _Choice) -> None:
         """Begins to copy what the next layer will probably choose, as much as the ring has room for."""
-        if layer >= len(self.choosers):
+        if layer >= len(self.choosers) or layer in self.experts.own_pools:
             return
         ring, layout = self._ring, self.experts.layouts[layer]
         missing = [expert for expert, n in enumerate(choice.forecast) if n and choice.resident_next[expert] < 0]

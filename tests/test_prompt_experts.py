@@ -44,7 +44,7 @@ class Layers:
     def __init__(self, n_slot: int, n_stage: int, resident: list[tuple[int, int]], exact: bool, rates: Rates) -> None:
         scratch = torch.empty(1 << 16, device=DEVICE)
         cpu = CpuKernels(2)
-        self.experts = experts = CachedExperts(DEVICE, scratch, cpu, caches=True, store=TensorStore(cpu))
+        self.experts = experts = CachedExperts(DEVICE, scratch, cpu, caches=True, store=TensorStore(cpu), homes={})
         for layer in range(N_LAYER):
             experts.register(layer, *weights_of(layer))
         nbytes = sum((n_slot + n_stage) * layout.slot_bytes for layout in experts.pools)

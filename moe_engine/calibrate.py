@@ -1,0 +1,137 @@
+"""Measures what this machine delivers, with the kernels that the engine uses; takes less than a minute."""
+
+import mmap
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from moe_engine import hardware
+from moe_engine.calibration import Calibration, Product, processor_name
+from moe_engine.errors import CalibrationError
+from moe_engine.kernels.cpu import CpuKernels, host_buffer
+from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.kernels.quant_types import BY_NAME
+
+CPU_TYPES = ("Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4")
+GPU_TYPES = ("Q4_K", "Q6_K", "Q8_0")
+HIDDEN, N_FF, TOP_K = 2048, 768, 8  # of Qwen3-30B-A3B; other models' experts are larger
+FEW_TOKENS, MANY_TOKENS = 64, 4096  # of the GPU's products for prompts
+CPU_TOKENS = 64  # of each expert, for the CPU's products of many tokens
+BYTE = 0x11  # what weights are filled with: scales in half precision are then small and normal
+POOL_BYTES = 1 << 30  # of experts, far larger than a last-level cache
+DISK_BYTES, DISK_READERS, DISK_CHUNK = 2 << 30, 4, 8 << 20
+
+Progress = Callable[[str], None]
+
+
+def calibrate(
+    device: torch.device, threads: int, file: Path | None, progress: Progress = lambda what: None
+) -> Calibration:
+    """device: CUDA, or the CPU where there is no graphics card. file: something large to read from the disk; None: the
+    disk is not measured. progress: called with what is measured next. Raises `CalibrationError` for an unreadable file.
+    """
+    progress("RAM")
+    dram = _dram_rates(threads)
+    cpu = CpuKernels(threads)
+    experts = {}
+    for type in CPU_TYPES:
+        progress(f"CPU experts, {type}")
+        experts[type] = _cpu_product(cpu, type)
+    disk = None
+    if file is not None:
+        progress("disk")
+        disk = disk_rate(file)
+    ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = None
+    if device.type == "cuda":
+        from moe_engine.calibrate_gpu import measure_gpu
+
+        gpu = measure_gpu(device, threads, progress)
+    return Calibration(processor_name(), threads, ram_bytes, dram, experts, disk, gpu)
+
+
+def n_steps(device: torch.device, with_disk: bool) -> int:
+    """How often `calibrate` calls progress."""
+    return 1 + len(CPU_TYPES) + with_disk + (7 + len(GPU_TYPES) if device.type == "cuda" else 0)
+
+
+def _dram_rates(threads: int) -> dict[int, float]:
+    sample = torch.ones(hardware.RAM_SAMPLE_BYTES, dtype=torch.uint8)
+    counts = sorted({min(1 << i, threads) for i in range(threads.bit_length() + 1)})
+    return {n: max(CpuKernels(n).read_rate(sample) for _ in range(2)) for n in counts}
+
+
+def filled(type: str, *shape: int, make: Callable[[int], torch.Tensor]) -> QuantTensor:
+    """Weights of a type, all bytes alike. make: memory of so many bytes."""
+    nbytes = BY_NAME[type].row_bytes(shape[-1])
+    for size in shape[:-1]:
+        nbytes *= size
+    return QuantTensor(make(nbytes).fill_(BYTE).view(*shape[:-1], -1), BY_NAME[type], shape[-1])
+
+
+def down_type(type: str) -> str:
+    """Rows of N_FF must be whole blocks."""
+    return type if N_FF % BY_NAME[type].block_size == 0 else "Q8_0"
+
+
+def _cpu_product(cpu: CpuKernels, type: str) -> Product:
+    """From 1 token with other experts at every call, and from many tokens of a few experts."""
+    one = 3 * HIDDEN * N_FF // BY_NAME[type].block_size * BY_NAME[type].block_bytes
+    n_expert = max(2 * TOP_K, min(hardware.RAM_SAMPLE_BYTES, POOL_BYTES) // one)
+    gate, up = (filled(type, n_expert, N_FF, HIDDEN, make=host_buffer) for _ in range(2))
+    handle = cpu.register_experts(gate, up, filled(down_type(type), n_expert, HIDDEN, N_FF, make=host_buffer))
+    x = torch.ones(1, HIDDEN)
+    weights = torch.full((1, TOP_K), 1 / TOP_K)
+    turns = [torch.arange(i, i + TOP_K)[None] for i in range(0, n_expert - TOP_K + 1, TOP_K)]
+    nbytes = TOP_K * sum(w.nbytes for w in (handle.gate, handle.up, handle.down)) / n_expert
+    few = _median([partial(cpu.expert_ffn, handle, x, ids, weights) for ids in turns])
+    ids = torch.arange(TOP_K).expand(CPU_TOKENS, TOP_K).contiguous()
+    rows, share = x.expand(CPU_TOKENS, HIDDEN).contiguous(), weights.expand(CPU_TOKENS, TOP_K).contiguous()
+    many = _median([partial(cpu.expert_ffn, handle, rows, ids, share)] * 2)
+    operations = 6.0 * HIDDEN * N_FF * TOP_K
+    return Product.through(nbytes, (operations, few), (CPU_TOKENS * operations, many))
+
+
+def _median(calls: list[Callable[[], object]]) -> float:
+    """Seconds of a call, after one round that warms up."""
+    calls[0]()
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def disk_rate(file: Path) -> float:
+    """Bytes per second of direct reads, past the page cache, by several readers."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except OSError as e:
+        raise CalibrationError(f"{file}: cannot be read directly: {e.strerror}") from e
+    try:
+        size = min(os.fstat(descriptor).st_size, DISK_BYTES)
+        starts = range(0, size - DISK_CHUNK + 1, DISK_CHUNK)
+        if not starts:
+            raise CalibrationError(
+                f"{file}: has {size} bytes: the disk is measured with files of at least {DISK_CHUNK}"
+            )
+
+        def read(reader: int) -> int:
+            with mmap.mmap(-1, DISK_CHUNK) as buffer:  # aligned, as direct reads need it
+                return sum(os.preadv(descriptor, [buffer], start) for start in starts[reader::DISK_READERS])
+
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(DISK_READERS) as pool:
+            total = sum(pool.map(read, range(DISK_READERS)))
+        return total / (time.perf_counter() - begin)
+    except OSError as e:
+        raise CalibrationError(f"{file}: cannot be read directly: {e.strerror}") from e
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,238 @@
+"""Predicted speeds of a model on a machine: what a step or a prompt consists of, by the machine's rates."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from moe_engine.calibration import Calibration, Gpu, Product, closest
+from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
+from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
+from moe_engine.prompt_split import Rates
+from moe_engine.routing_estimate import Found, RoutingEstimate
+
+EXCHANGE_KERNELS = 2  # post and wait of a layer
+PROMPT_LAUNCHES = 40  # operations of a layer of a prompt that Python starts
+
+BOUND_BY = {
+    "kernels": "the fixed time of the GPU's kernels",
+    "reads": "reading weights from VRAM",
+    "hits": "reading experts from VRAM",
+    "misses": "experts that are not in VRAM",
+    "exchange": "messages between GPU and CPU",
+    "gpu": "the GPU's products",
+    "cpu": "the CPU's products",
+    "launches": "starting the GPU's work from Python",
+    "ram": "reading weights from RAM",
+    "disk": "reading experts from the disk",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """seconds by what they are spent on; binding is the largest of them."""
+
+    tokens: int
+    terms: Mapping[str, float]
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def binding(self) -> str:
+        return max(self.terms, key=lambda name: self.terms[name])
+
+    def as_dict(self) -> dict[str, object]:
+        return {"tokens": self.tokens, "tokens_per_second": self.rate, "seconds": dict(self.terms)} | {
+            "bound_by": self.binding
+        }
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model is run: what the predictions depend on besides model and machine.
+
+    shares: of each MoE layer's experts that are in VRAM; fixed: layers whose experts do not move. ram_share: of all
+    experts that fit the RAM; the others are read from the disk. on_gpu: whether there is a GPU at all.
+    """
+
+    shares: tuple[float, ...]
+    fixed: tuple[bool, ...]
+    ubatch: int
+    n_sequence: int = 1
+    ctx: int = 0
+    fetches: bool = False  # a step copies what it misses
+    exact: bool = False
+    ram_share: float = 1.0
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Speeds of `work` on `machine`."""
+
+    work: ModelWork
+    machine: Calibration
+    routing: RoutingEstimate
+
+    def found(self, placement: Placement) -> list[Found]:
+        """By MoE layer; misses in the model's terms."""
+        ratio = self.work.top_k / self.routing.top_k
+        return [
+            Found(share, float(share < 1), (1 - share) * self.work.top_k * placement.n_sequence)
+            if fixed
+            else replace(f := self.routing.found(share), misses=f.misses * ratio)
+            for share, fixed in zip(placement.shares, placement.fixed, strict=True)
+        ]
+
+    def hit_rate(self, placement: Placement) -> float:
+        found = self.found(placement)
+        return sum(layer.hit_rate for layer in found) / max(1, len(found))
+
+    # -- decode ------------------------------------------------------------------------------------------------
+
+    def decode(self, placement: Placement, context: int) -> Prediction:
+        """One step, with `context` tokens in each sequence's KV cache."""
+        gpu, n = self.machine.gpu, placement.n_sequence
+        disk = self._from_disk(placement)
+        if gpu is None or not placement.on_gpu:
+            ram = self._cpu_step(n, context)
+            return Prediction(n, {"ram": ram, "disk": disk}, ram + disk)
+        work, per_choice = self.work, self.work.top_k * n
+        kv_bytes = work.kv_bytes * context * n
+        reads = kv_bytes / gpu.copy + _read_seconds(gpu, work.dense)
+        beside = misses = fetched = n_missed = 0.0
+        for layer, found in zip(work.experts, self.found(placement), strict=True):
+            hits = found.hit_rate * per_choice * _read_seconds(gpu, layer.by_type)
+            reads += (1 - found.missed_layers) * hits
+            beside += found.missed_layers * (hits + HIT_KERNELS * gpu.kernel_seconds * (found.hit_rate > 0))
+            n_missed += found.missed_layers
+            misses += found.misses * layer.nbytes
+            fetched += found.missed_layers * layer.nbytes * (found.hit_rate > 0)
+        kernels = work.kernels + HIT_KERNELS * (len(work.experts) - n_missed)
+        kernels += EXCHANGE_KERNELS * len(work.experts) * (n_missed > 0)
+        if placement.fetches:
+            seconds = misses / self._copy_rate(gpu)
+        else:
+            cpu = self._cpu_rate()
+            alone = miss_seconds(misses, 0, cpu=cpu, ram=self.machine.ram)
+            fetched = min(fetched, misses, alone * max(gpu.pcie.values()))
+            seconds = miss_seconds(misses, fetched, cpu=cpu, ram=self.machine.ram)
+        costs = StepCosts(kernels * gpu.kernel_seconds, reads, beside, seconds, n_missed * gpu.exchange_seconds)
+        return Prediction(n, costs.terms | {"disk": disk}, costs.seconds + disk)
+
+    def _from_disk(self, placement: Placement) -> float:
+        """Seconds of one step: experts that neither VRAM nor RAM holds, which is an LRU cache too."""
+        if placement.ram_share >= 1 or self.machine.disk is None:
+            return 0.0
+        misses = self.routing.found(placement.ram_share).misses * self.work.top_k / self.routing.top_k
+        return misses * sum(layer.nbytes for layer in self.work.experts) / self.machine.disk
+
+    def _cpu_rate(self) -> float:
+        """Bytes of experts per second that the CPU kernels read at one token."""
+        seconds = total = 0.0
+        for layer in self.work.experts:
+            for type, nbytes in layer.by_type.items():
+                total += nbytes
+                seconds += nbytes / closest(self.machine.cpu_experts, type).weights
+        return total / seconds
+
+    def _copy_rate(self, gpu: Gpu) -> float:
+        """Of copies as large as one expert: the next smaller that was measured, or the smallest."""
+        nbytes = min((layer.nbytes for layer in self.work.experts), default=1)
+        return gpu.pcie[max((size for size in gpu.pcie if size <= nbytes), default=min(gpu.pcie))]
+
+    def _cpu_step(self, n: int, context: int) -> float:
+        """Seconds without a GPU."""
+        work = self.work
+        reads = (sum(work.dense.values()) + work.kv_bytes * context * n) / self.machine.ram
+        experts = sum(self._cpu_product(layer, work.top_k * n, work.top_k * n) for layer in work.experts)
+        return reads + experts
+
+    def _cpu_product(self, layer: ExpertLayer, n_used: float, n_pair: float) -> float:
+        """Seconds of n_used experts with n_pair (token, expert) pairs."""
+        return _product_seconds(self.machine.cpu_experts, layer, n_used, n_pair)
+
+    # -- prompts -----------------------------------------------------------------------------------------------
+
+    def prompt(self, placement: Placement, n_token: int) -> Prediction:
+        """A prompt from an empty context, in micro-batches."""
+        terms = dict.fromkeys(("misses", "gpu", "cpu", "launches", "disk"), 0.0)
+        for start in range(0, n_token, placement.ubatch):
+            n = min(placement.ubatch, n_token - start)
+            for name, seconds in self._micro_batch(placement, n, start).items():
+                terms[name] += seconds
+        return Prediction(n_token, {k: s for k, s in terms.items() if s}, sum(terms.values()))
+
+    def _micro_batch(self, placement: Placement, n: int, start: int) -> dict[str, float]:
+        """Seconds by the resource that bounds each layer."""
+        gpu, work = self.machine.gpu, self.work
+        counts = self.routing.counts(n, work.n_expert, work.top_k)
+        disk = 0.0  # seconds of a byte of all experts in use
+        if self.machine.disk is not None:
+            disk = len(counts) * (1 - placement.ram_share) / self.machine.disk
+        attention = work.attention_operations * n * (start + (n + 1) / 2)
+        if gpu is None or not placement.on_gpu:
+            products = sum(self._cpu_product(layer, len(counts), n * work.top_k) for layer in work.experts)
+            for type, nbytes in work.prompt_dense.items():
+                share = nbytes / sum(work.prompt_dense.values())
+                operations = 2 * n * work.prompt_weights * share
+                products += closest(self.machine.cpu_experts, type).seconds(nbytes, operations)
+            products += attention / next(iter(self.machine.cpu_experts.values())).operations
+            return {"cpu": products, "disk": disk * sum(layer.nbytes for layer in work.experts)}
+        expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
+        dense = (expand + 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention) / work.n_block
+        launches = PROMPT_LAUNCHES * gpu.launch_seconds
+        plain = work.n_block - len(work.experts)  # blocks without routed experts
+        bound = {"gpu": plain * max(dense, launches)}
+        alike: dict[tuple[float, bool, object], list[ExpertLayer]] = {}
+        for layer, share, fixed in zip(work.experts, placement.shares, placement.fixed, strict=True):
+            alike.setdefault((share, fixed, (layer.nbytes, *layer.by_type.items())), []).append(layer)
+        for (share, fixed, _), layers in alike.items():
+            layer = layers[0]
+            if fixed and not share:  # the CPU computes all of these
+                terms = {"cpu": dense + self._cpu_product(layer, len(counts), n * work.top_k)}
+            else:
+                found = self._prompt_layer(layer, share, counts, dense, launches)
+                terms = layer_terms(found, self.rates(layer, placement.exact)) | {"disk": disk * layer.nbytes}
+            name = max(terms, key=lambda name: terms[name])
+            bound[name] = bound.get(name, 0.0) + len(layers) * terms[name]
+        return bound
+
+    def _prompt_layer(
+        self, layer: ExpertLayer, share: float, counts: list[int], dense: float, launches: float
+    ) -> PromptLayer:
+        gpu = self.machine.gpu
+        assert gpu is not None
+        # Which experts are in slots has little to do with the prompt: evenly spread over popular and rare ones
+        in_slot = [int((i + 1) * share) > int(i * share) for i in range(len(counts))]
+        return PromptLayer(
+            missing=[n for n, cached in zip(counts, in_slot, strict=True) if not cached],
+            cached=[n for n, cached in zip(counts, in_slot, strict=True) if cached],
+            nbytes=layer.nbytes,
+            operations=2 * layer.n_weight,
+            dense=dense,
+            gpu_expert=_product_seconds(gpu.prompt, layer, 1, 0),
+            gpu_token=_product_seconds(gpu.prompt, layer, 0, 1),
+            launches=launches,
+        )
+
+    def rates(self, layer: ExpertLayer, exact: bool = False) -> Rates:
+        """What the division of a prompt's experts between bus and CPU needs to know."""
+        largest = max(layer.by_type, key=lambda type: layer.by_type[type])
+        rates = self.machine.rates(largest)
+        return replace(rates, hand_over=float("inf")) if exact else rates
+
+
+def _read_seconds(gpu: Gpu, by_type: Mapping[str, int]) -> float:
+    return sum(nbytes / closest(gpu.decode, type) for type, nbytes in by_type.items())
+
+
+def _product_seconds(rates: Mapping[str, Product], layer: ExpertLayer, n_used: float, n_pair: float) -> float:
+    """Of n_used experts' weights with n_pair tokens; the operations shared out by the types' bytes."""
+    total = sum(layer.by_type.values())
+    return sum(
+        closest(rates, type).seconds(n_used * nbytes, n_pair * 2 * layer.n_weight * nbytes / total)
+        for type, nbytes in layer.by_type.items()
+    )

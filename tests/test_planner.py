@@ -1,0 +1,308 @@
+"""Predictions against hand-computed cases and recorded runs; plans of files that hold no weights."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from header_files import write_header
+from recorded_h200 import DECODE_ROWS, H200, DecodeRow
+
+from moe_engine import CapacityError, ConfigError, Engine
+from moe_engine.benchmark.random_writer import MODELS
+from moe_engine.calibration import Product
+from moe_engine.cli import main
+from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
+from moe_engine.inspection import inspect_file
+from moe_engine.planner import Plan, plan
+from moe_engine.predict import Placement, Predictor
+from moe_engine.prompt_split import Rates
+from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
+from moe_engine.simulator import simulate
+from moe_engine.traces import Trace, TraceModel
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A file of a real model's shape without its bytes."""
+    folder = tmp_path_factory.mktemp("headers")
+
+    def path(model: str, layers: int | None = None) -> Path:
+        file = folder / f"{model}.gguf"
+        if not file.exists():
+            write_header(model, file, layers)
+        return file
+
+    return path
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_the_sum_of_what_does_not_overlap() -> None:
+    costs = StepCosts(kernels=1.0, reads=2.0, hits=3.0, misses=5.0, exchange=0.5)
+    assert costs.terms == {"kernels": 1.0, "reads": 2.0, "misses": 5.0, "exchange": 0.5}
+    assert costs.seconds == 8.5
+    assert replace(costs, hits=6.0).seconds == 9.0
+    assert replace(costs, hits=6.0).terms == {"kernels": 1.0, "reads": 2.0, "hits": 6.0}
+
+
+def test_copies_and_cpu_share_the_ram() -> None:
+    assert miss_seconds(100, 0, cpu=50, ram=80) == 2.0
+    assert miss_seconds(100, 100, cpu=50, ram=80) == 2.5
+
+
+def test_a_product_goes_through_two_measurements() -> None:
+    found = Product.through(10.0, (1.0, 3.0), (5.0, 5.0))  # half a second an operation, 2.5 for the weights
+    assert found == Product(4.0, 2.0)
+    assert found.seconds(10.0, 1.0) == 3.0
+    assert Product.through(10.0, (1.0, 2.0), (4.0, 2.0)) == Product(5.0, 2.0)  # bound by weights alone
+
+
+def layer(**changes: object) -> PromptLayer:
+    values = {
+        "missing": [1, 1],
+        "cached": [10],
+        "nbytes": 100,
+        "operations": 10,
+        "dense": 1.0,
+        "gpu_expert": 0.5,
+        "gpu_token": 0.125,
+        "launches": 0.25,
+    }
+    return PromptLayer(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_layer_waits_for_its_copies_or_its_products() -> None:
+    rates = Rates(pcie=50.0, dram=1e9, cpu=1e-9, gpu=1e9, hand_over=0.0)  # the CPU is of no use
+    terms = layer_terms(layer(), rates)
+    assert terms == {"misses": 4.0, "gpu": 1.0 + 3 * 0.5 + 12 * 0.125, "launches": 0.25}
+    assert layer_terms(layer(missing=[]), rates)["misses"] == 0.0
+
+
+def test_the_cpu_takes_experts_where_that_is_faster() -> None:
+    # Reading an expert takes the CPU 1 s and the bus 2: two on the CPU, and the bus is free
+    rates = Rates(pcie=50.0, dram=150.0, cpu=1e9, gpu=1e9, hand_over=0.25)
+    terms = layer_terms(layer(missing=[1, 1, 1]), rates)
+    assert terms["misses"] == pytest.approx(max(1 * 2.0, 1.0 + 2 * 1.0 + 0.25))
+    assert terms["gpu"] == pytest.approx(1.0 + 2 * 0.5 + 11 * 0.125)
+
+
+# -- against recorded runs -------------------------------------------------------------------------------------
+
+
+def test_work_of_a_file(header: Callable[..., Path]) -> None:
+    file = header("qwen3-30b-a3b")
+    found, inspected, shape = plan(file, device="cpu").work, inspect_file(file), MODELS["qwen3-30b-a3b"]
+    assert found.expert_bytes == inspected.routed_bytes
+    assert found.active_bytes == inspected.active_bytes
+    assert (found.n_block, len(found.experts), found.top_k) == (48, 48, 8)
+    assert found.experts[0].n_weight == 3 * shape.hidden * shape.n_ff_expert
+    assert found.kv_bytes == 48 * 2 * 4 * 128 * 2
+    assert found.attention_operations == 48 * 32 * 4 * 128
+    attention = 2 * 4096 * 2048 + 2 * 512 * 2048
+    assert found.prompt_weights == 48 * (attention + 128 * 2048)
+    assert sum(found.dense.values()) == inspected.dense_bytes - 151936 * 2048 * 144 // 256  # without the embedding
+
+
+@pytest.mark.parametrize("row", DECODE_ROWS, ids=lambda row: f"{row.model}-{row.share}-{row.hit_rate}")
+def test_decode_is_predicted_within_a_fifth(row: DecodeRow, header: Callable[..., Path]) -> None:
+    work = plan(header(row.model, row.layers), device="cpu").work
+    n = len(work.experts)
+    share = row.share if row.hit_rate is None else row.hit_rate
+    placement = Placement((share,) * n, (row.hit_rate is not None,) * n, ubatch=512)
+    found = Predictor(work, H200, RoutingEstimate(bundled_trace())).decode(placement, context=640)
+    assert found.rate == pytest.approx(row.tokens_per_second, rel=0.2)
+    assert found.seconds == pytest.approx(sum(found.terms.values()))
+
+
+# -- routing ---------------------------------------------------------------------------------------------------
+
+
+def test_hits_are_the_simulators() -> None:
+    ids = np.random.default_rng(0).integers(0, 16, (400, 3, 1)).astype(np.uint16)
+    ids = np.concatenate([ids, (ids + 1) % 16], axis=2)
+    trace = Trace(TraceModel("x", 3, 16, 2), ids, None, (400,))
+    found = RoutingEstimate(trace).found(0.25)
+    # What the second half adds to a replay is what it hits in a warm cache
+    whole, half = (simulate(t, ["lru"], [4])[0].hits for t in (trace, Trace(trace.model, ids[:200], None, (200,))))
+    hits = sum(whole) - sum(half)
+    assert found.hit_rate == pytest.approx(hits / (200 * 3 * 2))
+    assert found.misses == pytest.approx((200 * 3 * 2 - hits) / (200 * 3))
+    assert RoutingEstimate(trace).found(0.0).misses == 2
+    assert RoutingEstimate(trace).found(1.0).hit_rate == 1.0
+
+
+def test_hit_rates_grow_with_the_cache() -> None:
+    routing = RoutingEstimate(bundled_trace())
+    rates = [routing.found(share / 40).hit_rate for share in range(41)]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("n_token", "n_expert", "top_k"), [(1, 128, 8), (64, 64, 6), (8192, 256, 8)])
+def test_counts_are_those_of_the_tokens(n_token: int, n_expert: int, top_k: int) -> None:
+    counts = RoutingEstimate(bundled_trace()).counts(n_token, n_expert, top_k)
+    assert top_k <= len(counts) <= n_expert
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) == pytest.approx(n_token * top_k, rel=0.1)
+    assert min(counts) >= 1
+    assert max(counts) <= n_token
+
+
+# -- plans -----------------------------------------------------------------------------------------------------
+
+
+def planned(file: Path, **options: object) -> Plan:
+    return plan(file, machine=H200, elsewhere=True, **options)  # type: ignore[arg-type]
+
+
+def test_a_plan_adds_up(header: Callable[..., Path]) -> None:
+    found = planned(header("qwen3-30b-a3b"), vram_budget="8GiB").as_dict()
+    vram = found["vram"]
+    assert sum(n for name, n in vram.items() if name != "budget") == vram["budget"] == 8 * GIB
+    assert found["experts"]["movable"] == 48 * 128
+    assert vram["expert slots"] == pytest.approx(found["experts"]["in_slots"] * 2.86e6, rel=0.01)
+    assert found["ram"]["experts"] == inspect_file(header("qwen3-30b-a3b")).routed_bytes
+    assert [prompt["tokens"] for prompt in found["prompts"]] == [512, 2048]  # 8192 exceed the context
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_more_of_everything_is_no_slower(header: Callable[..., Path]) -> None:
+    file = header("deepseek-v2-lite")
+    small, large = (planned(file, vram_budget=budget, ctx=8192) for budget in ("4GiB", "10GiB"))
+    assert small.decode
+    assert large.decode
+    assert small.decode.rate < large.decode.rate
+    assert all(a.rate <= b.rate for a, b in zip(small.prompts, large.prompts, strict=True))
+    assert small.hit_rate < large.hit_rate
+    on_disk = planned(file, vram_budget="4GiB", ctx=8192, ram_budget="5GiB")
+    assert on_disk.on_disk == inspect_file(file).routed_bytes - 5 * GIB
+    assert on_disk.decode
+    assert on_disk.decode.rate < small.decode.rate
+    assert on_disk.decode.terms["disk"] > 0
+
+
+def test_what_doubles_the_speed_does(header: Callable[..., Path]) -> None:
+    file = header("qwen3-30b-a3b")
+    small = planned(file, vram_budget="4GiB")
+    text = small.doubling["decode"]
+    budget = text.removeprefix("vram_budget ").partition(",")[0]
+    assert small.decode
+    assert (decode := planned(file, vram_budget=budget).decode)
+    assert round(decode.rate) == int(text.split()[-2])
+    assert decode.rate >= 2 * small.decode.rate
+
+
+def test_homes_decide_who_computes(header: Callable[..., Path]) -> None:
+    file = header("qwen3-30b-a3b")
+    cached, on_cpu, placed = (
+        planned(file, vram_budget="24GiB", **options)
+        for options in ({}, {"experts": "cpu"}, {"place": (r"_exps\.=cuda:0",)})
+    )
+    assert cached.decode
+    assert on_cpu.decode
+    assert placed.decode
+    assert cached.decode.terms.get("misses") is None  # all fit
+    assert placed.decode.rate == pytest.approx(cached.decode.rate)
+    assert placed.vram
+    assert placed.vram.placed == inspect_file(file).routed_bytes
+    assert (placed.n_movable, placed.in_ram, on_cpu.n_slot, on_cpu.hit_rate) == (0, 0, 0, 0.0)
+    assert on_cpu.prompts[0].binding == "cpu"
+    assert on_cpu.doubling["decode"].startswith("experts cache, vram_budget")
+
+
+def test_without_a_gpu_everything_is_on_the_cpu(header: Callable[..., Path]) -> None:
+    machine = replace(H200, gpu=None)
+    found = plan(header("qwen3-30b-a3b"), machine=machine, elsewhere=True)
+    assert found.vram is None
+    assert found.decode
+    active = 1.10e9 + 0.83e9  # routed and dense bytes of a token
+    assert found.decode.rate == pytest.approx(149e9 / active, rel=0.3)
+    with pytest.raises(ConfigError, match="no GPU"):
+        plan(header("qwen3-30b-a3b"), machine=machine, elsewhere=True, vram_budget="8GiB")
+
+
+def test_the_bundled_model_is_planned_as_it_is_loaded() -> None:
+    options: dict[str, Any] = {"device": "simulated", "vram_budget": "64MiB", "ctx": 64, "ubatch": 32}
+    found = plan(**options)
+    with Engine.load(**options) as engine:
+        assert engine.vram_plan == found.vram
+        assert found.n_slot == pytest.approx(engine.experts.n_slot, rel=0.05)  # type: ignore[attr-defined]
+    assert found.decode is None  # no machine, no speed
+    assert found.prompts == []
+
+
+def test_what_does_not_fit_says_what_would(header: Callable[..., Path]) -> None:
+    file = header("qwen3-30b-a3b")
+    with pytest.raises(CapacityError) as refused:
+        planned(file, vram_budget="4GiB", ctx=32768, experts="cache")
+    message = str(refused.value)
+    for remedy in message.partition("What would do: ")[2].split(", or "):
+        name, value = remedy.replace("'", "").split()
+        changed = {"vram_budget": "4GiB", "ctx": 32768, "experts": "cache"}
+        changed[name] = int(value) if value.isdigit() else value
+        planned(file, **(changed if name != "device" else {"device": "cpu"}))
+    least = int(message.partition("vram_budget ")[2].partition("MiB")[0])
+    with pytest.raises(CapacityError):
+        planned(file, vram_budget=f"{least - 1}MiB", ctx=32768, experts="cache")
+    assert ", or ctx " in message
+
+
+# -- the command line ------------------------------------------------------------------------------------------
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        main(list(arguments))
+    return int(exit.value.code or 0), *capsys.readouterr()
+
+
+def test_plan_command(header: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hardware, file = tmp_path / "h200.msgpack", str(header("qwen3-30b-a3b"))
+    H200.save(hardware)
+    options = ("--hardware", str(hardware), "--vram-budget", "8GiB", "--ctx", "8192")
+    code, out, err = run(capsys, "plan", file, *options, "--json")
+    assert code == 0, err
+    expected = planned(Path(file), vram_budget="8GiB", ctx=8192)
+    assert json.loads(out) == json.loads(json.dumps(expected.as_dict()))
+    code, out, err = run(capsys, "plan", file, *options)
+    assert code == 0, err
+    for part in ("expert slots", "page-locked", "prompt of 8192", "decode", "to double it", "estimate"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("--hardware", "nowhere"), "nowhere: cannot be read"),
+        (("--vram-budget", "much"), "size 'much'"),
+        (("--batch", "9"), "n_sequence is 9"),
+        (("--ctx", "10000000"), "ctx is 10000000"),
+        (("--trace", "nowhere.npz"), "nowhere.npz"),
+        (("--ram-budget", "-1"), "size '-1'"),
+    ],
+)
+def test_plan_command_errors(
+    arguments: tuple[str, ...], error: str, header: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "plan", str(header("qwen3-30b-a3b")), *arguments)
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert error in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_trace_of_another_model_is_refused(
+    header: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "x.npz"
+    np.savez(trace, ids=np.zeros((8, 2, 1), np.uint8), n_expert=4)
+    code, _, err = run(capsys, "plan", str(header("qwen3-30b-a3b")), "--trace", str(trace), "--vram-budget", "8GiB")
+    assert code == 1
+    assert "4 experts, 1 a token" in err
