@@ -5,7 +5,7 @@ out meanwhile (kernels/worker.py). Calling the object is the path for prompts (p
 activations, expert by expert the reference for it: results do not depend on what is cached then. Nothing is evicted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -115,19 +115,20 @@ class CachedExperts:
         """Whether there is a slot for every expert."""
         return all(len(pool.slots) == self._size(pool) for pool in self.pools.values())
 
-    def fill(self, reserve: Callable[[int, int], int | None] | None = None) -> None:
-        """Loads the first experts of each layer. reserve: `(layer, expert)` to a slot, None where none is left."""
-        if reserve is None:
-            left = {layout: iter(range(len(pool.slots))) for layout, pool in self.pools.items()}
+    def fill(self, best_first: Iterable[Key] = (), reserve: Callable[[int, int], int] | None = None) -> None:
+        """Loads what comes first in `best_first`, by default the first experts of each layer; the best one last.
 
-            def reserve(layer: int, expert: int) -> int | None:
-                return next(left[self.layouts[layer]], None)
-
-        for expert in range(self.n_expert if self.caches else 0):
-            for layer in range(len(self.handles)):
-                slot = reserve(layer, expert)
-                if slot is not None:
-                    self.load((layer, expert), slot)
+        reserve: `(layer, expert)` to a free slot.
+        """
+        free = {layout: list(range(len(pool.slots))) for layout, pool in self.pools.items()}
+        by_number = ((layer, expert) for expert in range(self.n_expert) for layer in range(len(self.handles)))
+        chosen: list[tuple[Key, int]] = []
+        for key in best_first or by_number:
+            slots = free[self.layouts[key[0]]]
+            if slots:
+                chosen.append((key, slots.pop()))
+        for key, slot in reversed(chosen):
+            self.load(key, slot if reserve is None else reserve(*key))
 
     def load(self, key: Key, slot: int) -> None:
         """Copies an expert into a slot and enters it in the table, in the order of the current stream.
