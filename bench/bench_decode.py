@@ -153,7 +153,7 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats
     watch = MemoryWatch(enabled=device == "cuda")
     with watch:
         started = time.perf_counter()
-        with Engine.load(path, vram_budget=budget, **options) as engine:
+        with Engine.load(path, vram_budget=budget, profile=False, **options) as engine:
             loaded = time.perf_counter() - started
             decoder = engine.decoder
             assert isinstance(decoder, GraphDecoder)
@@ -253,7 +253,7 @@ def soak(path: Path, seconds: float) -> dict[str, Any]:
     row = Row(QWEN, 0.1, "own")
     options: dict[str, Any] = {"device": "cuda", "experts": "cache", "ctx": 1024}
     used, ram, tokens = [], [], 0
-    with Engine.load(path, vram_budget=vram_budget(path, row, options), **options) as engine:
+    with Engine.load(path, vram_budget=vram_budget(path, row, options), profile=False, **options) as engine:
         watch, random = MemoryWatch(enabled=False), np.random.default_rng(0)
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:

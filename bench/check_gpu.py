@@ -74,7 +74,7 @@ def check_bundled(device: str) -> dict[str, Any]:
         "device_exact": {"device": device, "experts": "cache", "vram_budget": "2GiB", "exact": True, "cache_slots": 8},
     }
     for name, options in runs.items():
-        with Engine.load(None, **options) as engine:
+        with Engine.load(None, profile=False, **options) as engine:
             result = engine.generate("Once upon a time", temperature=0, max_tokens=48)
             scored = perplexity(engine, text)
         found[name] = {"tokens": result.tokens, "text": result.text, "ppl": scored.ppl, **rates(result.stats.as_dict())}
@@ -101,7 +101,7 @@ def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_deco
         watch.base = watch.used() - torch.cuda.memory_reserved()
     with watch:
         started = time.perf_counter()
-        with Engine.load(path, device=device, experts=experts, vram_budget=vram_budget) as engine:
+        with Engine.load(path, device=device, experts=experts, vram_budget=vram_budget, profile=False) as engine:
             loaded = time.perf_counter() - started
             prompt = [(i * 7919) % 400 for i in range(n_prompt)]
             result = engine.generate(prompt, temperature=0, max_tokens=n_decode)

@@ -18,13 +18,17 @@ from torch import Tensor
 
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
+from moe_engine.kernels.policy import native_policy
 from moe_engine.kernels.slot_layout import SlotLayout
+from moe_engine.policies.registry import PolicySpec, policy_of
 
 MAX_AHEAD = 2  # layers whose choices a message may predict
 RING = 4  # steps whose messages and tokens have a place of their own
 HEADER_BYTES = 64  # of every record: int64[8]
 
 Mode = Literal["cpu", "fetch", "auto", "exact"]
+
+LRU = policy_of("lru")
 
 
 def _whole_lines(n_bytes: int) -> int:
@@ -166,13 +170,16 @@ class DecodeWorker:
         kernels: CpuKernels,
         *,
         mode: Mode = "auto",
+        policy: PolicySpec = LRU,
         rates: Rates = Rates(),
         max_background: int = 1,
         stall_seconds: float = 4.0,
         copies: _cpu.CopyEngine | None = None,
         lookahead_bytes: int | None = None,
     ) -> None:
-        """max_background: fetches in flight up to which another may start behind an answer.
+        """policy: who leaves a slot, and what is fetched behind an answer. Raises ConfigError if it has no native twin.
+
+        max_background: fetches in flight up to which another may start behind an answer.
 
         lookahead_bytes: what each CPU thread may pull into its cache for the next layer at a time; default: three
         quarters of its second-level cache.
@@ -201,6 +208,7 @@ class DecodeWorker:
             [_native_layer(*parts) for parts in zip(layers, classes, slot_table, strict=True)],
             [len(pool) for pool in pools],
             numbers.data_ptr(),
+            native_policy(policy),
             mode,
             max_background,
             kernels.float_activations,
@@ -245,7 +253,7 @@ class DecodeWorker:
 
     def reserve(self, layer: int, expert: int, evict: bool = True) -> Reservation | None:
         """A slot for an absent expert, in flight until `complete` or `cancel`; None if there is none (to evict)."""
-        slot, evicted = self._worker.reserve(layer, expert, evict)
+        slot, evicted = self._worker.reserve(layer, expert, "any" if evict else "nobody")
         victim = divmod(evicted, self.mailbox.n_expert) if evicted >= 0 else None
         return Reservation(slot, victim) if slot >= 0 else None
 
@@ -261,9 +269,15 @@ class DecodeWorker:
         """Evicts a resident expert. The caller writes the slot table."""
         self._worker.release(layer, expert)
 
-    def touch(self, layer: int, expert: int) -> None:
-        """Notes a use of a resident expert."""
-        self._worker.touch(layer, expert)
+    def use_counts(self) -> npt.NDArray[np.float32]:
+        """`[n_layer, n_expert]`: uses of late, a count halves in 64 steps."""
+        counts = np.array(self._worker.use_counts(), np.float32)
+        return counts.reshape(self.mailbox.n_layer, self.mailbox.n_expert)
+
+    def seed(self, counts: npt.NDArray[np.float32]) -> None:
+        """Begins with the `use_counts` of an earlier run; before the first step."""
+        assert counts.shape == (self.mailbox.n_layer, self.mailbox.n_expert), counts.shape
+        self._worker.seed(counts.ravel().tolist())
 
     def slot_of(self, layer: int, expert: int) -> int:
         """-1 unless resident."""

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from moe_engine import cli_bench, cli_plan, cli_trace
-from moe_engine.config import format_size
+from moe_engine.config import DEFAULT_POLICY, format_size
 from moe_engine.errors import ConfigError, MoeEngineError
 
 if TYPE_CHECKING:
@@ -55,6 +55,13 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 Miss = Annotated[str, typer.Option(help="Experts not in VRAM: cpu computes them, fetch copies them, auto divides.")]
 KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16, f32 or q8_0.")]
 Place = cli_plan.Place
+PolicyName = Annotated[
+    str, typer.Option("--policy", help="Who leaves the VRAM slots: NAME[:key=value,...], as in trace simulate.")
+]
+TraceOutput = Annotated[Path | None, typer.Option("--trace", help="Record the routing to this file.")]
+Profile = Annotated[
+    bool, typer.Option("--profile/--no-profile", help="Begin with the experts that earlier runs used most.")
+]
 Exact = Annotated[bool, typer.Option("--exact", help="Output does not depend on the cache: fetch every miss.")]
 Lookahead = Annotated[bool, typer.Option(help="Pull experts that the CPU will probably need into its caches.")]
 Prefetch = Annotated[str, typer.Option(help="Copy experts into VRAM before they are needed: off, auto or always.")]
@@ -84,17 +91,21 @@ def generate(
     ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
     kv_type: KVType = "f16",
     miss: Miss = "auto",
+    policy: PolicyName = DEFAULT_POLICY,
     exact: Exact = False,
     lookahead: Lookahead = True,
     prefetch: Prefetch = "auto",
     place: Place = None,
+    trace: TraceOutput = None,
+    profile: Profile = True,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
     text = _prompt_text(prompt, prompt_file)
-    options = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget, "threads": threads, "ctx": ctx}
-    options |= {"kv_dtype": kv_type, "miss": miss, "exact": exact, "lookahead": lookahead, "prefetch": prefetch}
-    with _engine(model, **options, place=tuple(place or ())) as engine:
+    options: dict[str, Any] = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget}
+    options |= {"threads": threads, "ctx": ctx, "kv_dtype": kv_type, "miss": miss, "policy": policy, "exact": exact}
+    options |= {"lookahead": lookahead, "prefetch": prefetch, "place": tuple(place or ()), "profile": profile}
+    with _engine(model, **options, trace=None if trace is None else str(trace)) as engine:
         generation = engine.stream(
             [{"role": "user", "content": text}] if chat else text,
             max_tokens=max_tokens,
@@ -192,6 +203,32 @@ def tokenize(
         return
     for token in tokens:
         print(f"{token:>8}  {tokenizer.token_text(token)!r}")
+
+
+@cli_trace.app.command()
+def record(
+    file: Annotated[Path, typer.Option("--file", "-f", help="Text to run through the model.")],
+    output: cli_trace.Output,
+    model: Model = None,
+    ctx: Annotated[
+        int, typer.Option(help="Tokens of a sequence: the text is cut into such, from empty contexts.")
+    ] = 1024,
+    device: Device = "auto",
+    vram_budget: VramBudget = None,
+    threads: Threads = None,
+) -> None:
+    """Record which experts a model chooses for a text."""
+    with (
+        _engine(
+            model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx, trace=str(output), profile=False
+        ) as engine,
+        _progress("recording", MofNCompleteColumn()) as (bar, task),
+    ):
+        tokens = engine.encode(_read_text(file))
+        for start in range(0, len(tokens), ctx):
+            engine.read(tokens[start : start + ctx])
+            bar.update(task, completed=start + ctx, total=len(tokens))
+    print(f"{output}: {len(tokens)} tokens")
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:

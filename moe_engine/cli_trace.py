@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moe_engine.config import format_size, parse_size
+from moe_engine.config import DEFAULT_POLICY, format_size, parse_size
+from moe_engine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moe_engine.recommend import Step
     from moe_engine.simulator import Outcome
     from moe_engine.traces import Trace
 
@@ -30,7 +32,7 @@ def simulate(
     file: TraceFile,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="NAME[:key=value,...]; may be given several times. Default: lru, lfu-decay, belady."),
+        typer.Option(help="NAME[:key=value,...]; may be given several times. Default: lru, the engine's, belady."),
     ] = None,
     capacity: Annotated[
         str, typer.Option(help="Shares of the experts, or experts per layer, with commas between.")
@@ -39,17 +41,25 @@ def simulate(
     shared: Annotated[bool, typer.Option("--shared", help="One pool for all layers instead of one each.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Trace of an earlier run, for pinned-lru.")] = None,
     expert_bytes: Annotated[str | None, typer.Option(help="Size of one expert, such as 1.5MiB.")] = None,
+    advise: Annotated[
+        bool, typer.Option("--recommend", help="Say which policy and size to choose. Needs --expert-bytes.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw hit rates by size into this PNG file.")] = None,
     experts: Experts = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how often cache policies would have had the experts of a trace."""
+    from moe_engine import recommend
     from moe_engine.policies.registry import policy_of
     from moe_engine.simulator import capacity_of
     from moe_engine.simulator import simulate as replay
 
-    specs = [policy_of(text) for text in policy or ("lru", "lfu-decay", "belady")]
+    specs = [policy_of(text) for text in policy or ("lru", DEFAULT_POLICY, "belady")]
     trace = load_trace(file, experts)
     model = trace.model
+    size = None if expert_bytes is None else parse_size(expert_bytes)
+    if advise and size is None:
+        raise ConfigError("--recommend must know the size of an expert: give --expert-bytes")
     capacities = sorted({capacity_of(text, model.n_expert, model.top_k) for text in capacity.split(",")})
     outcomes = replay(
         trace,
@@ -58,12 +68,21 @@ def simulate(
         warm=warm,
         shared=shared,
         profile=None if profile is None else load_trace(profile, model.n_expert),
-        expert_bytes=None if expert_bytes is None else parse_size(expert_bytes),
+        expert_bytes=size,
     )
+    if plot is not None:
+        recommend.plot(outcomes, model.n_expert, plot)
+    advice: dict[str, object] = {}
+    if advise and size is not None:
+        steps, chosen = recommend.recommend(trace, specs, capacities, size, warm=warm, shared=shared)
+        advice = {"recommended": chosen.as_dict(), "steps": [step.as_dict() for step in steps]}
     if as_json:
-        _print_json(**_facts(trace), warm=warm, shared=shared, results=[outcome.as_dict() for outcome in outcomes])
-    else:
-        _print_outcomes(trace, outcomes)
+        results = [outcome.as_dict() for outcome in outcomes]
+        _print_json(**_facts(trace), warm=warm, shared=shared, results=results, **advice)
+        return
+    _print_outcomes(trace, outcomes)
+    if advise:
+        _print_advice(steps, chosen)
 
 
 @app.command("import")
@@ -149,3 +168,18 @@ def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]") -> None:
             row.append(format_size(outcome.bytes / max(1, trace.n_token)))
         table.add_row(*row)
     out.print(table)
+
+
+def _print_advice(steps: "list[Step]", chosen: "Step") -> None:
+    out = Console(highlight=False)
+    out.width = max(out.width, 120)
+    table = Table("slots", "best policy", "hits", "missed per token", "another GiB saves", box=None, pad_edge=False)
+    for step in steps:
+        row = (format_size(step.slot_bytes), step.policy, f"{step.hit_rate:.1%}", format_size(step.missed))
+        table.add_row(*row, f"{step.saved:.1%}")
+    out.print()
+    out.print(table)
+    out.print(
+        f"\nrecommended: {chosen.policy} with {format_size(chosen.slot_bytes)} of slots ({chosen.capacity} experts per "
+        f"layer); another GiB would save {chosen.saved:.1%} of the {format_size(chosen.missed)} that a token misses"
+    )

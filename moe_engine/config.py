@@ -6,12 +6,16 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from moe_engine.errors import ConfigError
+from moe_engine.policies.registry import policy_of, require_native
 
 ExpertHome = Literal["auto", "cpu", "cache"]
 Activations = Literal["int8", "float"]
 KVType = Literal["f16", "bf16", "f32", "q8_0"]
 MissMode = Literal["auto", "cpu", "fetch"]
 PrefetchMode = Literal["off", "auto", "always"]
+
+# Of all policies tried the one with the most hits on recorded routing (docs/policies.md); the simulator's default too.
+DEFAULT_POLICY = "blend:admit=outranks"
 
 MAX_SEQUENCES = 8  # that decode together
 DEFAULT_UBATCH = 512  # where nothing better is chosen
@@ -93,11 +97,14 @@ class EngineConfig(_Options):
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
     miss         what a decode step does with experts that are in no slot: "cpu" computes them on the CPU, "fetch"
                  copies them into slots first, "auto" divides them so that both finish together.
+    policy       who leaves the slots, and what is worth one: NAME[:key=value,...], of the policies with a native twin.
     lookahead    while the GPU is in attention, the CPU pulls experts that it will probably compute next from RAM into
                  its caches. Results do not depend on it.
     prefetch     experts that will probably be needed two layers later are copied into slots while the link is idle:
                  "off", "always", or "auto", as long as that is measured to be faster.
     exact        tokens do not depend on the cache's size, contents or timing, bit for bit: every miss is fetched.
+    trace        a file that the routing of everything computed is recorded to (traces.py).
+    profile      whether slots begin with what earlier runs used most, kept in the user's cache folder (profile.py).
     n_sequence   sequences that can decode together (`generate_batch`); each has a KV cache of its own.
     eager        decode without a CUDA graph, one kernel at a time and without the native worker: the reference.
     threads      CPU threads of the kernels; default: all this process may use.
@@ -117,9 +124,12 @@ class EngineConfig(_Options):
     place: tuple[str, ...] = ()
     cache_slots: int | None = None
     miss: MissMode = "auto"
+    policy: str = DEFAULT_POLICY
     lookahead: bool = True
     prefetch: PrefetchMode = "auto"
     exact: bool = False
+    trace: str | None = None
+    profile: bool = True
     n_sequence: int = 1
     eager: bool = False
     threads: int | None = None
@@ -160,6 +170,10 @@ class EngineConfig(_Options):
         for rule in place:
             parse_rule(rule)
         object.__setattr__(self, "place", tuple(place))
+        _check(isinstance(self.policy, str), "policy", self.policy, "a text such as 'lru' or 'lfu-decay:half_life=64'")
+        require_native(policy_of(self.policy))
+        _check(self.trace is None or isinstance(self.trace, str), "trace", self.trace, "the name of a file to write")
+        _check(self.trace is None or self.n_sequence == 1, "n_sequence", self.n_sequence, "1 with a trace")
 
     def slots_at_once(self, top_k: int) -> int:
         """Slots that the experts of one layer of a step may need."""

@@ -10,8 +10,10 @@ one capture serves every step of a form. Python runs this once per form; then th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from moe_engine.kernels.decode_product import matvec, moe_decode
 from moe_engine.kernels.mailbox import finish, post, wait
 from moe_engine.kernels.router_kernel import NextRouter, Routing, route_and_lookup
 from moe_engine.kernels.sampling_kernel import SamplerState, Variant, sample
-from moe_engine.kernels.worker import Mailbox
+from moe_engine.kernels.worker import RING, Mailbox
 from moe_engine.kv_cache import KVCache
 from moe_engine.layers import MixtureOfExperts, Normed
 from moe_engine.model import Transformer
@@ -69,6 +71,7 @@ class DecodeStep:
 
     Attributes are device tensors that the host sets before a generation: tokens, positions int32 `[n_sequence]` (the
     last token of each sequence and where it stands; below zero: none), step int64 `[1]`, `sampler`.
+    recorded: whether steps in which nothing can miss post their routing too.
     replay: int32 `[n_step, n_layer, top_k]`, recorded routing to follow in place of the router's choice (benchmarks).
     replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer, top_k]`, what was predicted of each layer by the one before, and
     by the one before that; None: nothing is predicted then.
@@ -98,6 +101,7 @@ class DecodeStep:
         self._never_bad = torch.zeros(PROMPT_TOKENS, dtype=torch.int32, device=device)
         self.step = torch.ones(1, dtype=torch.int64, device=device)
         self.waited = torch.zeros(n_layer, dtype=torch.int64, device=device)  # nanoseconds
+        self.recorded = False
         self.replay: Tensor | None = None
         self.replay_ahead: Tensor | None = None
         self._mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
@@ -148,6 +152,23 @@ class DecodeStep:
         sample(logits, self.sampler, positions + 1, tokens, variant=form.sampling)
         finish(self.mailbox, self.step, positions, tokens, self.sampler.bad, stamps=self.stamps)
 
+    def routing(self, step: int, n_token: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Experts and weights `[n_token, n_layer, top_k]` that a step has posted, once its tokens have come.
+
+        Of the last RING steps only.
+        """
+        box = self.mailbox
+        messages = box.messages.view(RING, box.n_layer, -1)[step % RING].numpy()
+        due = step * (box.n_layer + 1) + np.arange(box.n_layer)
+        assert (messages[:, :8].view(np.int64)[:, 0] == due).all(), "a step that has not posted, or was overwritten"
+
+        def field(offset: int, kind: type[Any]) -> npt.NDArray[Any]:
+            values = messages[:, offset : offset + 4 * n_token * box.top_k].copy().view(kind)
+            by_layer: npt.NDArray[Any] = values.reshape(box.n_layer, n_token, box.top_k)
+            return by_layer.swapaxes(0, 1)
+
+        return field(box.ids_offset, np.int32), field(box.weights_offset, np.float32)
+
     def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, positions: Tensor, form: StepForm) -> Tensor:
         """Router, then hits and shared expert while the CPU works on the misses."""
         layer, table = self.experts.index[moe.layer], self.experts.slot_table
@@ -161,7 +182,7 @@ class DecodeStep:
             bias=moe.exp_probs_b,
             ahead=self._next_routers(moe, form.ahead),
         )
-        if form.misses != "none" or self.replay is not None:
+        if form.misses != "none" or self.recorded or self.replay is not None:
             post(
                 self.mailbox,
                 layer,

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from moe_engine.config import EngineConfig, PrefetchMode
 from moe_engine.decode_step import PROMPT_TOKENS, DecodeStep, Misses, Running, StepForm
-from moe_engine.errors import DecodeError, ModelFormatError
+from moe_engine.errors import DecodeError, ModelFormatError, MoeEngineError
 from moe_engine.experts import Experts
 from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.sampling_kernel import variant_for
 from moe_engine.kernels.worker import MAX_AHEAD, DecodeWorker, Mode, WorkerLayer
 from moe_engine.layers import MixtureOfExperts
 from moe_engine.model import Transformer
+from moe_engine.policies.registry import policy_of
 from moe_engine.prefetch import PrefetchSwitch
+from moe_engine.profile import Profile
+from moe_engine.recording import Recorder
 from moe_engine.stats import Stats
 
 # Of every so many steps one may fetch, to see whether that pays; it does if this share of the misses is fetched.
@@ -91,8 +94,9 @@ class EagerDecoder:
 class StagedDecoder:
     """Runs the step kernel by kernel and fetches every expert as it is chosen: the reference for `GraphDecoder`."""
 
-    def __init__(self, step: DecodeStep) -> None:
-        self.step, self._form = step, StepForm(1, "stage", "greedy")
+    def __init__(self, step: DecodeStep, recorder: Recorder | None = None) -> None:
+        self.step, self._form, self._recorder = step, StepForm(1, "stage", "greedy"), recorder
+        step.recorded = recorder is not None
 
     @torch.inference_mode()
     def begin(self, sequences: Sequence[Running], n_step: int) -> None:
@@ -101,9 +105,12 @@ class StagedDecoder:
 
     @torch.inference_mode()
     def next(self) -> list[int]:
+        number, position = int(self.step.step), int(self.step.positions[0])
         self.step.run(self._form)
         if bool(self.step.sampler.bad.any()):
             raise ModelFormatError(NOT_FINITE)
+        if self._recorder is not None:
+            self._recorder.note_tokens(*self.step.routing(number, 1), position)
         tokens: list[int] = self.step.tokens[: self._form.n_token].tolist()
         return tokens
 
@@ -131,6 +138,7 @@ class GraphDecoder:
         misses: tuple[Misses, ...],
         lookahead: bool,
         prefetch: PrefetchMode,
+        recorder: Recorder | None = None,
     ) -> None:
         """misses: the form of step to run; of two, the first, and the second as long as fetching is found to pay.
 
@@ -139,6 +147,8 @@ class GraphDecoder:
         """
         self.step, self.worker, self.misses, self.lookahead = step, worker, misses, lookahead
         self.prefetch = PrefetchSwitch(prefetch)
+        self._recorder, self._position = recorder, 0  # of the next token of the first sequence
+        step.recorded = recorder is not None
         self.launched = self.taken = 0  # the last step of each
         self._last = 0  # that `next` can ask for
         self._form = StepForm(1, misses[0], "greedy")
@@ -149,8 +159,14 @@ class GraphDecoder:
         self._before = (0, 0, 0)  # fetched experts, those the CPU has computed, and steps, as last noted
 
     @classmethod
-    def start(cls, step: DecodeStep, config: EngineConfig) -> Self:
-        """Starts the worker and fills the slots with the first experts of each layer."""
+    def start(
+        cls,
+        step: DecodeStep,
+        config: EngineConfig,
+        recorder: Recorder | None = None,
+        profile: Profile | None = None,
+    ) -> Self:
+        """Starts the worker and fills the slots with the first experts of each layer, or those of an earlier run."""
         experts = step.experts
         mode: Mode = "cpu" if not experts.caches else "exact" if config.exact else config.miss
         forms: dict[Mode, tuple[Misses, ...]] = {
@@ -163,21 +179,24 @@ class GraphDecoder:
         layers = [
             WorkerLayer(handle, pool.layout, pool.slots) for handle, pool in zip(experts.handles, pools, strict=True)
         ]
-        worker = DecodeWorker(step.mailbox, layers, experts.slot_table, experts.cpu, mode=mode)
+        worker = DecodeWorker(
+            step.mailbox, layers, experts.slot_table, experts.cpu, mode=mode, policy=policy_of(config.policy)
+        )
 
-        def reserve(layer: int, expert: int) -> int | None:
+        def reserve(layer: int, expert: int) -> int:
             place = worker.reserve(layer, expert, evict=False)
-            if place is None:
-                return None
+            assert place is not None
             worker.complete(layer, expert)  # nobody looks before all are loaded
             return place.slot
 
-        experts.fill(reserve)
+        if profile is not None:
+            worker.seed(profile.counts)
+        experts.fill(() if profile is None else profile.best_first(), reserve)
         misses = ("none",) if experts.holds_all else forms[mode]
         # What the CPU does not compute it need not foresee.
         lookahead = config.lookahead and "cpu" in misses
         prefetch = config.prefetch if experts.caches and not experts.holds_all else "off"
-        return cls(step, worker, misses, lookahead, prefetch)
+        return cls(step, worker, misses, lookahead, prefetch, recorder)
 
     @torch.inference_mode()
     def begin(self, sequences: Sequence[Running], n_step: int) -> None:
@@ -186,12 +205,17 @@ class GraphDecoder:
         sampling = variant_for(running.params for running in sequences)
         self._form = StepForm(len(sequences), self.misses[0], sampling)
         self._last = self.taken + n_step
+        self._position = len(sequences[0].tokens) - 1
 
     @torch.inference_mode()
     def next(self) -> list[int]:
         while self.launched < min(self.taken + self._ahead(), self._last):
             self._launch(self._next_form())
-        return self._take()
+        tokens = self._take()
+        if self._recorder is not None:
+            self._recorder.note_tokens(*self.step.routing(self.taken, 1), self._position)
+            self._position += 1
+        return tokens
 
     def _ahead(self) -> int:
         """A form's first step runs alone, and is captured then."""
@@ -295,6 +319,17 @@ class GraphDecoder:
         self.worker.reset_stats()
         self._before = (0, 0, 0)
         self.step.waited.zero_()
+
+    def use_of_experts(self, model: str) -> Profile | None:
+        """For the next run's start; None if nothing can be learnt from this one."""
+        if not self.step.experts.caches or self.misses == ("none",) or self.taken == 0:
+            return None
+        try:
+            self._drain()
+            counts, resident = self.worker.use_counts(), self.step.experts.slot_table >= 0
+        except (RuntimeError, MoeEngineError):  # the worker has failed before
+            return None
+        return Profile(model, counts, resident.cpu().numpy())
 
     def count(self, stats: Stats) -> None:
         expert_bytes = [layout.slot_bytes for layout in self.step.experts.layouts]

@@ -38,11 +38,14 @@ from moe_engine.model import Transformer, n_layer
 from moe_engine.models import model_class
 from moe_engine.placement import placed_homes
 from moe_engine.prefill import Prefill
+from moe_engine.profile import load_profile
 from moe_engine.prompt_experts import PromptExperts
 from moe_engine.ram_plan import plan_ram
+from moe_engine.recording import Recorder
 from moe_engine.sampling import Sampler
 from moe_engine.stats import Stats, peak_ram_bytes
 from moe_engine.tokenizer import Tokenizer
+from moe_engine.traces import TraceModel
 from moe_engine.weights import Weights
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -92,17 +95,24 @@ class Engine:
         self.config, self.file, self.tokenizer, self.experts = config, file, tokenizer, experts
         self.model, self.cache, self.vram_plan = model, cache, vram_plan
         self.rope = model.make_rope(cache.capacity)
+        self.recorder = self._recorder() if config.trace is not None else None
         self.device = model.output_norm.device
         self._in_cache: list[list[int]] = [[] for _ in range(cache.n_sequence)]  # tokens of each KV cache
         self.decoder: Decoder = EagerDecoder(self._decode_step, experts)
         if isinstance(experts, CachedExperts) and can_use_step(config, model):
             sampler = SamplerState(cache.n_sequence, tokenizer.n_vocab, self.device, tokenizer.suppress_ids)
             step = DecodeStep(model, experts, cache, self.rope, sampler)
-            self.decoder = StagedDecoder(step) if config.eager else GraphDecoder.start(step, config)
+            if config.eager:
+                self.decoder = StagedDecoder(step, self.recorder)
+            else:
+                kept = load_profile(self.fingerprint, *experts.slot_table.shape) if config.profile else None
+                self.decoder = GraphDecoder.start(step, config, self.recorder, kept)
         if isinstance(experts, CachedExperts) and not isinstance(self.decoder, GraphDecoder):
             experts.fill()  # prompts use them
         ubatch = vram_plan.ubatch if vram_plan is not None else config.ubatch or DEFAULT_UBATCH
-        self.prefill = Prefill(model, experts, cache, self.rope, self.decoder, ubatch, config.exact)
+        self.prefill = Prefill(model, experts, cache, self.rope, self.decoder, ubatch, self.recorder)
+        if not config.exact:  # results may depend on how long things take
+            self.prefill.learn_ways()
 
     @classmethod
     def load(
@@ -241,6 +251,15 @@ class Engine:
         self._in_cache[0] = []
         return torch.cat([self._logits(hidden) for hidden in self.prefill.hidden(ids)])
 
+    def read(self, token_ids: Sequence[int]) -> None:
+        """Runs tokens through the layers from an empty context, for the trace that is recorded."""
+        ids = self._checked_ids(token_ids)
+        self._check_fits(ids)
+        self._in_cache[0] = []
+        self.prefill(ids)
+        if self.recorder is not None:
+            self.recorder.flush()
+
     # -- tokens ------------------------------------------------------------------------------------------------
 
     def _decode(self, generations: Sequence["Generation"]) -> Iterator[None]:
@@ -282,12 +301,32 @@ class Engine:
     def _complete(self, stats: Stats, running: Sequence[Running]) -> None:
         """Adds what a whole generation has cost."""
         self.decoder.count(stats)
+        if self.recorder is not None:
+            self.recorder.flush()
         stats.peak_vram_bytes, stats.peak_ram_bytes = self._peak_vram_bytes(), peak_ram_bytes()
         if stats.steps:
             middle = sum(len(sequence.tokens) for sequence in running) - stats.decode_tokens / 2
             stats.dense_bytes = stats.steps * int(self.dense_bytes + middle * self.cache.token_bytes)
             per_step = (stats.dense_bytes + stats.hit_bytes) / stats.steps, stats.miss_bytes / stats.steps
             stats.bound = Bound.of(self.hardware, *per_step, stats.decode_seconds / stats.steps)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart, whatever their files are called."""
+        return self.file.fingerprint()
+
+    def _recorder(self) -> Recorder:
+        """Writes the routing of all MoE layers to the trace file."""
+        assert self.config.trace is not None
+        mixtures = [block.ffn for block in self.model.blk if isinstance(block.ffn, MixtureOfExperts)]
+        if not mixtures:
+            raise ConfigError(f"trace is '{self.config.trace}', but {self.file.path} has no mixture of experts")
+        router = self.model.router
+        model = TraceModel(self.file.architecture, len(mixtures), router.n_expert, router.top_k, self.fingerprint)
+        recorder = Recorder(self.config.trace, model)
+        for mixture in mixtures:
+            mixture.on_route = recorder.note_layer
+        return recorder
 
     @cached_property
     def dense_bytes(self) -> int:
@@ -330,6 +369,8 @@ class Engine:
         try:
             tokens = torch.tensor([token], device=self.device)
             hidden = self.model.forward(tokens, position, self.cache.sequence(index), self.rope)
+            if self.recorder is not None:
+                self.recorder.end_tokens(position)
             return self._logits(hidden)[0, : self.tokenizer.n_vocab]
         finally:
             torch.set_num_threads(threads)
@@ -358,6 +399,12 @@ class Engine:
     def close(self) -> None:
         """Frees the weights and caches. The engine cannot be used afterwards."""
         if "decoder" in self.__dict__:
+            if self.recorder is not None:
+                self.recorder.close()
+            if self.config.profile and isinstance(self.decoder, GraphDecoder):
+                use = self.decoder.use_of_experts(self.fingerprint)
+                if use is not None:
+                    use.save()
             self.decoder.close()
             self.experts.close()
         for name in ("prefill", "decoder", "model", "experts", "cache", "rope", "file"):

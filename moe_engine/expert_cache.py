@@ -5,7 +5,7 @@ out meanwhile (kernels/worker.py). Calling the object is the path for prompts (p
 activations, expert by expert the reference for it: results do not depend on what is cached then. Nothing is evicted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -134,19 +134,20 @@ class CachedExperts:
         """Whether there is a slot for every expert."""
         return all(len(pool.slots) == self._size(pool) for pool in self._all_pools)
 
-    def fill(self, reserve: Callable[[int, int], int | None] | None = None) -> None:
-        """Loads the first experts of each layer. reserve: `(layer, expert)` to a slot, None where none is left."""
-        if reserve is None:
-            left = {pool.layers[0]: iter(range(len(pool.slots))) for pool in self._all_pools}
+    def fill(self, best_first: Iterable[Key] = (), reserve: Callable[[int, int], int] | None = None) -> None:
+        """Loads what comes first in `best_first`, then the first experts of each layer; the best one last.
 
-            def reserve(layer: int, expert: int) -> int | None:
-                return next(left[self.pool_of(layer).layers[0]], None)
-
-        for expert in range(self.n_expert if self.n_slot else 0):
-            for layer in range(len(self.handles)):
-                slot = reserve(layer, expert)
-                if slot is not None:
-                    self.load((layer, expert), slot)
+        reserve: `(layer, expert)` to a free slot.
+        """
+        free = {pool.layers[0]: list(range(len(pool.slots))) for pool in self._all_pools}
+        by_number = ((layer, expert) for expert in range(self.n_expert) for layer in range(len(self.handles)))
+        chosen: list[tuple[Key, int]] = []
+        for key in dict.fromkeys((*best_first, *by_number)):
+            slots = free[self.pool_of(key[0]).layers[0]]
+            if slots:
+                chosen.append((key, slots.pop()))
+        for key, slot in reversed(chosen):
+            self.load(key, slot if reserve is None else reserve(*key))
 
     def load(self, key: Key, slot: int) -> None:
         """Copies an expert into a slot and enters it in the table, in the order of the current stream.

@@ -5,6 +5,7 @@ checked against the file's size before it is used.
 """
 
 import ctypes
+import hashlib
 import mmap
 import re
 import struct
@@ -121,6 +122,14 @@ class GGUFFile:
         """Takes the mapped pages out of the process; they come back, from the system's cache or the disk, when used."""
         for part in self._parts:
             part.drop_pages()
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits that tell models apart: of names, types, shapes and the first bytes of all tensors."""
+        digest = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            digest.update(f"{name} {info.type_id} {tuple(info.shape)};".encode())
+            digest.update(bytes(self._parts[info.part].view(info.offset, min(info.nbytes, 4096))))
+        return digest.hexdigest()[:32]
 
     def tensor(self, name: str) -> "QuantTensor":
         """A read-only view of a tensor's bytes in the mapped file, uint8 `[..., row_bytes]`."""

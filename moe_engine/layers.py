@@ -4,6 +4,7 @@
 comes out. Shapes: T tokens, H = hidden.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -234,6 +235,7 @@ class MixtureOfExperts:
         shared: SwiGLU | None,
     ) -> None:
         self.router, self.experts, self.layer, self.shared = router, experts, layer, shared
+        self.on_route: Callable[[Tensor, Tensor], None] | None = None  # told every choice: ids and weights [T, top_k]
         self.ffn_gate_inp = weights.floats(prefix + "ffn_gate_inp.weight", router.n_expert, hidden)
         self.exp_probs_b = None
         for name in ("exp_probs_b.bias", "exp_probs_b"):  # older files have the bare name
@@ -263,6 +265,8 @@ class MixtureOfExperts:
 
     def _routed(self, x: Tensor) -> Tensor:
         expert_ids, expert_weights = self.choose(x)
+        if self.on_route is not None:
+            self.on_route(expert_ids, expert_weights)
         return self.experts(self.layer, x, expert_ids, expert_weights)
 
 

@@ -13,14 +13,15 @@ from moe_engine.experts import Experts
 from moe_engine.kv_cache import KVCache
 from moe_engine.model import Transformer
 from moe_engine.prompt_split import PromptWay, Rates
+from moe_engine.recording import Recorder
 from moe_engine.rope import Rope
 
 
 class Prefill:
     """Runs a sequence's tokens, of which those before the first given are in its KV cache.
 
-    ubatch: tokens of a micro-batch at most. exact: results must not depend on how long things take. Call it for the KV
-    cache alone, `hidden` for the hidden states too.
+    ubatch: tokens of a micro-batch at most. recorder: gets the routing. Call it for the KV cache alone, `hidden` for the
+    hidden states too.
     """
 
     def __init__(
@@ -31,14 +32,18 @@ class Prefill:
         rope: Rope,
         decoder: Decoder,
         ubatch: int,
-        exact: bool,
+        recorder: Recorder | None = None,
     ) -> None:
         self.model, self.cache, self.rope, self.decoder, self.ubatch = model, cache, rope, decoder, ubatch
         self.device = model.output_norm.device
         self._experts = experts
+        self._recorder = recorder
         self._way: PromptWay | None = None
+
+    def learn_ways(self) -> None:
+        """Short prompts take the way that has been faster; until this is called, micro-batches."""
         on_gpu = self.device.type == "cuda"  # on the simulated device steps would be slow
-        if isinstance(decoder, GraphDecoder) and decoder.takes_prompts and on_gpu and not exact:
+        if isinstance(self.decoder, GraphDecoder) and self.decoder.takes_prompts and on_gpu and self._recorder is None:
             self._way = self._learning_way()
 
     def _learning_way(self) -> PromptWay:
@@ -78,4 +83,7 @@ class Prefill:
         """The hidden states f32 `[n, hidden]` of each micro-batch; on a GPU they may not be there yet."""
         for start in range(first, len(ids), self.ubatch):
             tokens = torch.tensor(ids[start : start + self.ubatch], dtype=torch.int64, device=self.device)
-            yield self.model.forward(tokens, start, self.cache.sequence(index), self.rope)
+            found = self.model.forward(tokens, start, self.cache.sequence(index), self.rope)
+            if self._recorder is not None:
+                self._recorder.end_tokens(start)
+            yield found

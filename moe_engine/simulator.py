@@ -11,7 +11,7 @@ What is simulated:
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_engine.errors import ConfigError
+from moe_engine.kernels.policy import FORESEEING, replay
 from moe_engine.policies.base import Admission, Policy
-from moe_engine.policies.registry import PolicySpec, Pool, policy_of
+from moe_engine.policies.registry import NATIVE, PolicySpec, Pool, policy_of
 from moe_engine.stack_distance import lru_distances
 from moe_engine.traces import Trace
 
@@ -101,7 +102,7 @@ def simulate(
             raise ConfigError(f"capacity is {capacity}, expected {model.top_k} (top_k) to {model.n_expert} experts")
     if profile is not None and (profile.model.n_layer, profile.model.n_expert) != (model.n_layer, model.n_expert):
         raise ConfigError("the profile is of a model with other layers or experts")
-    replay = _Replay(trace, warm, shared, profile)
+    replays = Replays(trace, warm, shared, profile)
     accesses = (trace.n_token * model.top_k,) * model.n_layer
 
     outcomes = []
@@ -109,8 +110,8 @@ def simulate(
     for spec in specs:
         for capacity in capacities:
             if capacity not in bounds:
-                bounds[capacity] = replay.hits(policy_of(BOUND), capacity)
-            hits = bounds[capacity] if spec.name == BOUND else replay.hits(spec, capacity)
+                bounds[capacity] = replays.hits(policy_of(BOUND), capacity)
+            hits = bounds[capacity] if spec.name == BOUND else replays.hits(spec, capacity)
             total = int(bounds[capacity].sum())
             by_layer = tuple(int(n) for n in hits)
             outcomes.append(Outcome(spec.text, capacity, by_layer, accesses, total, expert_bytes))
@@ -118,10 +119,16 @@ def simulate(
     return outcomes
 
 
-class _Replay:
-    """A trace as the streams of accesses that its pools see: one pool for all layers, or one each."""
+class Replays:
+    """A trace as the streams of accesses that its pools see: one pool for all layers, or one each.
 
-    def __init__(self, trace: Trace, warm: bool, shared: bool, profile: Trace | None) -> None:
+    native=False: by the classes of `policies` alone, which define what is right.
+    """
+
+    def __init__(
+        self, trace: Trace, warm: bool, shared: bool, profile: Trace | None = None, *, native: bool = True
+    ) -> None:
+        self._native = native
         self._trace, self._warm, self._shared = trace, warm, shared
         self._keys = _keys(trace)
         self._profile = None if profile is None else Counter[int](_keys(profile).ravel().tolist())
@@ -129,25 +136,39 @@ class _Replay:
 
     def hits(self, spec: PolicySpec, capacity: int) -> Hits:
         """[n_layer]"""
-        if spec.name == "lru" and spec.admit == "always":
+        if self._native and spec.name == "lru" and spec.admit == "always":
             return self._hits_of_lru(capacity)
         model = self._trace.model
         found = np.zeros(model.n_layer, np.int64)
         for layers in self._pools():
-            keys = self._keys[:, layers]
             slots = capacity * len(layers)
-            uses = _times_of_use(keys) if spec.foresees else None
-            pool = Pool(slots, model.n_layer, model.n_expert, uses, self._profile_of(layers))
-            policy, admission = spec.build(pool)
-            if self._warm:
-                _fill(policy, slots, layers, model.n_expert)
-            weights = None if self._trace.weights is None else self._trace.weights[:, layers]
-            found[layers] = _replay(keys, weights, policy, admission, slots)
+            keys = (
+                layers.start * model.n_expert + key for key in _by_expert(len(layers) * model.n_expert, model.n_expert)
+            )
+            residents = list(keys)[-slots:] if self._warm else []
+            served = slice(layers.start, layers.stop)
+            if self._native and spec.name in (*NATIVE, *FORESEEING):
+                ids = self._trace.ids[:, served].astype(np.int32)
+                per_token = replay(spec, ids, layers, model.n_layer, model.n_expert, slots, residents)
+                found[served] = per_token.sum(axis=0)
+            else:
+                found[served] = self._plainly(spec, layers, slots, residents)
         return found
 
-    def _pools(self) -> Iterator[list[int]]:
-        layers = list(range(self._trace.model.n_layer))
-        return iter([layers] if self._shared else [[layer] for layer in layers])
+    def _plainly(self, spec: PolicySpec, layers: range, slots: int, residents: Sequence[int]) -> Hits:
+        """Hits [len(layers)] of one pool."""
+        model, served = self._trace.model, slice(layers.start, layers.stop)
+        keys = self._keys[:, served]
+        uses = _times_of_use(keys) if spec.foresees else None
+        policy, admission = spec.build(Pool(slots, model.n_layer, model.n_expert, uses, self._profile_of(layers)))
+        for key in residents:
+            policy.insert(key)
+        weights = None if self._trace.weights is None else self._trace.weights[:, served]
+        return _replay(keys, weights, policy, admission, slots)
+
+    def _pools(self) -> list[range]:
+        layers = range(self._trace.model.n_layer)
+        return [layers] if self._shared else [range(layer, layer + 1) for layer in layers]
 
     def _profile_of(self, layers: Sequence[int]) -> Mapping[int, int] | None:
         if self._profile is None:
@@ -188,12 +209,6 @@ def _times_of_use(keys: NDArray[np.int64]) -> dict[int, list[int]]:
     found, starts = np.unique(flat[order], return_index=True)
     steps = np.split(order // keys.shape[2], starts[1:])
     return {int(key): times.tolist() for key, times in zip(found, steps, strict=True)}
-
-
-def _fill(policy: Policy[int], slots: int, layers: Sequence[int], n_expert: int) -> None:
-    n_key = len(layers) * n_expert
-    for key in _by_expert(n_key, n_expert)[n_key - slots :]:
-        policy.insert(layers[0] * n_expert + key)
 
 
 def _replay(

@@ -1,6 +1,6 @@
 """Whether a missed key is worth evicting another one for."""
 
-from moe_engine.policies.base import Admission, Key
+from moe_engine.policies.base import Admission, Key, Policy
 from moe_engine.policies.decayed_sum import DecayedSum
 
 
@@ -23,7 +23,7 @@ class SecondTouch(Admission[Key]):
         self._last[key] = (step, before[0] if before else None)
 
     def admits(self, key: Key, victim: Key) -> bool:
-        step, before = self._last[key]
+        step, before = self._last.get(key, (0, None))
         return before is not None and step - before <= self._window
 
 
@@ -41,3 +41,13 @@ class BetterThanVictim(Admission[Key]):
 
     def admits(self, key: Key, victim: Key) -> bool:
         return self._uses.order(key) > self._uses.order(victim)
+
+
+class Outranks(Admission[Key]):
+    """Admits what the policy, too, would rather keep than the victim."""
+
+    def __init__(self, policy: Policy[Key]) -> None:
+        self._policy = policy
+
+    def admits(self, key: Key, victim: Key) -> bool:
+        return self._policy.prefers(key, victim)

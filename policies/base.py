@@ -37,6 +37,10 @@ class Policy(ABC, Generic[Key]):
     def remove(self, key: Key) -> None:
         """Removes a resident key."""
 
+    def prefers(self, key: Key, other: Key) -> bool:
+        """Whether `key`, just used, should rather be resident than `other`; yes, for who orders by the last use."""
+        return True
+
     def victim(self, pinned: Collection[Key]) -> Key | None:
         """Removes and returns the `candidate`."""
         key = self.candidate(pinned)

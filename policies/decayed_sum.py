@@ -2,29 +2,37 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Generic
 
 from moe_engine.policies.base import Key
 
+_LARGEST = 512  # sums are scaled down before their terms reach two to this
+
 
 class DecayedSum(Generic[Key]):
-    """One sum per key, kept as log2(sum) + step / half_life: that does not change while nothing is added, so that
-    the order of keys can be read off without bringing all of them up to date."""
+    """One sum per key, in a unit that shrinks as time goes on: so nothing changes but what is added to, and the order
+    of keys can be read off without bringing all of them up to date. What is a thousand half-lives old is forgotten."""
 
     def __init__(self, half_life: float) -> None:
         self._half_life = half_life
-        self._log: defaultdict[Key, float] = defaultdict(lambda: -math.inf)
-        self.order: Callable[[Key], float] = self._log.__getitem__  # larger for a larger sum
+        self._base = 0.0
+        self._sums: defaultdict[Key, float] = defaultdict(float)
 
     def add(self, key: Key, step: int, amount: float = 1.0) -> None:
-        """Adds `amount` (> 0; others are ignored) in token number `step`."""
-        if not amount > 0:
-            return
-        new, old = math.log2(amount) + step / self._half_life, self._log[key]
-        high, low = (new, old) if new > old else (old, new)
-        self._log[key] = high + math.log2(1 + 2 ** (low - high))
+        """Adds `amount` in token number `step`."""
+        exponent = step / self._half_life - self._base
+        if exponent > _LARGEST:
+            shift = float(math.floor(exponent))
+            self._base += shift
+            exponent -= shift
+            for other in self._sums:
+                self._sums[other] *= math.exp2(-shift)
+        self._sums[key] += amount * math.exp2(exponent)
 
-    def log2_at(self, key: Key, step: int) -> float:
-        """log2 of the sum in token number `step`; -inf if nothing was added."""
-        return self.order(key) - step / self._half_life
+    def order(self, key: Key) -> float:
+        """Larger for a larger sum, at any one time."""
+        return self._sums[key]
+
+    def unit(self, step: int) -> float:
+        """What to multiply `order` with for the sum in token number `step`."""
+        return math.exp2(min(self._base - step / self._half_life, 2.0 * _LARGEST - 1))

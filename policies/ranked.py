@@ -43,5 +43,8 @@ class Ranked(Policy[Key]):
     def candidate(self, pinned: Collection[Key]) -> Key | None:
         return min([key for key in self._resident if key not in pinned], key=self._rank, default=None)
 
+    def prefers(self, key: Key, other: Key) -> bool:
+        return bool(self._rank(key) > self._rank(other))
+
     def remove(self, key: Key) -> None:
         del self._resident[key]

@@ -4,9 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_engine.errors import ConfigError
-from moe_engine.policies.admission import Always, BetterThanVictim, SecondTouch
+from moe_engine.policies.admission import Always, BetterThanVictim, Outranks, SecondTouch
 from moe_engine.policies.base import Admission, Policy
 from moe_engine.policies.belady import Belady, BeladyBypass, SoonerThanVictim
+from moe_engine.policies.blend import Blend
 from moe_engine.policies.class_lru import ClassLRU
 from moe_engine.policies.least_stale import LeastStale
 from moe_engine.policies.lfu import LFU
@@ -74,23 +75,36 @@ def _belady_bypass(pool: Pool, values: _Values) -> BeladyBypass[int]:
     return BeladyBypass(pool.capacity, pool.uses)
 
 
+def _blend(pool: Pool, values: _Values) -> Blend:
+    settings = {name: values[name] for name in ("half_life", "fast", "share")}
+    return Blend(pool.capacity, pool.n_layer, pool.n_expert, **settings)
+
+
 _POLICIES: dict[str, tuple[dict[str, _Option], Callable[[Pool, _Values], Policy[int]]]] = {
     "lru": ({}, lambda pool, _: LRU(pool.capacity)),
     "lfu": ({}, lambda pool, _: LFU(pool.capacity)),
     "lfu-decay": ({"half_life": _HALF_LIFE}, lambda pool, v: DecayedLFU(pool.capacity, v["half_life"])),
     "class-lru": ({"half_life": _HALF_LIFE}, lambda pool, v: ClassLRU(pool.capacity, v["half_life"])),
     "least-stale": ({}, lambda pool, _: LeastStale(pool.capacity, pool.n_layer, pool.n_expert)),
+    "blend": (
+        {"half_life": _Option(32.0, 0.01, 1e9), "fast": _Option(1.0, 0.01, 1e9), "share": _Option(0.1, 0.0, 1.0)},
+        _blend,
+    ),
     "pinned-lru": ({"share": _Option(0.5, 0.0, 1.0)}, _pinned_lru),
     "router-weight": ({"half_life": _HALF_LIFE}, lambda pool, v: RouterWeight(pool.capacity, v["half_life"])),
     "random": ({"seed": _Option(0, 0, 1 << 62)}, lambda pool, v: RandomChoice(pool.capacity, int(v["seed"]))),
     "belady": ({}, _belady),
     "belady-bypass": ({}, _belady_bypass),
 }
-_ADMISSIONS: dict[str, tuple[dict[str, _Option], Callable[[_Values], Admission[int]]]] = {
-    "always": ({}, lambda _: Always()),
-    "second-touch": ({"window": _Option(32, 1, 1 << 31)}, lambda v: SecondTouch(int(v["window"]))),
-    "better-than-victim": ({"admit_half_life": _HALF_LIFE}, lambda v: BetterThanVictim(v["admit_half_life"])),
+_ADMISSIONS: dict[str, tuple[dict[str, _Option], Callable[[Policy[int], _Values], Admission[int]]]] = {
+    "always": ({}, lambda _, values: Always()),
+    "second-touch": ({"window": _Option(32, 1, 1 << 31)}, lambda _, v: SecondTouch(int(v["window"]))),
+    "better-than-victim": ({"admit_half_life": _HALF_LIFE}, lambda _, v: BetterThanVictim(v["admit_half_life"])),
+    "outranks": ({}, lambda policy, _: Outranks(policy)),
 }
+
+
+NATIVE = ("lru", "lfu", "lfu-decay", "class-lru", "least-stale", "blend")  # in kernels/csrc/policy.h, too
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class PolicySpec:
         policy = _POLICIES[self.name][1](pool, self.values)
         if isinstance(policy, BeladyBypass):
             return policy, SoonerThanVictim(policy)
-        return policy, _ADMISSIONS[self.admit][1](self.values)
+        return policy, _ADMISSIONS[self.admit][1](policy, self.values)
 
     @property
     def foresees(self) -> bool:
@@ -149,3 +163,12 @@ def policy_of(text: str) -> PolicySpec:
         for key, option in known.items()
     }
     return PolicySpec(text, name, admit, values)
+
+
+def require_native(spec: PolicySpec) -> None:
+    """Raises ConfigError if the engine cannot run the policy."""
+    if spec.name not in NATIVE:
+        raise ConfigError(
+            f"policy '{spec.text}' can be simulated, but not run: '{spec.name}' has no native twin; "
+            f"those that have are {', '.join(NATIVE)}"
+        )

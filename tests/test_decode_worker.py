@@ -278,7 +278,10 @@ def test_the_host_admits_while_no_step_is_pending() -> None:
         gpu.table[2, expert] = place.slot
         worker.complete(2, expert)
     assert worker.residents(2) == {4: worker.slot_of(2, 4), 5: worker.slot_of(2, 5)}
-    worker.touch(2, 4)
+    before = np.zeros((N_LAYER, N_EXPERT), np.float32)
+    before[2, 4] = 2.5
+    worker.seed(before)
+    np.testing.assert_array_equal(worker.use_counts(), before)
     assert worker.reserve(0, 1, evict=False) is None
     place = worker.reserve(0, 1)
     assert place is not None

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_engine.errors import ConfigError
-from moe_engine.policies.admission import BetterThanVictim, SecondTouch
+from moe_engine.policies.admission import BetterThanVictim, Outranks, SecondTouch
 from moe_engine.policies.least_stale import LeastStale
 from moe_engine.policies.lfu_decay import DecayedLFU
 from moe_engine.policies.lru import LRU
@@ -75,10 +75,9 @@ def test_lru_evicts_the_longest_unused_key_that_is_not_pinned(capacity: int, use
                 victim = policy.victim(pinned)
                 free = [k for k in order if k not in pinned]
                 assert victim == (free[0] if free else None)
-                passed = order[: order.index(victim)] if victim is not None else list(order)
                 if victim is None:
                     continue
-                order = [k for k in order if k not in passed and k != victim] + passed
+                order.remove(victim)
             policy.insert(key)
             order.append(key)
         assert len(policy) == len(order)
@@ -172,6 +171,35 @@ def test_better_than_victim_counts_uses() -> None:
     assert rule.admits(0, victim=1)
     assert not rule.admits(1, victim=0)
     assert not rule.admits(0, victim=0)
+
+
+def test_outranks_asks_the_policy() -> None:
+    policy = DecayedLFU[int](2, half_life=10)
+    rule = Outranks(policy)
+    for key, step in ((0, 0), (0, 1), (1, 2)):
+        policy.touch(key, step)
+    assert rule.admits(0, victim=1)
+    assert not rule.admits(1, victim=0)
+    assert Outranks(LRU[int](2)).admits(1, victim=0), "what was just used is the most recently used"
+
+
+def test_blend_prefers_what_was_just_used_to_what_is_used_as_often() -> None:
+    policy, _ = policy_of("blend:half_life=100,fast=1,share=0.2").build(Pool(3, 2, 10))
+    for step in range(40):
+        policy.touch(0, step)  # layer 0 has two experts in turns, of which 1 is the one just used
+        policy.touch(1, step) if step % 2 else policy.touch(2, step)
+    for key in (0, 1, 2):
+        policy.insert(key)
+    assert [policy.victim(()) for _ in range(3)] == [2, 1, 0]
+
+
+def test_blend_counts_age_in_turns_of_the_own_layer() -> None:
+    policy, _ = policy_of("blend:half_life=10,fast=1,share=0.1").build(Pool(3, 2, 10))
+    for key, step in ((0, 0), (10, 0), (1, 1), (2, 2), (3, 3)):
+        policy.touch(key, step)
+    policy.insert(0)
+    policy.insert(10)
+    assert policy.candidate(()) == 0, "layer 1 has had no turn without expert 0"
 
 
 def test_specification() -> None:

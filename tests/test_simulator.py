@@ -1,6 +1,7 @@
 """The simulator against a brute-force model of a cache, written independently, on a synthetic trace."""
 
 import json
+import sys
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from moe_engine.cli import main
 from moe_engine.errors import ConfigError
-from moe_engine.simulator import BOUND, capacity_of, simulate
+from moe_engine.policies.registry import NATIVE, policy_names, policy_of
+from moe_engine.simulator import BOUND, Replays, capacity_of, simulate
 from moe_engine.traces import Trace, TraceModel
 
 N_LAYER, N_EXPERT, TOP_K = 3, 9, 2
@@ -102,6 +104,21 @@ def test_stack_distances_and_replay_agree_across_blocks(monkeypatch: pytest.Monk
     assert [o.hits for o in outcomes[:3]] == [o.hits for o in outcomes[3:]]
 
 
+RULES = ("always", "second-touch", "better-than-victim", "outranks")
+
+
+@pytest.mark.parametrize("name", [*NATIVE, "belady", "belady-bypass"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_native_replay_is_that_of_the_classes(name: str, shared: bool) -> None:
+    for rule in RULES if name != "belady-bypass" else ("",):
+        spec = policy_of(f"{name}:admit={rule}" if rule else name)
+        for seed, warm, capacity in ((0, False, 2), (1, True, 5)):
+            trace = synthetic(120, seed)
+            found = Replays(trace, warm, shared, None)
+            plainly = Replays(trace, warm, shared, None, native=False)
+            assert found.hits(spec, capacity).tolist() == plainly.hits(spec, capacity).tolist(), spec.text
+
+
 @pytest.mark.parametrize("slots", [2, 3, 4])
 @pytest.mark.parametrize("seed", range(3))
 def test_belady_is_the_optimum(slots: int, seed: int) -> None:
@@ -116,8 +133,8 @@ def test_belady_is_the_optimum(slots: int, seed: int) -> None:
 @pytest.mark.parametrize("warm", [False, True])
 def test_nothing_beats_the_bound(shared: bool, warm: bool) -> None:
     trace = synthetic(150)
-    names = ["lru", "lfu", "lfu-decay", "class-lru", "least-stale", "pinned-lru", "router-weight", "random", "belady"]
-    policies = [f"{n}:admit={a}" for n in names for a in ("always", "second-touch", "better-than-victim")]
+    names = [name for name in policy_names() if name != BOUND]
+    policies = [f"{name}:admit={rule}" for name in names for rule in RULES]
     for outcome in simulate(trace, policies, [3, N_EXPERT], warm=warm, shared=shared, profile=trace, expert_bytes=10):
         assert outcome.to_belady >= 0
         assert outcome.bytes == 10 * (sum(outcome.accesses) - sum(outcome.hits))
@@ -163,6 +180,44 @@ def test_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
     for result, outcome in zip(results, simulate(trace, ["lru", "random:seed=3"], [3, 4]), strict=True):
         assert (result["hits"], result["accesses"]) == (sum(outcome.hits), 40 * N_LAYER * TOP_K)
         assert result["bytes"] == 1024 * (result["accesses"] - result["hits"])
+
+
+def test_the_advice_is_what_the_simulation_says(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace, file = synthetic(60), str(tmp_path / "a.trace")
+    trace.save(file)
+    options = ("simulate", file, "--policy", "lru", "--policy", "lfu", "--policy", "belady", "--capacity", "2,4,7")
+    found = json.loads(run(capsys, *options, "--expert-bytes", "256MiB", "--recommend", "--json"))
+    # A GiB is one slot more in each of three layers, and a third of another: not whole, so not counted.
+    for step, capacity in zip(found["steps"], (2, 4, 7), strict=True):
+        rates = {o.policy: o.hit_rate for o in simulate(trace, ["lru", "lfu"], [capacity])}
+        (more,) = simulate(trace, [step["policy"]], [capacity + 1])
+        assert step["hit_rate"] == rates[step["policy"]] == max(rates.values())
+        assert step["missed"] == pytest.approx((1 - step["hit_rate"]) * N_LAYER * TOP_K * 2**28)
+        assert step["saved"] == pytest.approx(1 - (1 - more.hit_rate) / (1 - step["hit_rate"]))
+    worth = [step for step in found["steps"] if step["saved"] >= 0.05]
+    assert found["recommended"] == found["steps"][min(len(worth), 2)]
+    # A slot in every layer is three GiB, of which one saves a third.
+    (large,) = json.loads(run(capsys, *options[:-1], "4", "--expert-bytes", "1GiB", "--recommend", "--json"))["steps"]
+    assert large["saved"] == pytest.approx(found["steps"][1]["saved"] / 3)
+    assert "recommended: " in run(capsys, *options, "--expert-bytes", "256MiB", "--recommend")
+    with pytest.raises(SystemExit):
+        main(["trace", *options, "--recommend"])
+    assert "give --expert-bytes" in capsys.readouterr().err
+
+
+def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, picture = str(tmp_path / "a.trace"), tmp_path / "a.png"
+    synthetic(20).save(file)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(SystemExit):
+            main(["trace", "simulate", file, "--plot", str(picture)])
+        assert "moe-engine[plot]" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    run(capsys, "simulate", file, "--plot", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_command_line_errors_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,16 +1,32 @@
-"""The native slot cache against a plain model whose victims are chosen by `policies.lru`."""
+"""The native slot cache against a plain model whose victims are chosen by the classes of `policies`."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_engine.config import EngineConfig
+from moe_engine.errors import ConfigError
 from moe_engine.kernels._cpu import SlotCache
-from moe_engine.policies.lru import LRU
+from moe_engine.kernels.policy import native_policy
+from moe_engine.policies.base import Admission, Policy
+from moe_engine.policies.registry import NATIVE, PolicySpec, Pool, policy_names, policy_of
 
+LRU = native_policy(policy_of("lru"))
 N_EXPERT, SLOT_CLASS = 5, [0, 1, 0, 1]
 KEYS = range(N_EXPERT * len(SLOT_CLASS))
+
+
+SETTINGS = {
+    "half_life=0.7": {"lfu-decay", "class-lru", "blend"},
+    "half_life=20": {"lfu-decay", "class-lru"},
+    "half_life=5,fast=0.3,share=0.5": {"blend"},
+}
+RULES = ["always", "second-touch,window=3", "better-than-victim,admit_half_life=2", "outranks"]
+SPECS = [f"{name}:admit={rule}" for name in NATIVE for rule in RULES]
+SPECS += [f"{name}:{settings},admit=outranks" for settings, names in SETTINGS.items() for name in sorted(names)]
 
 
 @dataclass
@@ -18,33 +34,42 @@ class Model:
     """What should be where."""
 
     n_slot: list[int]
+    spec: PolicySpec
     in_flight: dict[int, int] = field(default_factory=dict)  # slot by key
     resident: dict[int, int] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
+    step: int = 1
 
     def __post_init__(self) -> None:
-        self.policies = [LRU[int](max(1, n)) for n in self.n_slot]
+        pools = [Pool(max(1, n), len(SLOT_CLASS), N_EXPERT) for n in self.n_slot]
+        self.built = [self.spec.build(pool) for pool in pools]
 
-    def policy(self, key: int) -> LRU[int]:
-        return self.policies[SLOT_CLASS[key // N_EXPERT]]
+    def policy(self, key: int) -> Policy[int]:
+        return self.built[SLOT_CLASS[key // N_EXPERT]][0]
+
+    def admission(self, key: int) -> Admission[int]:
+        return self.built[SLOT_CLASS[key // N_EXPERT]][1]
 
     def held(self, slot_class: int) -> list[int]:
         return [k for k in (*self.in_flight, *self.resident) if SLOT_CLASS[k // N_EXPERT] == slot_class]
 
     def begin(self, layer: int, experts: list[int]) -> None:
-        self.pinned = {layer * N_EXPERT + expert for expert in experts if expert >= 0}
-        for expert in experts:
-            if layer * N_EXPERT + expert in self.resident and expert >= 0:
-                self.policy(layer * N_EXPERT + expert).touch(layer * N_EXPERT + expert)
+        used = [layer * N_EXPERT + expert for expert in experts if expert >= 0]
+        self.pinned = set(used)
+        for key in used:
+            self.policy(key).touch(key, self.step)
+            self.admission(key).note(key, self.step)
 
-    def victim(self, key: int) -> int | None:
+    def victim(self, key: int, evict: str) -> int | None:
         """Whom a reservation should evict: -1 for nobody, None if there is no room."""
         slot_class = SLOT_CLASS[key // N_EXPERT]
         if len(self.held(slot_class)) < self.n_slot[slot_class]:
             return -1
-        victim = self.policy(key).victim(self.pinned)
-        if victim is not None:
-            del self.resident[victim]
+        victim = self.policy(key).candidate(self.pinned) if evict != "nobody" else None
+        if victim is None or (evict == "worse" and not self.admission(key).admits(key, victim)):
+            return None
+        self.policy(key).remove(victim)
+        del self.resident[victim]
         return victim
 
 
@@ -56,13 +81,22 @@ layer_steps = st.tuples(
 operations = st.one_of(
     layer_steps,
     st.tuples(st.sampled_from(["end", "any"])),
-    st.tuples(st.sampled_from(["reserve", "reserve", "complete", "cancel", "release", "touch"]), st.sampled_from(KEYS)),
+    st.tuples(st.just("pause"), st.integers(1, 700)),
+    st.tuples(st.just("reserve"), st.sampled_from(KEYS), st.sampled_from(["any", "worse", "worse", "nobody"])),
+    st.tuples(st.sampled_from(["complete", "cancel", "release", "keep"]), st.sampled_from(KEYS)),
 )
 
 
-@given(n_slot=st.tuples(st.integers(0, 4), st.integers(1, 6)), steps=st.lists(operations, max_size=80))
-def test_any_operations(n_slot: tuple[int, int], steps: list[tuple[str, int, list[int]]]) -> None:
-    cache, model = SlotCache(N_EXPERT, SLOT_CLASS, list(n_slot)), Model(list(n_slot))
+@settings(max_examples=200, deadline=None)
+@given(
+    spec=st.sampled_from(SPECS),
+    n_slot=st.tuples(st.integers(0, 4), st.integers(1, 6)),
+    steps=st.lists(operations, max_size=60),
+)
+def test_any_operations(spec: str, n_slot: tuple[int, int], steps: list[tuple[Any, ...]]) -> None:
+    policy = policy_of(spec)
+    cache = SlotCache(N_EXPERT, SLOT_CLASS, list(n_slot), native_policy(policy))
+    model = Model(list(n_slot), policy)
     for name, *arguments in steps:
         apply(cache, model, name, arguments)
         cache.check_integrity()
@@ -78,16 +112,19 @@ def test_any_operations(n_slot: tuple[int, int], steps: list[tuple[str, int, lis
             assert cache.residents(layer) == expected
 
 
-def apply(cache: SlotCache, model: Model, name: str, arguments: list[object]) -> None:
-    if name == "begin":
+def apply(cache: SlotCache, model: Model, name: str, arguments: list[Any]) -> None:
+    if name == "pause":
+        model.step += arguments[0]
+    elif name == "begin":
         layer, experts = arguments
-        assert isinstance(layer, int)
-        assert isinstance(experts, list)
-        cache.begin_layer_step(layer, experts)
+        cache.begin_layer_step(layer, experts, model.step)
         model.begin(layer, experts)
     elif name == "end":
         cache.end_layer_step()
         model.pinned = set()
+    elif name == "keep":
+        cache.keep(arguments[0])
+        model.pinned.add(arguments[0])
     elif name == "any":  # what is in flight arrives, oldest first
         for arrived, slot in model.in_flight.items():
             cache.complete(arrived)
@@ -95,12 +132,11 @@ def apply(cache: SlotCache, model: Model, name: str, arguments: list[object]) ->
             model.policy(arrived).insert(arrived)
         model.in_flight.clear()
     else:
-        (key,) = arguments
-        assert isinstance(key, int)
+        key, *evict = arguments
         absent = key not in model.resident and key not in model.in_flight
         if name == "reserve" and absent:
-            expected = model.victim(key)
-            slot, evicted = cache.reserve(key)
+            expected = model.victim(key, *evict)
+            slot, evicted = cache.reserve(key, *evict)
             if expected is None:
                 assert (slot, evicted) == (-1, -1)
             else:
@@ -117,11 +153,7 @@ def apply(cache: SlotCache, model: Model, name: str, arguments: list[object]) ->
         elif name == "release" and key in model.resident:
             cache.release(key)
             del model.resident[key]
-            model.policy(key).victim(set(KEYS) - {key})
-            # The plain policy counts the keys it passed as used now, in their order, which keeps the order.
-        elif name == "touch" and key in model.resident:
-            cache.touch(key)
-            model.policy(key).touch(key)
+            model.policy(key).remove(key)
         else:
             with pytest.raises(RuntimeError, match=f"expert {key % N_EXPERT} of layer {key // N_EXPERT}"):
                 getattr(cache, name)(key)
@@ -132,11 +164,11 @@ def same_class(a: int, b: int) -> bool:
 
 
 def test_experts_of_the_running_layer_step_are_never_victims() -> None:
-    cache = SlotCache(4, [0, 0], [2])
+    cache = SlotCache(4, [0, 0], [2], LRU)
     for expert in (0, 1):
         cache.reserve(cache.key(0, expert))
         cache.complete(cache.key(0, expert))
-    cache.begin_layer_step(0, [1, 0])
+    cache.begin_layer_step(0, [1, 0], 1)
     assert cache.reserve(cache.key(0, 2)) == (-1, -1)
     cache.end_layer_step()
     assert cache.reserve(cache.key(0, 2)) == (1, cache.key(0, 1))  # 0 was touched after 1
@@ -146,11 +178,11 @@ def test_experts_of_the_running_layer_step_are_never_victims() -> None:
 
 
 def test_kept_experts_stay_until_the_end_of_the_layer_step() -> None:
-    cache = SlotCache(4, [0, 0], [2])
+    cache = SlotCache(4, [0, 0], [2], LRU)
     for expert in (0, 1):
         cache.reserve(cache.key(0, expert))
         cache.complete(cache.key(0, expert))
-    cache.begin_layer_step(1, [3])
+    cache.begin_layer_step(1, [3], 1)
     cache.keep(cache.key(0, 0))  # the oldest
     assert cache.reserve(cache.key(1, 3))[1] == cache.key(0, 1)
     assert cache.reserve(cache.key(1, 2)) == (-1, -1)
@@ -160,9 +192,31 @@ def test_kept_experts_stay_until_the_end_of_the_layer_step() -> None:
 
 
 def test_impossible_arguments() -> None:
-    cache = SlotCache(4, [0, 0], [2])
+    cache = SlotCache(4, [0, 0], [2], LRU)
     for layer, expert in ((2, 0), (-1, 0), (0, 4), (0, -1)):
         with pytest.raises(RuntimeError, match=f"no expert {expert} of layer {layer}"):
             cache.key(layer, expert)
     with pytest.raises(RuntimeError, match="class"):
-        SlotCache(4, [0, 1], [2])
+        SlotCache(4, [0, 1], [2], LRU)
+
+
+def test_an_earlier_runs_uses_count() -> None:
+    cache = SlotCache(4, [0], [2], native_policy(policy_of("lfu")))
+    for expert in (0, 1):
+        cache.reserve(cache.key(0, expert))
+        cache.complete(cache.key(0, expert))
+    cache.seed(cache.key(0, 0), 2.5)
+    cache.begin_layer_step(0, [1], 1)
+    cache.begin_layer_step(0, [1, 2], 2)
+    cache.end_layer_step()
+    assert cache.reserve(cache.key(0, 2), "nobody") == (-1, -1)
+    assert cache.reserve(cache.key(0, 2)) == (1, cache.key(0, 1))
+
+
+def test_policies_without_a_twin_name_those_that_have_one() -> None:
+    for name in set(policy_names()) - set(NATIVE):
+        for refuse in (lambda name: native_policy(policy_of(name)), lambda name: EngineConfig(policy=name)):
+            with pytest.raises(ConfigError, match=f"'{name}' has no native twin; those that have are lru, lfu"):
+                refuse(name)
+    with pytest.raises(ConfigError, match="unknown policy 'mru'"):
+        EngineConfig(policy="mru")

@@ -3,6 +3,7 @@
 
 #include "bindings_worker.h"
 
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -10,11 +11,14 @@
 #include <nanobind/stl/vector.h>
 
 #include "decode_worker.h"
+#include "replay.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace {
+
+using moe::SlotCache;
 
 template <typename T>
 T* at(uintptr_t address) {
@@ -29,29 +33,54 @@ moe::Fetch fetch_of(const std::string& mode) {
     throw nb::value_error("a mode is cpu, fetch, auto or exact");
 }
 
+SlotCache::Evict evict_of(const std::string& whom) {
+    if (whom == "nobody") return SlotCache::Evict::nobody;
+    if (whom == "worse") return SlotCache::Evict::worse;
+    if (whom == "any") return SlotCache::Evict::any;
+    throw nb::value_error("evict is nobody, worse or any");
+}
+
+void bind_policy(nb::module_& m) {
+    using moe::PolicySettings;
+    nb::class_<PolicySettings>(m, "PolicySettings")
+        .def(nb::init<const std::string&, const std::string&, const std::map<std::string, double>&>(), "name"_a,
+             "admit"_a, "values"_a);
+    m.def(
+        "replay",
+        [](const PolicySettings& settings, uintptr_t ids, int64_t n_token, int n_layer, int top_k, int first_layer,
+           int n_model_layer, int n_expert, int64_t n_slot, const std::vector<moe::ExpertKey>& residents,
+           bool unbound, uintptr_t hits) {
+            moe::replay(settings,
+                        {at<const int32_t>(ids), n_token, n_layer, top_k, first_layer, n_model_layer, n_expert},
+                        n_slot, residents, unbound, at<int32_t>(hits));
+        },
+        "policy"_a, "ids"_a, "n_token"_a, "n_layer"_a, "top_k"_a, "first_layer"_a, "n_model_layer"_a,
+        "n_expert"_a, "n_slot"_a, "residents"_a, "unbound"_a, "hits"_a, nb::call_guard<nb::gil_scoped_release>());
+}
+
 void bind_slot_cache(nb::module_& m) {
-    using moe::SlotCache;
     nb::class_<SlotCache>(m, "SlotCache")
-        .def(nb::init<int, std::vector<int>, const std::vector<int>&>(), "n_expert"_a, "slot_class"_a, "n_slot"_a)
+        .def(nb::init<int, std::vector<int>, const std::vector<int>&, const moe::PolicySettings&>(), "n_expert"_a,
+             "slot_class"_a, "n_slot"_a, "policy"_a)
         .def("key", &SlotCache::key, "layer"_a, "expert"_a)
         .def("resident", &SlotCache::resident, "key"_a)
         .def("slot", &SlotCache::slot, "key"_a)
         .def(
             "begin_layer_step",
-            [](SlotCache& cache, int layer, const std::vector<int32_t>& experts) {
-                cache.begin_layer_step(layer, experts.data(), static_cast<int64_t>(experts.size()));
+            [](SlotCache& cache, int layer, const std::vector<int32_t>& experts, int64_t step) {
+                cache.begin_layer_step(layer, experts.data(), static_cast<int64_t>(experts.size()), step);
             },
-            "layer"_a, "experts"_a)
+            "layer"_a, "experts"_a, "step"_a)
         .def("end_layer_step", &SlotCache::end_layer_step)
-        .def("touch", &SlotCache::touch, "key"_a)
+        .def("seed", &SlotCache::seed, "key"_a, "uses"_a)
         .def("keep", &SlotCache::keep, "key"_a)
         .def(
             "reserve",
-            [](SlotCache& cache, int key, bool may_evict) {
-                const SlotCache::Reservation reservation = cache.reserve(key, may_evict);
+            [](SlotCache& cache, int key, const std::string& evict) {
+                const SlotCache::Reservation reservation = cache.reserve(key, evict_of(evict));
                 return std::pair(reservation.slot, reservation.evicted);
             },
-            "key"_a, "may_evict"_a = true)
+            "key"_a, "evict"_a = "any")
         .def("complete", &SlotCache::complete, "key"_a)
         .def("cancel", &SlotCache::cancel, "key"_a)
         .def("release", &SlotCache::release, "key"_a)
@@ -157,8 +186,8 @@ void bind_parts(nb::module_& m) {
 
 void bind_worker(nb::module_& m) {
     using moe::DecodeWorker;
-    using moe::SlotCache;
     const nb::call_guard<nb::gil_scoped_release> no_gil;
+    bind_policy(m);
     bind_slot_cache(m);
     bind_copy_engines(m);
     bind_parts(m);
@@ -168,15 +197,16 @@ void bind_worker(nb::module_& m) {
             "__init__",
             [](DecodeWorker* self, moe::ThreadPool& pool, moe::CopyEngine& copies, const moe::Mailbox& mailbox,
                int n_expert, const std::vector<moe::WorkerLayer>& layers, const std::vector<int>& n_slot,
-               uintptr_t slot_numbers, const std::string& mode, int64_t max_background, bool float_activations,
-               const moe::Rates& rates, double stall_seconds, int64_t lookahead_bytes) {
+               uintptr_t slot_numbers, const moe::PolicySettings& policy, const std::string& mode,
+               int64_t max_background, bool float_activations, const moe::Rates& rates, double stall_seconds,
+               int64_t lookahead_bytes) {
                 new (self) DecodeWorker({mailbox, n_expert, layers, n_slot, at<const int32_t>(slot_numbers),
                                          fetch_of(mode), max_background, float_activations, rates,
-                                         stall_seconds, lookahead_bytes},
+                                         stall_seconds, lookahead_bytes, policy},
                                         pool, copies);
             },
-            "pool"_a, "copies"_a, "mailbox"_a, "n_expert"_a, "layers"_a, "n_slot"_a, "slot_numbers"_a, "mode"_a,
-            "max_background"_a, "float_activations"_a, "rates"_a, "stall_seconds"_a, "lookahead_bytes"_a,
+            "pool"_a, "copies"_a, "mailbox"_a, "n_expert"_a, "layers"_a, "n_slot"_a, "slot_numbers"_a, "policy"_a,
+            "mode"_a, "max_background"_a, "float_activations"_a, "rates"_a, "stall_seconds"_a, "lookahead_bytes"_a,
             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def("stop", &DecodeWorker::stop, no_gil)
         .def("expect", &DecodeWorker::expect, "step"_a, "n_token"_a, "allow_late"_a, "posted"_a,
@@ -185,12 +215,13 @@ void bind_worker(nb::module_& m) {
         .def("settle", &DecodeWorker::settle, "seconds"_a, no_gil)
         .def(
             "reserve",
-            [](DecodeWorker& worker, int layer, int expert, bool may_evict) {
+            [](DecodeWorker& worker, int layer, int expert, const std::string& evict) {
+                const SlotCache::Evict whom = evict_of(evict);
                 const SlotCache::Reservation reservation = worker.while_idle(
-                    [&](SlotCache& cache) { return cache.reserve(cache.key(layer, expert), may_evict); });
+                    [&](SlotCache& cache) { return cache.reserve(cache.key(layer, expert), whom); });
                 return std::pair(reservation.slot, reservation.evicted);
             },
-            "layer"_a, "expert"_a, "may_evict"_a, no_gil)
+            "layer"_a, "expert"_a, "evict"_a)
         .def(
             "complete",
             [](DecodeWorker& worker, int layer, int expert) {
@@ -209,12 +240,8 @@ void bind_worker(nb::module_& m) {
                 worker.while_idle([&](SlotCache& cache) { cache.release(cache.key(layer, expert)); });
             },
             "layer"_a, "expert"_a, no_gil)
-        .def(
-            "touch",
-            [](DecodeWorker& worker, int layer, int expert) {
-                worker.while_idle([&](SlotCache& cache) { cache.touch(cache.key(layer, expert)); });
-            },
-            "layer"_a, "expert"_a, no_gil)
+        .def("use_counts", &DecodeWorker::use_counts, no_gil)
+        .def("seed", &DecodeWorker::seed, "counts"_a, no_gil)
         .def(
             "residents",
             [](DecodeWorker& worker, int layer) {

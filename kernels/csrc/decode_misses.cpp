@@ -11,7 +11,7 @@ void DecodeWorker::handle(const Step& step, int layer) {
     const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
     entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0};
     poll_copies();
-    cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k);
+    cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k, step.number);
     read_message(step, layer, message);
     if (n_missed_ > 0) answer(step, layer, message);
     cache_.end_layer_step();
@@ -172,7 +172,7 @@ void DecodeWorker::divide(const Step& step, int layer) {
         n_fetch = cost_of(step).best_fetches(n_fetch, expert_bytes_[static_cast<size_t>(layer)], backlog);
     }
     int64_t n_started = 0;
-    while (n_started < n_fetch && reserve(fetches_[static_cast<size_t>(n_started)])) ++n_started;
+    while (n_started < n_fetch && reserve(fetches_[static_cast<size_t>(n_started)], SlotCache::Evict::any)) ++n_started;
     for (int64_t i = 0; i < n_started; ++i) {
         const ExpertKey key = fetches_[static_cast<size_t>(i)];
         fate_[static_cast<size_t>(key % spec_.n_expert)] = Fate::late;
@@ -230,7 +230,8 @@ void DecodeWorker::await_late() {
 }
 
 // Reserves slots for experts to be fetched behind the answer, whose victims are part of it: those that the next
-// layer but one will probably miss, then those that the CPU has computed.
+// layer but one will probably miss, then those that the CPU has computed. Only for the latter the policy's admission
+// rule is asked: the others were not used yet, and what is fetched for the step itself needs a slot anyway.
 void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message) {
     poll_copies();
     background_.clear();
@@ -250,16 +251,15 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
             for (int64_t token = 0; token < step.n_token; ++token) {
                 const int32_t expert = message.ahead[1][token * spec_.mailbox.top_k + choice];
                 if (expert < 0 || !cache_.absent(cache_.key(layer + 2, expert)) || !is_room()) continue;
-                if (!reserve(cache_.key(layer + 2, expert))) continue;
+                if (!reserve(cache_.key(layer + 2, expert), SlotCache::Evict::any)) continue;
                 background_.push_back(cache_.key(layer + 2, expert));
                 prefetches_.push_back(background_.back());
             }
         passed_over_[static_cast<size_t>(layer) + 2] = 0;
     }
     for (ExpertKey key : missed_) {
-        if (!cache_.absent(key)) continue;
-        if (!is_room() || !reserve(key)) break;
-        background_.push_back(key);
+        if (!is_room()) break;
+        if (cache_.absent(key) && reserve(key, SlotCache::Evict::worse)) background_.push_back(key);
     }
 }
 
@@ -286,8 +286,8 @@ void DecodeWorker::score_prefetches(int layer) {
                       prefetches_.end());
 }
 
-bool DecodeWorker::reserve(ExpertKey key) {
-    const SlotCache::Reservation reservation = cache_.reserve(key);
+bool DecodeWorker::reserve(ExpertKey key, SlotCache::Evict evict) {
+    const SlotCache::Reservation reservation = cache_.reserve(key, evict);
     if (reservation.slot < 0) return false;
     if (reservation.evicted < 0) return true;
     spec_.mailbox.evicted()[n_evicted_++] = reservation.evicted;

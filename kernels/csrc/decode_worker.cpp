@@ -39,7 +39,7 @@ DecodeWorker::DecodeWorker(WorkerSpec spec, ThreadPool& pool, CopyEngine& copies
     : spec_(std::move(spec)),
       pool_(pool),
       copies_(copies),
-      cache_(spec_.n_expert, classes_of(spec_.layers), spec_.n_slot),
+      cache_(spec_.n_expert, classes_of(spec_.layers), spec_.n_slot, spec_.policy),
       unused_(spec_.layers.size() * static_cast<size_t>(spec_.n_expert)),
       uses_(unused_.size()),
       lookahead_(pool, spec_.lookahead_bytes),
@@ -282,6 +282,26 @@ bool DecodeWorker::settle(double seconds) {
                       [this] { return in_flight_.empty() || stop_ || !failure_.empty(); });
     require_alive();
     return in_flight_.empty();
+}
+
+std::vector<float> DecodeWorker::use_counts() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_idle();
+    std::vector<float> counts;
+    for (size_t key = 0; key < unused_.size(); ++key)
+        counts.push_back(uses_.at(static_cast<ExpertKey>(key), last_expected_));
+    return counts;
+}
+
+void DecodeWorker::seed(const std::vector<float>& counts) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_idle();
+    if (counts.size() != unused_.size()) throw std::logic_error("one count for each expert is needed");
+    for (size_t key = 0; key < counts.size(); ++key) {
+        if (!(counts[key] > 0)) continue;
+        uses_.set(static_cast<ExpertKey>(key), counts[key]);
+        cache_.seed(static_cast<ExpertKey>(key), counts[key]);
+    }
 }
 
 WorkerStats DecodeWorker::stats() {

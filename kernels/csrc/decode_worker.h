@@ -76,6 +76,7 @@ struct WorkerSpec {
     Rates rates;
     double stall_seconds;
     int64_t lookahead_bytes;  // by thread (lookahead.h)
+    PolicySettings policy{};
 };
 
 struct WorkerStats {
@@ -137,6 +138,10 @@ class DecodeWorker {
     }
     bool settle(double seconds);  // false if copies are still in flight after that time
 
+    // How often each expert was used lately, by key; and to begin with the counts of an earlier run.
+    std::vector<float> use_counts();
+    void seed(const std::vector<float>& counts);
+
     WorkerStats stats();
     void reset_stats();
     std::vector<TimelineEntry> timeline();
@@ -172,7 +177,7 @@ class DecodeWorker {
     void admit(const Step& step, int layer, const Mailbox::Message& message);
     bool worth_prefetching(int layer);
     void score_prefetches(int layer);
-    bool reserve(ExpertKey key);
+    bool reserve(ExpertKey key, SlotCache::Evict evict);
     void start_fetch(ExpertKey key);
     void look_ahead(const Step& step, int layer, const Mailbox::Message& message);
     void end_lookahead();

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "slot_cache.h"
+#include "policy.h"
 
 namespace moe {
 
@@ -19,6 +19,7 @@ class UseCounts {
         entry.count = at(key, step) + 1;
         entry.step = step;
     }
+    void set(ExpertKey key, float count) { entries_[static_cast<size_t>(key)] = {count, 0}; }
     float at(ExpertKey key, int64_t step) const {
         const Entry& entry = entries_[static_cast<size_t>(key)];
         return entry.count * std::exp2(static_cast<float>(entry.step - step) / kHalfLife);

@@ -80,6 +80,9 @@ struct Setting {
         const int least = fetch == moe::Fetch::all ? n_expert : 0, n_class = draw(random, 1, 2);
         spec = {mailbox, n_expert, {}, {}, nullptr, fetch, draw(random, 0, 4), draw(random, 0, 3) == 0,
                 {1e9, 1e9, 1e9, 1e9, 0, 0}, 100, draw(random, -1, 1) * 1000};
+        const char* names[] = {"lru", "lfu", "lfu-decay", "class-lru", "least-stale", "blend"};
+        const char* rules[] = {"always", "second-touch", "better-than-victim", "outranks"};
+        spec.policy = moe::PolicySettings(names[draw(random, 0, 5)], rules[draw(random, 0, 3)], {});
         for (int i = 0; i < n_class; ++i) {
             spec.n_slot.push_back(least + draw(random, 0, 8));
             slots.emplace_back(static_cast<size_t>(spec.n_slot.back() * 3 * kRowsBytes));
