@@ -86,6 +86,7 @@ def test_wrong_values_are_named(changes: dict[str, Any], message: str, tmp_path:
     assert str(path) in str(refused.value)
 
 
+@settings(deadline=None)  # the first call imports
 @given(data=st.binary(max_size=200))
 def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.msgpack"
@@ -94,7 +95,7 @@ def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Non
         Calibration.load(path)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_damaged_files(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.msgpack"
