@@ -245,6 +245,8 @@ class GraphDecoder:
             n_token = FEW_PROMPT_TOKENS if len(some) <= FEW_PROMPT_TOKENS else PROMPT_TOKENS
             self._launch(StepForm(n_token, self.misses[-1], "greedy", prompt_of=index))
             self._take()
+            if self._recorder is not None:
+                self._recorder.note_tokens(*self.step.routing(self.taken, len(some)), position + start)
 
     def _launch(self, form: StepForm) -> None:
         step = self.launched + 1

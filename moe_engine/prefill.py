@@ -20,8 +20,8 @@ from moe_engine.rope import Rope
 class Prefill:
     """Runs a sequence's tokens, of which those before the first given are in its KV cache.
 
-    ubatch: tokens of a micro-batch at most. recorder: gets the routing. Call it for the KV cache alone, `hidden` for the
-    hidden states too.
+    ubatch: tokens of a micro-batch at most. recorder: gets the routing. Call it for the KV cache alone, `hidden` for
+    the hidden states too.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Prefill:
     def learn_ways(self) -> None:
         """Short prompts take the way that has been faster; until this is called, micro-batches."""
         on_gpu = self.device.type == "cuda"  # on the simulated device steps would be slow
-        if isinstance(self.decoder, GraphDecoder) and self.decoder.takes_prompts and on_gpu and self._recorder is None:
+        if isinstance(self.decoder, GraphDecoder) and self.decoder.takes_prompts and on_gpu:
             self._way = self._learning_way()
 
     def _learning_way(self) -> PromptWay:

@@ -24,6 +24,7 @@
 
 #include "file_reader.h"
 #include "host_memory.h"
+#include "least_recently_used.h"
 #include "moe_cpu.h"
 #include "slot_cache.h"
 
