@@ -240,6 +240,10 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
         return static_cast<int64_t>(in_flight_.size() + background_.size()) < spec_.max_background &&
                n_evicted_ < n_pair;
     };
+    const int32_t* evicted = spec_.mailbox.evicted();
+    const auto leaves_now = [&](ExpertKey key) {  // its copy's table entry could come before the GPU takes it out
+        return std::find(evicted, evicted + n_evicted_, key) != evicted + n_evicted_;
+    };
     for (int64_t i = 0; i < n_ahead; ++i)
         for (int64_t pair = 0; pair < n_pair; ++pair)
             if (message.ahead[i][pair] >= 0)
@@ -250,10 +254,11 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
         for (int64_t choice = 0; choice < (spec_.mailbox.top_k + 1) / 2; ++choice)
             for (int64_t token = 0; token < step.n_token; ++token) {
                 const int32_t expert = message.ahead[1][token * spec_.mailbox.top_k + choice];
-                if (expert < 0 || !cache_.absent(cache_.key(layer + 2, expert)) || !is_room()) continue;
-                if (!reserve(cache_.key(layer + 2, expert), SlotCache::Evict::any)) continue;
-                background_.push_back(cache_.key(layer + 2, expert));
-                prefetches_.push_back(background_.back());
+                if (expert < 0 || !is_room()) continue;
+                const ExpertKey key = cache_.key(layer + 2, expert);
+                if (!cache_.absent(key) || leaves_now(key) || !reserve(key, SlotCache::Evict::any)) continue;
+                background_.push_back(key);
+                prefetches_.push_back(key);
             }
         passed_over_[static_cast<size_t>(layer) + 2] = 0;
     }
