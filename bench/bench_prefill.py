@@ -93,7 +93,7 @@ def prompt(n: int, seed: int) -> list[int]:
 
 def check(path: Path, device: str, n: int) -> float:
     """Relative error of the logits against products in f32, expert by expert."""
-    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": 64, "cache_slots": 24}
+    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": 64, "cache_slots": 24, "profile": False}
     ids = prompt(n - 1, 1)
     with Engine.load(path, **options) as engine:
         found = engine.forward(ids)
@@ -104,7 +104,8 @@ def check(path: Path, device: str, n: int) -> float:
 
 def measure(path: Path, setting: Setting, device: str, repeats: int, profile: int | None) -> list[dict[str, Any]]:
     longest = max(setting.targets)
-    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 8, "ubatch": longest + 8}
+    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 24, "ubatch": longest + 8}
+    options |= {"profile": False}
     plan, found = Engine.plan(path, **options), inspect_file(path)
     if isinstance(setting.cache, str):
         options |= {"vram_budget": plan.budget - plan.slots + (1 << 30)}

@@ -39,6 +39,8 @@ def page() -> str:
     found = {name: json.loads(text) for name, text in files.items() if not text.lstrip().startswith("[")}
     if "decode" in found:
         parts.append(decode_section(found["decode"]))
+    if "prefill" in found:
+        parts.append(prefill_section(found["prefill"]))
     if "check_gpu" in found:
         parts.append(memory_section(found["check_gpu"]))
     parts.append("## Kernels\n")
@@ -46,6 +48,25 @@ def page() -> str:
         if name in found:
             parts.append(kernel_section(title, found[name]))
     return "\n".join(parts)
+
+
+def prefill_section(found: dict[str, Any]) -> str:
+    """What `bench/bench_prefill.py` writes."""
+    rows = [
+        [
+            row["row"],
+            str(row["prompt"]),
+            f"{row['tokens_per_second']:.0f}",
+            "-" if row["target"] is None else f"{row['target']:.0f}",
+            f"{row['bound_share']:.0%}",
+            format_size(row["peak_nvidia_smi"]),
+        ]
+        for row in found["rows"]
+    ]
+    header = ["experts", "prompt tokens", "tokens/s", "target", "of bound", "peak VRAM of all rows"]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    title = f"## Prompts: `{found['command']}` on {found['gpu']}\n"
+    return "\n".join([title, *([found["note"] + "\n"] if "note" in found else []), *lines, ""])
 
 
 def harness_section(name: str, rows: list[Row]) -> str:

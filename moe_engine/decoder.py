@@ -233,12 +233,14 @@ class GraphDecoder:
         return self.misses[0] in ("none", "cpu")
 
     @torch.inference_mode()
-    def prompt(self, index: int, ids: Sequence[int], position: int) -> None:
+    def prompt(self, index: int, ids: Sequence[int], position: int) -> bool:
         """Brings tokens of a prompt, from `position` on, into a sequence's KV cache, some with each step.
 
         Behind the last one the cache must have room for PROMPT_TOKENS more, which are written and mean nothing.
+        Returns whether no step had to be captured, which takes longer.
         """
         self._drain()
+        n_graph = len(self._graphs)
         for start in range(0, len(ids), PROMPT_TOKENS):
             some = ids[start : start + PROMPT_TOKENS]
             self.step.set_prompt(some, position + start)
@@ -247,6 +249,7 @@ class GraphDecoder:
             self._take()
             if self._recorder is not None:
                 self._recorder.note_tokens(*self.step.routing(self.taken, len(some)), position + start)
+        return len(self._graphs) == n_graph
 
     def _launch(self, form: StepForm) -> None:
         step = self.launched + 1

@@ -59,19 +59,19 @@ class Prefill:
         n = len(ids) - first
         if n == 0:
             return
-        started, in_steps = time.perf_counter(), False
+        started, in_steps, typical = time.perf_counter(), False, True
         rates = self._rates()
         if self._way is not None and len(ids) + PROMPT_TOKENS <= self.cache.capacity:
             in_steps = self._way.in_steps(n, rates)
         if in_steps:
             assert isinstance(self.decoder, GraphDecoder)
-            self.decoder.prompt(index, ids[first:], first)
+            typical = self.decoder.prompt(index, ids[first:], first)
         else:
             for _ in self.hidden(ids, first, index):
                 pass
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
-        if self._way is not None:
+        if self._way is not None and typical:
             self._way.note(n, in_steps, time.perf_counter() - started, rates)
 
     def _rates(self) -> Rates:

@@ -66,10 +66,11 @@ class PromptWay:
     def note(self, n_token: int, in_steps: bool, seconds: float, rates: Rates) -> None:
         """What a prompt took."""
         expected = (self._step_seconds if in_steps else self._stream_seconds)(n_token, rates)
+        measured = min(3.0, seconds / expected)  # the first of a length compiles kernels
         if in_steps:
-            self.step_factor += NEWEST * (min(4.0, seconds / expected) - self.step_factor)
+            self.step_factor += NEWEST * (measured - self.step_factor)
         else:
-            self.stream_factor += NEWEST * (min(4.0, seconds / expected) - self.stream_factor)
+            self.stream_factor += NEWEST * (measured - self.stream_factor)
 
     def _missed_bytes(self, n_token: int) -> float:
         """Of a layer, were all experts equally liked."""

@@ -43,7 +43,7 @@ def test_any_interleaving(
     engine = _cpu.HostCopyEngine(held=True)
     gpu = FakeGpu(
         mode,
-        [N_EXPERT + (abs(n) if exact else n) for n in spare],
+        [min(N_EXPERT, n_token * TOP_K) + abs(n) if exact else N_EXPERT + n for n in spare],
         copies=engine,
         rates=Rates(cpu=1e9, copy=1e9, cpu_fixed=0, copy_fixed=0),
         meanwhile=lambda: engine.release(1),

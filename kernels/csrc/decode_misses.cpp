@@ -171,8 +171,16 @@ void DecodeWorker::divide(const Step& step, int layer) {
         for (const Flight& flight : in_flight_) backlog += flight.n_bytes;
         n_fetch = cost_of(step).best_fetches(n_fetch, expert_bytes_[static_cast<size_t>(layer)], backlog);
     }
+    // Where all must be fetched and slots are few, what is on its way for later steps may be evicted once it is there.
+    const auto find_slot = [&](ExpertKey key) {
+        while (!reserve(key, SlotCache::Evict::any)) {
+            if (spec_.fetch != Fetch::all || in_flight_.empty()) return false;
+            look_around();
+        }
+        return true;
+    };
     int64_t n_started = 0;
-    while (n_started < n_fetch && reserve(fetches_[static_cast<size_t>(n_started)], SlotCache::Evict::any)) ++n_started;
+    while (n_started < n_fetch && find_slot(fetches_[static_cast<size_t>(n_started)])) ++n_started;
     for (int64_t i = 0; i < n_started; ++i) {
         const ExpertKey key = fetches_[static_cast<size_t>(i)];
         fate_[static_cast<size_t>(key % spec_.n_expert)] = Fate::late;
