@@ -226,6 +226,20 @@ def test_a_prefetch_is_there_two_layers_later(predicted: int, arrives: bool, out
     engine.release(100)
 
 
+def test_what_must_be_fetched_waits_for_slots_of_prefetches() -> None:
+    """Layer 2 needs every slot of its class, but of two the wrong experts are on their way."""
+    engine = _cpu.HostCopyEngine(held=True)
+    gpu = FakeGpu("exact", (4, 4), copies=engine, meanwhile=lambda: engine.release(1))
+    ids = np.array([[[0, 1], [0, 1]], [[0, 1], [0, 1]], [[0, 1], [2, 3]]])
+    predicted = np.array([[[4, 3], [5, 2]]] * N_LAYER)
+    gpu.ahead = [predicted, predicted]
+    for step in range(1, 4):
+        gpu.step(step, ids)
+    assert gpu.worker.stats().prefetched[2] > 1
+    gpu.worker.settle()
+    gpu.worker.check_integrity()
+
+
 def test_useless_prefetches_end() -> None:
     gpu = FakeGpu("cpu", (2, 0), max_background=1)
     n_step = 60
