@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_engine.config import EngineConfig, SamplingParams
-    from moe_engine.engine import Engine, Generation, Result
+    from moe_engine.engine import Engine
     from moe_engine.errors import (
         CalibrationError,
         CapacityError,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         TraceFormatError,
         UnsupportedModelError,
     )
+    from moe_engine.generation import Generation, Result
     from moe_engine.gguf_file import GGUFFile
     from moe_engine.stats import Stats
     from moe_engine.tokenizer import Tokenizer
@@ -37,11 +38,11 @@ _HOMES = {
     "Engine": "engine",
     "EngineConfig": "config",
     "GGUFFile": "gguf_file",
-    "Generation": "engine",
+    "Generation": "generation",
     "ModelFormatError": "errors",
     "MoeEngineError": "errors",
     "NativeLibraryError": "errors",
-    "Result": "engine",
+    "Result": "generation",
     "SamplingParams": "config",
     "Stats": "stats",
     "Tokenizer": "tokenizer",

@@ -7,12 +7,11 @@ decode    one token at a time: forward, sample, stop?
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from moe_engine.errors import CapacityError, ConfigError, ModelFormatError
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.expert_store import ExpertStore
 from moe_engine.experts import CpuExperts, Experts
+from moe_engine.generation import Generation, Result
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Bound, Hardware, measure
 from moe_engine.kernels.cpu import CpuKernels
@@ -61,17 +61,6 @@ SHORT_CONTEXT = 256
 def bundled_model() -> Path:
     """The small model that comes with the package."""
     return Path(str(files("moe_engine") / "data" / "stories-deepseek-Q4_K_M.gguf"))
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished generation. `tokens` are the generated ones, without the one that stopped it."""
-
-    text: str
-    tokens: list[int]
-    prompt_tokens: list[int]
-    finish_reason: Literal["stop", "length"]
-    stats: Stats
 
 
 class Engine:
@@ -207,7 +196,7 @@ class Engine:
         """
         return self.stream(prompt, **sampling).result()
 
-    def stream(self, prompt: Prompt, **sampling: Any) -> "Generation":
+    def stream(self, prompt: Prompt, **sampling: Any) -> Generation:
         """As `generate`, but returns an iterator over pieces of text; its `result()` has the totals."""
         return self._generation(prompt, SamplingParams.of(**sampling))
 
@@ -227,8 +216,8 @@ class Engine:
             pass
         return [generation.so_far() for generation in generations]
 
-    def _generation(self, prompt: Prompt, params: SamplingParams) -> "Generation":
-        return Generation(self, self.encode(prompt), params, isinstance(prompt, str))
+    def _generation(self, prompt: Prompt, params: SamplingParams) -> Generation:
+        return Generation(self.tokenizer, self.encode(prompt), params, isinstance(prompt, str), self._decode)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, with the special tokens that the model wants around it."""
@@ -262,7 +251,7 @@ class Engine:
 
     # -- tokens ------------------------------------------------------------------------------------------------
 
-    def _decode(self, generations: Sequence["Generation"]) -> Iterator[None]:
+    def _decode(self, generations: Sequence[Generation]) -> Iterator[None]:
         """Prefill, then decode until each generation is done. Yields whenever all have been given a token.
 
         The last token of a prompt is the first that decodes, so none is computed twice when more follow.
@@ -419,75 +408,6 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class Generation:
-    """A running generation: iterate for pieces of text (never half a character), then ask for `result()`."""
-
-    def __init__(self, engine: Engine, prompt_tokens: list[int], params: SamplingParams, continues_text: bool) -> None:
-        """Use `Engine.stream`. continues_text: a space before the first word belongs to the text."""
-        self.prompt_tokens, self.tokens = prompt_tokens, list[int]()
-        self.params, self.stats = params, Stats()
-        self.finish_reason: Literal["stop", "length"] = "length"
-        self.done = params.max_tokens == 0
-        self._stop_ids = () if params.ignore_eos else engine.tokenizer.stop_ids
-        self._text = engine.tokenizer.stream(continuation=continues_text)
-        self._held = ""  # text that may be the beginning of a stop string
-        self._pieces: list[str] = []
-        self._iterator = self._run(engine)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._iterator)
-
-    def result(self) -> Result:
-        """The finished generation; runs it to its end if it has not been iterated."""
-        for _ in self:
-            pass
-        return self.so_far()
-
-    def so_far(self) -> Result:
-        """What there is, without going on."""
-        return Result("".join(self._pieces), self.tokens, self.prompt_tokens, self.finish_reason, self.stats)
-
-    def _run(self, engine: Engine) -> Iterator[str]:
-        given = 0
-        for _ in engine._decode([self]):
-            yield from self._pieces[given:]
-            given = len(self._pieces)
-
-    def accept(self, token: int, full: bool) -> None:
-        """Takes the next token, and ends at stop tokens, stop strings, `max_tokens` or where the context is full."""
-        if token in self._stop_ids:
-            self._end("stop", self._held + self._text.flush())
-            return
-        self.tokens.append(token)
-        held = self._held + self._text.push(token)
-        cut = min((i for stop in self.params.stop if (i := held.find(stop)) >= 0), default=-1)
-        if cut >= 0:
-            self._end("stop", held[:cut])
-        elif full or len(self.tokens) == self.params.max_tokens:
-            self._end("length", held + self._text.flush())
-        else:
-            safe = len(held) - _overlap(held, self.params.stop)
-            self._give(held[:safe])
-            self._held = held[safe:]
-
-    def _end(self, reason: Literal["stop", "length"], text: str) -> None:
-        self.finish_reason, self.done = reason, True
-        self._give(text)
-
-    def _give(self, text: str) -> None:
-        if text:
-            self._pieces.append(text)
-
-
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins one of `stops`."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    return next((n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in stops)), 0)
 
 
 class _Clock:

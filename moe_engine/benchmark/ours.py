@@ -26,9 +26,10 @@ from moe_engine.benchmark.results import (
 from moe_engine.benchmark.routing import load_trace, replayed
 from moe_engine.config import EngineConfig
 from moe_engine.decoder import GraphDecoder
-from moe_engine.engine import Engine, Result
+from moe_engine.engine import Engine
 from moe_engine.errors import ConfigError
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.generation import Result
 from moe_engine.prompt_experts import PromptCounts
 from moe_engine.traces import Trace
 
