@@ -13,7 +13,7 @@ import gc
 import json
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,18 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         experts = engine.experts
         assert isinstance(experts, CachedExperts)
         assert experts.prompt is not None
+        while experts.store.is_locking:
+            time.sleep(0.1)
         rate, hardware = matrix_rate(engine.device), engine.hardware
         for n, target in setting.targets.items():
             for seed in range(2):
                 engine.generate(prompt(n, seed), max_tokens=0)  # compiles
-            before = dict(vars(experts.prompt.counts))
+            before = replace(experts.prompt.counts)
             seconds = []
             for seed in range(repeats):
                 stats = engine.generate(prompt(n, 10 + seed), max_tokens=0).stats
                 seconds.append(stats.prompt_seconds)
-            counts = {key: (value - before[key]) / repeats for key, value in vars(experts.prompt.counts).items()}
+            counts = {key: n / repeats for key, n in vars(experts.prompt.counts.since(before)).items()}
             middle = statistics.median(seconds)
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {

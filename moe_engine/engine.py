@@ -7,6 +7,7 @@ decode    one token at a time: forward, sample, stop?
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
@@ -257,6 +258,8 @@ class Engine:
         The last token of a prompt is the first that decodes, so none is computed twice when more follow.
         """
         clock, stats = _Clock(), Stats()
+        prompt = self.experts.prompt if isinstance(self.experts, CachedExperts) else None
+        before = replace(prompt.counts) if prompt is not None else None
         running = []
         for index, generation in enumerate(generations):
             generation.stats = stats
@@ -264,6 +267,8 @@ class Engine:
             running.append(Running(list(generation.prompt_tokens), generation.params, sampler))
             self._prompt(index, generation.prompt_tokens, stats)
         stats.prompt_seconds = clock.lap()
+        if prompt is not None and before is not None:
+            stats.prompt_experts = prompt.counts.since(before)
         self.decoder.reset_stats()
         active = [index for index, generation in enumerate(generations) if not generation.done]
         room = self.cache.capacity + 1 - min(len(sequence.tokens) for sequence in running)

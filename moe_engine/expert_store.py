@@ -103,6 +103,11 @@ class ExpertStore:
         """Bytes read and bytes to be read at load."""
         return self.memory.bytes_done(), max(self._expected, self.memory.bytes_total())
 
+    @property
+    def is_locking(self) -> bool:
+        """Whether memory is still being page-locked, which slows copies."""
+        return self._locker is not None and self._locker.is_busy
+
     def finish(self, report: Callable[[], None]) -> None:
         """Waits until all is read that is to be read at load, and calls `report` meanwhile.
 

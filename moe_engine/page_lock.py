@@ -64,7 +64,8 @@ class PageLocker:
     """
 
     def __init__(self, driver: Driver, is_ready: Callable[[int], bool], refused: Callable[[int], None]) -> None:
-        self._driver, self._is_ready, self._refused = driver, is_ready, refused
+        self._driver, self._is_ready, self._note_refusal = driver, is_ready, refused
+        self._was_refused = False
         self._rows: list[Tensor] = []
         self._n_locked: list[int] = []
         self._todo: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -94,6 +95,11 @@ class PageLocker:
         """Rows by region."""
         return list(self._n_locked)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is more to lock; not once it was refused."""
+        return not self._was_refused and self._n_locked != [len(rows) for rows in self._rows]
+
     def close(self) -> None:
         """Unlocks everything. No copy may be running."""
         self._stop.set()
@@ -101,11 +107,15 @@ class PageLocker:
         self._thread.join()
         self._rows.clear()
 
+    def _refuse(self, error: int) -> None:
+        self._was_refused = True
+        self._note_refusal(error)
+
     def _run(self) -> None:
         addresses: list[int] = []
         error = self._driver.enter()
         if error != 0:
-            self._refused(error)
+            self._refuse(error)
             return
         try:
             while (index := self._todo.get()) is not None and self._lock(index, addresses):
@@ -126,7 +136,7 @@ class PageLocker:
                 return False
             error = self._driver.lock(piece.data_ptr(), piece.numel())
             if error != 0:
-                self._refused(error)
+                self._refuse(error)
                 return False
             addresses.append(piece.data_ptr())
             self._n_locked[index] += len(piece)

@@ -9,7 +9,7 @@ the products that need an expert wait for its copy. Slots and their table stay a
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from moe_engine.kernels.grouped_product import PromptProduct
 from moe_engine.kernels.host_copy import upload
 from moe_engine.kernels.plain_product import PlainProduct
 from moe_engine.prompt_split import Rates, choose_for_cpu, cpu_seconds
+from moe_engine.stats import PromptCounts
 
 if TYPE_CHECKING:
     from moe_engine.expert_cache import CachedExperts
@@ -27,18 +28,6 @@ if TYPE_CHECKING:
 SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 FORECAST_TOKENS = 1024  # of a micro-batch, from which the next layer's choice is foreseen
 NEWEST = 0.2  # weight of the newest measurement in a rate
-
-
-@dataclass
-class PromptCounts:
-    """Since the last reset. An expert counts once for each layer and micro-batch in which tokens chose it."""
-
-    cached: int = 0
-    streamed: int = 0
-    cpu: int = 0
-    unused: int = 0  # copied ahead for nothing
-    streamed_bytes: int = 0  # with the unused ones
-    cpu_bytes: int = 0
 
 
 class _Choice(NamedTuple):

@@ -2,7 +2,7 @@
 
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from moe_engine.config import format_size
@@ -10,6 +10,24 @@ from moe_engine.hardware import Bound
 
 if TYPE_CHECKING:
     from moe_engine.kernels._cpu import WorkerStats
+
+
+@dataclass
+class PromptCounts:
+    """Routed experts of prompts that go through the layers in micro-batches; each counts once for every layer and
+    micro-batch in which tokens chose it.
+    """
+
+    cached: int = 0
+    streamed: int = 0
+    cpu: int = 0
+    unused: int = 0  # copied ahead for nothing
+    streamed_bytes: int = 0  # with the unused ones
+    cpu_bytes: int = 0
+
+    def since(self, before: "PromptCounts") -> "PromptCounts":
+        """What has come on top."""
+        return PromptCounts(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
 @dataclass
@@ -21,6 +39,7 @@ class Stats:
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt's, whose keys and values were in the cache already
     prompt_seconds: float = 0.0
+    prompt_experts: PromptCounts | None = None  # of prompts that did not go through the decoder's steps, on a GPU
     decode_tokens: int = 0  # generated, of all sequences
     decode_seconds: float = 0.0
     expert_hits: int = 0  # choices found in VRAM

@@ -32,8 +32,7 @@ from moe_engine.cli import main
 from moe_engine.errors import CapacityError, ConfigError, MoeEngineError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Bound
-from moe_engine.prompt_experts import PromptCounts
-from moe_engine.stats import Stats
+from moe_engine.stats import PromptCounts, Stats
 from moe_engine.traces import Trace, TraceModel
 
 SAMPLE = Path(__file__).parent / "data" / "llama-bench.json"  # written by llama.cpp's llama-bench, 3 repetitions

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from moe_engine.engine import Engine
 from moe_engine.errors import ConfigError
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.generation import Result
-from moe_engine.prompt_experts import PromptCounts
 from moe_engine.traces import Trace
 
 MODEL_FIELDS = ("model_filename", "model_type", "model_size", "model_n_params", "model_fingerprint")
@@ -129,21 +127,13 @@ class Ours:
         tokens = [self._tokens(index, repetition + 1, test.n_ctx) for index in range(self._n_sequence)]
         self._generate([ids[: test.n_depth + 1] for ids in tokens], 0, repetition)
         self._synchronize()
-        before = self._prompt_counts()
         started = time.perf_counter()
         result = self._generate([ids[: test.n_depth + test.n_prompt + 1] for ids in tokens], test.n_gen, repetition)
         self._synchronize()
         seconds = time.perf_counter() - started
         if not test.n_prompt:
             seconds = result.stats.decode_seconds  # begins behind the (empty) prompt
-        counts = None if before is None else _difference(before, self._prompt_counts() or before)
-        return Sample(seconds, test.n_token * self._n_sequence, result.stats, counts)
-
-    def _prompt_counts(self) -> PromptCounts | None:
-        """A copy of what has been counted so far."""
-        experts = self.engine.experts
-        prompt = experts.prompt if isinstance(experts, CachedExperts) else None
-        return None if prompt is None else replace(prompt.counts)
+        return Sample(seconds, test.n_token * self._n_sequence, result.stats, result.stats.prompt_experts)
 
     def _generate(self, prompts: list[list[int]], n_gen: int, repetition: int) -> Result:
         return self.engine.generate_batch(prompts, max_tokens=n_gen, seed=repetition + 1, **SAMPLING)[0]
@@ -239,7 +229,3 @@ def engine_options(path: Path, facts: ModelFacts, load: Load, n_ctx: int) -> dic
             break
         plan = Engine.plan(path, vram_budget=plan.budget - plan.slots + room, **options)
     return {**options, "vram_budget": plan.budget}
-
-
-def _difference(before: PromptCounts, after: PromptCounts) -> PromptCounts:
-    return PromptCounts(*(getattr(after, f.name) - getattr(before, f.name) for f in fields(PromptCounts)))

@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from moe_engine.benchmark.plan import Test
-from moe_engine.prompt_experts import PromptCounts
-from moe_engine.stats import Stats
+from moe_engine.stats import PromptCounts, Stats
 
 Row = dict[str, Any]
 
