@@ -52,6 +52,12 @@ class Ring:
         self._next = 0
         self._busy = 0  # chunks that are sent and not released
 
+    def restart(self) -> None:
+        """At the start of a prompt: the one before may have been interrupted, and the memory used by others since."""
+        self._busy = 0
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
     def chunks(self, layer: int, layout: SlotLayout, experts: Sequence[int]) -> deque[Chunk]:
         """Gives experts, ascending, their places; every chunk has to be sent and released, in this order."""
         width, rest, found = self.width(layout), iter(experts), deque[Chunk]()

@@ -115,6 +115,7 @@ class PromptExperts:
             while chunks:
                 self._send(following)
                 chunk = chunks.popleft()
+                assert chunk.sent
                 ring.wait(chunk)
                 n_row = sum(choice.counts[expert] for expert in chunk.experts if expert in used)
                 if n_row:
@@ -177,8 +178,8 @@ class PromptExperts:
             return chunks
         for chunk in chunks:
             self._ring.release(chunk)
-        if self._stream is not None and layer == self._first:
-            self._stream.wait_stream(torch.cuda.current_stream())  # whatever else has used the staging slots
+        if layer == 0:
+            self._ring.restart()
         return deque()
 
     def _send(self, chunks: deque[Chunk]) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,6 +166,27 @@ def test_what_is_foreseen_of_the_next_layer_is_copied_ahead() -> None:
     assert len(copied) == len(set(copied))  # nothing twice
     assert {expert for layer, expert in copied if layer == 2} == chosen[1] | chosen[2]
     assert layers.prompt.counts.unused == len(chosen[1] - chosen[2])
+    layers.close()
+
+
+@torch.inference_mode()
+def test_an_interrupted_prompt_leaves_the_ring_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = Layers(2, 4, [], exact=True, rates=Rates())
+    product = layers.prompt._product
+    add, calls = product.add, []
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) < 6:
+            raise KeyboardInterrupt
+        add(self, *args, **kwargs)
+
+    monkeypatch.setattr(product, "add", interrupted)
+    inputs = choice(N_TOKEN, seed=3)
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            layers.prompt(0, *inputs)
+    assert error(layers.prompt(0, *inputs), reference(0, *inputs)) < TOLERANCE
     layers.close()
 
 
