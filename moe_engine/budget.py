@@ -222,7 +222,7 @@ def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: 
         return 0
     embedding = file.tensors.get("token_embd.weight")
     n_vocab = embedding.shape[0] if embedding is not None else 0
-    return GRAPH_BYTES + config.n_sequence * (32 * n_vocab + ATTENTION_BYTES)
+    return GRAPH_BYTES + ATTENTION_BYTES + config.n_sequence * (32 * n_vocab + ATTENTION_BYTES)  # prompt steps, others
 
 
 def _workspace_bytes(
