@@ -7,14 +7,13 @@ plan for a machine from another one.
 import hashlib
 import logging
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from moe_engine.cache_files import cache_folder, replace_file
 from moe_engine.errors import CalibrationError
 from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
@@ -108,10 +107,7 @@ class Calibration:
 
         packed = msgpack.packb({"magic": MAGIC, "version": VERSION, **asdict(self)})
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(packed)
-            os.replace(file.name, path)
+            replace_file(path, packed)
         except OSError as e:
             raise CalibrationError(f"{path}: cannot be written: {e.strerror}") from e
 
@@ -224,10 +220,8 @@ def processor_name() -> str:
 
 def cache_path(gpu: str | None, threads: int) -> Path:
     """Where the calibration of this processor with this graphics card is kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     key = hashlib.sha256("\n".join((gpu or "", processor_name(), str(threads))).encode()).hexdigest()[:16]
-    return folder / "moe-engine" / f"calibration-{key}.msgpack"
+    return cache_folder() / f"calibration-{key}.msgpack"
 
 
 def kept(gpu: str | None, threads: int) -> Calibration | None:

@@ -175,10 +175,11 @@ def plot_(
 
 
 def _random(shape: str, layers: int | None, skew: float, mix: str, work: Path | None) -> Path:
-    from moe_engine.benchmark.random_model import default_folder, random_model
+    from moe_engine.benchmark.random_model import random_model
+    from moe_engine.cache_files import cache_folder
 
     with _bar("writing the random model") as update:
-        folder = work or default_folder()
+        folder = work or cache_folder()
         return random_model(shape, folder, layers=layers, skew=skew, mix=mix, progress=lambda n, of: update(n, of, ""))
 
 

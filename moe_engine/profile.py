@@ -9,8 +9,6 @@ One msgpack file per model (by its fingerprint) in the user's cache folder, repl
 """
 
 import logging
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from typing import Any
 import msgpack
 import numpy as np
 import numpy.typing as npt
+
+from moe_engine.cache_files import cache_folder, replace_file
 
 MAGIC, VERSION = "moe_engine profile", 1
 _LARGEST_FILE = 1 << 24
@@ -54,18 +54,13 @@ class Profile:
             }
         )
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(packed)
-            os.replace(file.name, path)
+            replace_file(path, packed)
         except OSError as error:
             log.warning("the use of experts is not kept: %s: %s", path, error.strerror)
 
 
 def path_of(model: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return folder / "moe-engine" / f"profile-{model}.msgpack"
+    return cache_folder() / f"profile-{model}.msgpack"
 
 
 def load_profile(model: str, n_layer: int, n_expert: int) -> Profile | None:

@@ -29,11 +29,6 @@ SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads"
 Bench = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(autouse=True)
-def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_engine.hardware.RAM_SAMPLE_BYTES", 1 << 20)
-
-
 @pytest.fixture
 def bench(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Bench:
     def run(*arguments: str) -> tuple[int, str, str]:

@@ -26,11 +26,6 @@ SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads"
 TOP_K, N_LAYER = 3, 2  # of the first, all of whose layers are MoE
 
 
-@pytest.fixture(autouse=True)
-def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_engine.hardware.RAM_SAMPLE_BYTES", 1 << 20)
-
-
 @pytest.fixture(scope="module")
 def path_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}

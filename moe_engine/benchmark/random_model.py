@@ -64,12 +64,6 @@ def write_model(
         raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
 
 
-def default_folder() -> Path:
-    """Where random models are kept: a folder of the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "moe_engine"
-
-
 def random_model(
     name: str,
     folder: Path,
