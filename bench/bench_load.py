@@ -84,12 +84,14 @@ def load(path: Path, options: dict[str, Any]) -> dict[str, float]:
         found: dict[str, float] = {"load": time.perf_counter() - start, "bytes": last["bytes"]}
         store: ExpertStore = engine.experts.store  # type: ignore[attr-defined]
         if store._locker is not None:
-            found["locked_at_load"] = sum(store._locker.n_locked) / sum(map(len, store._rows))
+            found["locked_at_load"] = sum(map(store._locker.n_locked, range(len(store._rows)))) / sum(
+                map(len, store._rows)
+            )
         next(engine.stream([1, 2, 3, 4], temperature=0, max_tokens=1))
         found["first_token"] = time.perf_counter() - start
         if store._locker is not None:
             # Decoding goes on meanwhile, with copies
-            while min(store._locker.n_locked) < len(store._rows[0]):
+            while store.is_locking:
                 engine.generate(PROMPT, temperature=0, max_tokens=16)
                 if time.perf_counter() - start > 120:
                     found["gave_up_locking"] = 1

@@ -43,7 +43,11 @@ def sort_kernel(ids, offsets, token, place, n_pair, TOP_K: tl.constexpr, BLOCK: 
         tl.store(offsets + expert + 1, row)
 
 
-@triton.jit
+# Pieces of larger tensors: one program serves them wherever they begin.
+_PIECES = ["offsets", "slots", "tile_group", "tile_row"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_PIECES)
 def tile_map_kernel(
     offsets, slots, tile_group, tile_row, n_group,
     BLOCK_M: tl.constexpr, N_GROUP_POW2: tl.constexpr, TILES: tl.constexpr,
@@ -170,7 +174,7 @@ def _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_o
     tl.store(out + at, round_to(y, out.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n_out)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_column_tile"])
+@triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
 def gate_up_kernel(
     x, row_index, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, gate_at, up_from_gate,
     row_bytes, n_in, n_out, n_column_tile,
@@ -194,7 +198,7 @@ def gate_up_kernel(
                           HAS_INDEX, BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_column_tile"])
+@triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
 def down_kernel(
     x, row_weight, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, down_at,
     row_bytes, n_in, n_out, n_column_tile,
@@ -218,7 +222,7 @@ def down_kernel(
                        BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_block"])
+@triton.jit(do_not_specialize=["n_block"], do_not_specialize_on_alignment=_PIECES)
 def dequantize_groups_kernel(
     pool, offsets, slots, table, out, slot_bytes, part_at, n_block, out_stride,
     TYPE: tl.constexpr, BLOCK_BYTES: tl.constexpr, N_RUN: tl.constexpr, RUN_WIDTH: tl.constexpr,

@@ -9,6 +9,8 @@ Nothing here waits for the device. Without a GPU the kernels run in Triton's int
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
 __all__ = ["Groups", "Sorted", "choose_method", "grouped_down", "grouped_gate_up", "moe_prompt", "sort_by_expert"]
 
 Method = Literal["fused", "dequantized"]
+IntArray = npt.NDArray[np.integer[Any]]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,9 @@ class _Tiling:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+
+
+LEAST_ROWS = 16  # of a tile
 
 
 def _tiling(n_row: int, n_group: int) -> _Tiling:
@@ -45,7 +52,7 @@ def _tiling(n_row: int, n_group: int) -> _Tiling:
         return _Tiling(128, 128, 8, 4, 128)
     if rows > 24:  # not measured between 16 and 64
         return _Tiling(64, 128, 4, 4)
-    return _Tiling(32 if rows > 8 else 16, 64, 4, 4)
+    return _Tiling(32 if rows > 8 else LEAST_ROWS, 64, 4, 4)
 
 
 def _is_fast(part: SlotPart, pool: Tensor) -> bool:
@@ -80,6 +87,17 @@ def _tile_map(groups: Groups, n_row: int, block_m: int) -> tuple[Tensor, Tensor]
         enable_fp_fusion=True,
     )  # fmt: skip
     return tiles[0], tiles[1]
+
+
+def tile_map(starts: IntArray, counts: IntArray, placed: BoolArray, block_m: int) -> IntArray:
+    """The same from what the host knows of the groups, without room to spare: int32 `[2, n_tile]`.
+
+    starts, counts: a group's first row and its rows. placed: whether it has a slot.
+    """
+    n_tile = np.where(placed, -(-counts // block_m), 0)
+    group = np.repeat(np.arange(len(counts)), n_tile)
+    within = np.arange(len(group)) - np.repeat(n_tile.cumsum() - n_tile, n_tile)
+    return np.stack([group, starts[group] + within * block_m]).astype(np.int32)
 
 
 def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
@@ -199,13 +217,14 @@ def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: 
     return out
 
 
-def choose_method(part: SlotPart, pool: Tensor) -> Method:
-    """The faster way for a part of a slot.
+def choose_method(part: SlotPart, pool: Tensor, block_m: int) -> Method:
+    """The faster way for a part of a slot. With few rows an expert, the one that needs fewer launches.
 
     Measured on an H200 with Qwen3-30B-A3B, 64 and 2048 tokens, all of `moe_prompt` in ms, fused or dequantized:
     Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12.
     """
-    return "fused" if part.type.name == "Q4_K" and _is_fast(part, pool) else "dequantized"
+    fuses = part.type.name == "Q4_K" or block_m == LEAST_ROWS
+    return "fused" if fuses and _is_fast(part, pool) else "dequantized"
 
 
 class PromptProduct:
@@ -213,6 +232,8 @@ class PromptProduct:
 
     What `sum` gives does not depend on which experts were added together, nor on their slots.
     """
+
+    LEAST_ROWS = LEAST_ROWS
 
     def __init__(
         self, x: Tensor, ids: Tensor, weights: Tensor, n_expert: int, layout: SlotLayout,
@@ -238,30 +259,36 @@ class PromptProduct:
         """n_row: (token, choice) pairs."""
         return n_row * (layout.n_ff + layout.hidden)
 
-    def add(self, pool: Tensor, slots: Tensor, first: int = 0, n_row: int | None = None) -> None:
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile."""
+        return self._tiling.block_m
+
+    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: Tensor | None = None) -> None:
         """Computes the experts from `first` on for which slots, int32 `[n]`, holds a slot of `pool`, -1 for none.
 
-        pool: uint8 `[n_slot, slot_bytes]`. n_row: how many pairs choose them, at most. The method `dequantized` takes
-        up to grouped_expand.SCRATCH_BYTES for bf16 weights (at least for one expert's gate and up).
+        pool: uint8 `[n_slot, slot_bytes]`. tiles: int32 `[2, n_tile]`, `tile_map` of these experts with `block_m`, if
+        the host knows it. The method `dequantized` takes up to grouped_expand.SCRATCH_BYTES for bf16 weights (at least
+        for one expert's gate and up).
         """
         gate, up, down = self.layout.gate, self.layout.up, self.layout.down
         groups = Groups(self.offsets[first : first + len(slots) + 1], slots)
-        n_row = len(self._h) if n_row is None else n_row
         x, token, h, y, tiling = self.x, self.sorted.token, self._h, self._y, self._tiling
-        tiles = _tile_map(groups, n_row, tiling.block_m)
+        n_row = len(h)
+        whole = _tile_map(groups, n_row, tiling.block_m) if tiles is None else (tiles[0], tiles[1])
 
         def tiles_of(some: Groups) -> tuple[Tensor, Tensor]:
-            return tiles if len(some) == len(groups) else _tile_map(some, n_row, tiling.block_m)
+            return whole if len(some) == len(groups) else _tile_map(some, n_row, tiling.block_m)
 
         alike = (gate.type, gate.n_out) == (up.type, up.n_out)
-        if alike and (self.method or choose_method(gate, pool)) == "fused":
-            grouped_gate_up(x, token, groups, pool, gate, up, tiling, h, tiles)
+        if alike and (self.method or choose_method(gate, pool, tiling.block_m)) == "fused":
+            grouped_gate_up(x, token, groups, pool, gate, up, tiling, h, whole)
         else:
             parts = expanded_part(gate), expanded_part(up, 2 * gate.n_out * gate.n_in)
             for some, placed, scratch in expanded(groups, pool, (gate, up)):
                 grouped_gate_up(x, token, placed, scratch, *parts, tiling, h, tiles_of(some))
-        if (self.method or choose_method(down, pool)) == "fused":
-            grouped_down(h, groups, pool, down, tiling=tiling, out=y, tiles=tiles)
+        if (self.method or choose_method(down, pool, tiling.block_m)) == "fused":
+            grouped_down(h, groups, pool, down, tiling=tiling, out=y, tiles=whole)
         else:
             for some, placed, scratch in expanded(groups, pool, (down,)):
                 part = expanded_part(down)

@@ -10,6 +10,8 @@ from moe_engine.kernels.slot_layout import SlotLayout
 class PlainProduct:
     """See `PromptProduct`; everything is on the CPU. Results do not depend on what is added together."""
 
+    LEAST_ROWS = block_m = 16
+
     def __init__(
         self,
         x: Tensor,
@@ -25,7 +27,7 @@ class PlainProduct:
         self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         self._y = torch.zeros(*ids.shape, layout.hidden)
 
-    def add(self, pool: Tensor, slots: Tensor, first: int = 0, n_row: int | None = None) -> None:
+    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: Tensor | None = None) -> None:
         for expert, slot in enumerate(slots.tolist(), first):
             token, choice = (self.ids == expert).nonzero(as_tuple=True)
             if slot < 0 or not len(token):

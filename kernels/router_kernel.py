@@ -87,7 +87,7 @@ def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None, ahead: S
 def route_and_lookup(
     x: Tensor,
     config: RouterConfig,
-    slot_table: Tensor,
+    slot_table: Tensor | None,
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -98,7 +98,8 @@ def route_and_lookup(
     """Chooses each token's experts and looks up their slots, on the device, with no synchronisation.
 
     x: logits f32 `[n_token, n_expert]`, or, with `weight` (the router matrix, f32 `[n_expert, hidden]`), the normed
-    hidden states f32 `[n_token, hidden]`. slot_table: int32 `[n_expert]`, an expert's slot or -1. bias: f32
+    hidden states f32 `[n_token, hidden]`. slot_table: int32 `[n_expert]`, an expert's slot or -1; without one the slots
+    stay unwritten. bias: f32
     `[n_expert]`, for the selection only. logits: where to put them in the second form. ahead: of at most MAX_AHEAD
     layers whose choice to guess, in the second form. All contiguous.
     """
@@ -106,7 +107,8 @@ def route_and_lookup(
         x = router_logits(x, weight, logits, [router.weight for router in ahead])
     n_token, n_expert = x.shape[0], config.n_expert
     _checked(x, (n_token, (1 + len(ahead)) * n_expert), torch.float32)
-    _checked(slot_table, (n_expert,), torch.int32)
+    if slot_table is not None:
+        _checked(slot_table, (n_expert,), torch.int32)
     biases = [] if bias is None else [bias, *(router.bias for router in ahead if router.bias is not None)]
     assert len(biases) == (0 if bias is None else 1 + len(ahead))
     for each in biases:
@@ -125,12 +127,13 @@ def route_and_lookup(
         choose_kernel[n_token, 1 + len(ahead)](
             x,
             *_padded(biases or [x]),
-            slot_table,
+            out.ids if slot_table is None else slot_table,
             *out[:3],
             out.ids if out.ahead is None else out.ahead,
             config.scale,
             AHEAD=len(ahead),
             HAS_BIAS=bias is not None,
+            HAS_TABLE=slot_table is not None,
             N_EXPERT=n_expert,
             TOP_K=config.top_k,
             K_LANES=triton.next_power_of_2(config.top_k),

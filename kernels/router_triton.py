@@ -83,6 +83,7 @@ def choose_kernel(
     scale,
     AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     N_EXPERT: tl.constexpr,
     TOP_K: tl.constexpr,
     K_LANES: tl.constexpr,
@@ -140,7 +141,8 @@ def choose_kernel(
         return
 
     # Gathering the few logits again is cheaper than one more reduction per choice
-    slot = tl.load(slot_table + chosen, mask=is_choice, other=-1)
+    if HAS_TABLE:
+        slot = tl.load(slot_table + chosen, mask=is_choice, other=-1)
     picked = tl.load(row + chosen, mask=is_choice, other=float("-inf"))
     if GATING == "softmax_selected":
         picked_largest = tl.max(picked, 0)
@@ -152,7 +154,8 @@ def choose_kernel(
         weight = tl.div_rn(weight, tl.maximum(tl.sum(weight, 0), _SMALLEST_SUM))
     tl.store(ids + out, chosen, mask=is_choice)
     tl.store(weights + out, weight * scale, mask=is_choice)
-    tl.store(slots + out, slot, mask=is_choice)
+    if HAS_TABLE:
+        tl.store(slots + out, slot, mask=is_choice)
 
 
 @triton.jit(do_not_specialize=["n_token"])

@@ -155,7 +155,7 @@ class CachedExperts:
         Within `torch.inference_mode`, as all that writes to the tensors made at load.
         """
         layer, expert = key
-        self.store.copy(layer, expert, expert + 1, self.pool_of(layer).slots[slot : slot + 1])
+        self.store.copy(layer, [expert], self.pool_of(layer).slots[slot : slot + 1])
         self.slot_table[layer, expert] = slot
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class CachedExperts:
             self.hits, self.misses = self.hits + (slot >= 0), self.misses + (slot < 0)
             place = pool.slots[slot] if slot >= 0 else staging[0]
             if slot < 0:
-                self.store.copy(index, expert, expert + 1, staging)
+                self.store.copy(index, [expert], staging[:1])
             gate, up, down = pool.layout.parts(place)
             token, choice = (expert_ids == expert).nonzero(as_tuple=True)
             rows = x[token]
@@ -209,11 +209,13 @@ class CachedExperts:
         chosen = sorted({expert for row in place for expert in row if expert >= 0})
         staging = self._staging_slots(layout, len(chosen))
         for slot, expert in enumerate(chosen):
-            self.store.copy(index, expert, expert + 1, staging[slot : slot + 1])
+            self.store.copy(index, [expert], staging[slot : slot + 1])
         slots = [[chosen.index(expert) if expert >= 0 else -1 for expert in row] for row in place]
         return moe_decode(x, staging, layout, torch.tensor(slots, dtype=torch.int32).to(x.device), weights)
 
     def close(self) -> None:
+        if self.prompt is not None:
+            self.prompt.close()
         self.prompt = None
         self.store.close()
         self.handles.clear()

@@ -83,24 +83,16 @@ class Ring:
         self._busy, chunk.sent = self._busy + 1, True
         cell = self._cells[chunk.cell]
         if self._stream is None:
-            self._copy(chunk)
+            self._store.copy(chunk.layer, chunk.experts, chunk.slots)
             return
         begun, arrived, free = cell.events
         with torch.cuda.stream(self._stream):
             if cell.used:
                 self._stream.wait_event(free)
             begun.record(self._stream)
-            self._copy(chunk)
+            self._store.copy(chunk.layer, chunk.experts, chunk.slots)
             arrived.record(self._stream)
         cell.used, cell.nbytes = True, chunk.slots.numel()
-
-    def _copy(self, chunk: Chunk) -> None:
-        """Neighbours lie together on both sides: one copy."""
-        experts, slots, start = chunk.experts, chunk.slots, 0
-        for stop in range(1, len(experts) + 1):
-            if stop == len(experts) or experts[stop] != experts[stop - 1] + 1:
-                self._store.copy(chunk.layer, experts[start], experts[stop - 1] + 1, slots[start:stop])
-                start = stop
 
     def wait(self, chunk: Chunk) -> None:
         """Lets the current stream go on when the chunk has arrived."""

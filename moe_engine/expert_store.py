@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -119,31 +120,30 @@ class ExpertStore:
         self._expected = 0
         report()
 
-    def copy(self, index: int, first: int, last: int, slots: Tensor) -> None:
-        """Copies experts `first` to `last - 1` of MoE layer `index` into `slots`, in the order of the current stream.
+    def copy(self, index: int, experts: Sequence[int], slots: Tensor) -> None:
+        """Copies experts, ascending, of MoE layer `index` into `slots`, in the order of the current stream.
 
-        slots: uint8 `[last - first, slot_bytes]`, contiguous, on the device. Returns before the copies are done, but
-        where the memory is not page-locked it takes as long as bringing the bytes into a ring that is.
+        slots: uint8 `[n, slot_bytes]`, contiguous, on the device. Returns before the copies are done, but where the
+        memory is not page-locked it takes as long as bringing the bytes into a ring that is.
         """
         if not self.ram.holds_all:
-            self._copy_held(index, first, last, slots)
+            self._copy_held(index, experts, slots)
             return
-        rows, start = self._rows[index], first
-        while start < last:
-            until = start if self._locker is None else self._locker.locked_until(index, start, last)
-            if until > start:
-                slots[start - first : until - first].copy_(rows[start:until], non_blocking=True)
-            else:
-                until = last
-                self._copy_unlocked(rows[start:last], slots[start - first :])
-            start = until
+        rows, n_locked = self._rows[index], 0
+        if self._locker is not None:
+            n_locked = bisect_left(experts, self._locker.n_locked(index))
+            stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
+            at_once = self._locker.rows_at_once(rows)
+            _cpu.copy_rows(slots.data_ptr(), rows.data_ptr(), rows.shape[1], experts[:n_locked], at_once, stream)
+        for place, expert in enumerate(experts[n_locked:], n_locked):
+            self._copy_unlocked(rows[expert], slots[place])
 
-    def _copy_held(self, index: int, first: int, last: int, slots: Tensor) -> None:
+    def _copy_held(self, index: int, experts: Sequence[int], slots: Tensor) -> None:
         ahead = max(1, self.memory.at_once(index) // 2)
-        for expert in range(first, last):
+        for place, expert in enumerate(experts):
             with self.hold(index, [expert]):
-                self.prefetch(index, range(expert + 1, min(last, expert + 1 + ahead)))
-                self._copy_unlocked(self._rows[index][expert], slots[expert - first])
+                self.prefetch(index, experts[place + 1 : place + 1 + ahead])
+                self._copy_unlocked(self._rows[index][expert], slots[place])
 
     def _copy_unlocked(self, source: Tensor, target: Tensor) -> None:
         if self.device.type != "cuda" and self._locker is None:

@@ -21,6 +21,7 @@ from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
 from moe_engine.kernels.norm_rope_cache import Cache, half_type, part
 from moe_engine.kernels.prompt_attention import grouped_prompt_attention
 from moe_engine.kernels.router import RouterConfig, route
+from moe_engine.kernels.router_kernel import route_and_lookup
 from moe_engine.kv_cache import LayerCache, TokenShapes
 from moe_engine.metadata import Metadata
 from moe_engine.rope import Rope
@@ -260,8 +261,11 @@ class MixtureOfExperts:
             self.shared.prompt(x.bfloat16(), residual)
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids int64 and weights f32 of the chosen experts, both `[T, top_k]`."""
-        return route(x @ self.ffn_gate_inp.T, self.router, self.exp_probs_b)
+        """Ids, int32 or int64, and weights f32 of the chosen experts, both `[T, top_k]`."""
+        logits = x @ self.ffn_gate_inp.T
+        if x.is_cuda:  # one launch instead of ten; elsewhere the definition
+            return route_and_lookup(logits, self.router, None, bias=self.exp_probs_b)[:2]
+        return route(logits, self.router, self.exp_probs_b)
 
     def _routed(self, x: Tensor) -> Tensor:
         expert_ids, expert_weights = self.choose(x)

@@ -85,15 +85,9 @@ class PageLocker:
         whole_pages = rows.shape[1] % _PAGE == 0
         return max(1, LOCK_BYTES // rows.shape[1]) if whole_pages else len(rows)
 
-    def locked_until(self, index: int, first: int, last: int) -> int:
-        """The end of the rows from `first` on, `last` at most, that one copy can take; `first` itself if not locked."""
-        at_once = self.rows_at_once(self._rows[index])
-        return max(first, min(last, self._n_locked[index], (first // at_once + 1) * at_once))
-
-    @property
-    def n_locked(self) -> list[int]:
-        """Rows by region."""
-        return list(self._n_locked)
+    def n_locked(self, index: int) -> int:
+        """Rows of a region, from the first on."""
+        return self._n_locked[index]
 
     @property
     def is_busy(self) -> bool:

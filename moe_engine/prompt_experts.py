@@ -8,16 +8,19 @@ the products that need an expert wait for its copy. Slots and their table stay a
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moe_engine.expert_ring import Chunk, Ring
-from moe_engine.kernels.grouped_product import PromptProduct
+from moe_engine.kernels.grouped_product import PromptProduct, tile_map
 from moe_engine.kernels.host_copy import upload
+from moe_engine.kernels.layer_choice import ChoiceOnHost, LayerChoice
 from moe_engine.kernels.plain_product import PlainProduct
 from moe_engine.prompt_split import Rates, choose_for_cpu, cpu_seconds
 from moe_engine.stats import PromptCounts
@@ -28,28 +31,27 @@ if TYPE_CHECKING:
 SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 FORECAST_TOKENS = 1024  # of a micro-batch, from which the next layer's choice is foreseen
 NEWEST = 0.2  # weight of the newest measurement in a rate
-
-
-class _Choice(NamedTuple):
-    """What the host has to know of a layer's routing."""
-
-    counts: list[int]  # tokens of each expert
-    resident: list[int]  # slot of each expert or -1
-    resident_next: list[int]  # the same of the next layer
-    forecast: list[int]  # tokens of each expert there, foreseen
+_ALIGNED = 4  # numbers: what the GPU reads at once
 
 
 Chooser = Callable[[Tensor], Tensor]
-"""A layer's router: x f32 `[n_token, hidden]` to the ids of the chosen experts, int64 `[n_token, top_k]`."""
+"""A layer's router: x f32 `[n_token, hidden]` to the ids of the chosen experts, int `[n_token, top_k]`."""
+
+
+class _Launch(NamedTuple):
+    """Products of experts that lie in one place."""
+
+    chunk: Chunk | None  # None: slots of the cache
+    first: int  # expert
+    slots: Tensor  # of experts from the first on, int32
+    tiles: Tensor  # int32 [2, n_tile]
 
 
 class _CpuShare(NamedTuple):
-    """Tokens that have chosen experts of the CPU's: their numbers on the device, inputs, and choices, -1 for others."""
+    """Tokens that have chosen experts of the CPU's: their numbers on the device, and their sums and seconds to come."""
 
     tokens: Tensor
-    x: Tensor
-    ids: Tensor
-    weights: Tensor
+    sums: Future[tuple[Tensor, float]]
 
 
 class PromptExperts:
@@ -69,27 +71,22 @@ class PromptExperts:
         largest = max(layout.slot_bytes for layout in experts.layouts)
         self._ring = Ring(experts.staging, largest, experts.store, self._stream)
         self._ahead: tuple[int, deque[Chunk]] = (-1, deque())  # a layer, and what is being copied for it
-        shared = (layer for layer in range(len(experts.layouts)) if layer not in experts.own_pools)
-        self._first = next(shared, 0)  # layer that may need the ring
         self._product: type[PromptProduct] | type[PlainProduct] = PromptProduct if self._stream else PlainProduct
         n_row = n_token * top_k if self._stream else 0
         values = max(PromptProduct.workspace_values(n_row, layout) for layout in experts.layouts)
         self._workspace = torch.empty(values, dtype=torch.bfloat16, device=device)
 
-        def host(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, pin_memory=self._stream is not None)
-
         # The host writes only after it has waited for a layer's choice, so what earlier layers had to read is read.
-        n_short = min(SHORT_PROMPT, n_token)
-        self._offsets, self._table, self._forecast = host(n_expert + 1), host(2, n_expert), host(n_expert)
-        self._x = host(n_short, hidden, dtype=torch.float32)
-        self._ids, self._weights = host(n_short, top_k, dtype=torch.int64), host(n_short, top_k, dtype=torch.float32)
-        self._places = host(5, n_expert)
-        self._partial = host(0, hidden, dtype=torch.float32)
+        self._choice = ChoiceOnHost(n_expert, min(SHORT_PROMPT, n_token), hidden, top_k, device)
+        n_tile = n_token * top_k // self._product.LEAST_ROWS + n_expert + 2 * _ALIGNED * n_expert
+        self._places = torch.zeros(5 * n_expert + 2 * n_tile, dtype=torch.int32, pin_memory=self._stream is not None)
+        self._partial = torch.empty(0, hidden)
+        self._cpu_thread = ThreadPoolExecutor(1, "moe_engine prompt experts")
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         experts, pool = self.experts, self.experts.pool_of(layer)
         table = experts.slot_table[layer]
+        ids, weights = ids.contiguous(), weights.contiguous()
         product = self._product(x, ids, weights, experts.n_expert, pool.layout, workspace=self._workspace)
         if experts.holds_all or layer in experts.own_pools:
             if len(x) == 1:  # a step of the eager decoder, which counts
@@ -104,23 +101,17 @@ class PromptExperts:
         ring = self._ring
         following = ring.chunks(layer, pool.layout, [expert for expert in streamed if expert not in coming])
         self._send(following)
-        hits, ahead, now, added, mine = self._upload_places(choice, streamed, on_cpu, arriving, following)
-        share = self._cpu_share(x, ids, weights, mine, on_cpu) if on_cpu else None
-
-        n_hit = sum(n for n, slot in zip(choice.counts, choice.resident, strict=True) if slot >= 0)
-        if n_hit:
-            product.add(pool.slots, hits, n_row=n_hit)
-        used = set(streamed)
-        for chunks, places in ((arriving, ahead), (following, now)):
-            while chunks:
+        launches, added, mine = self._place(choice, streamed, on_cpu, arriving, following, product.block_m)
+        share = self._begin_cpu_share(layer, x, ids, weights, mine, on_cpu) if on_cpu else None
+        for launch in launches:
+            chunk = launch.chunk
+            if chunk is not None:
                 self._send(following)
-                chunk = chunks.popleft()
                 assert chunk.sent
                 ring.wait(chunk)
-                n_row = sum(choice.counts[expert] for expert in chunk.experts if expert in used)
-                if n_row:
-                    first, last = chunk.experts[0], chunk.experts[-1]
-                    product.add(chunk.slots, places[first : last + 1], first, n_row)
+            if launch.tiles.numel():
+                product.add(pool.slots if chunk is None else chunk.slots, launch.slots, launch.first, launch.tiles)
+            if chunk is not None:
                 ring.release(chunk)
         self._run_ahead(layer + 1, choice)
         out = product.sum(added)
@@ -128,27 +119,21 @@ class PromptExperts:
             self._add_cpu_share(layer, out, share, choice, on_cpu)
         return out
 
-    def _look(self, layer: int, offsets: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> _Choice:
-        """Waits for the router's choice."""
-        following = self.experts.slot_table[layer : layer + 2]
-        if layer + 1 < len(self.choosers):
-            foreseen = self.choosers[layer + 1](x[:FORECAST_TOKENS]).flatten()
-            counts = torch.zeros(self.experts.n_expert, dtype=torch.int32, device=x.device)
-            counts.index_add_(0, foreseen, counts.new_ones(1).expand(len(foreseen)))
-            self._forecast.copy_(counts, non_blocking=True)
-        self._offsets.copy_(offsets, non_blocking=True)
-        self._table[: len(following)].copy_(following, non_blocking=True)
-        if not self.exact and len(x) <= len(self._x):
-            for host, device in ((self._x, x), (self._ids, ids), (self._weights, weights)):
-                host[: len(x)].copy_(device, non_blocking=True)
-        if self._stream is not None:
-            torch.cuda.current_stream().synchronize()
-            self._note_link_rate()
-        return _Choice(
-            self._offsets.diff().tolist(), self._table[0].tolist(), self._table[-1].tolist(), self._forecast.tolist()
-        )
+    def close(self) -> None:
+        self._cpu_thread.shutdown()
 
-    def _divide(self, layer: int, choice: _Choice, arriving: deque[Chunk]) -> tuple[list[int], list[int]]:
+    def _look(self, layer: int, offsets: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> LayerChoice:
+        """Waits for the router's choice."""
+        has_next = layer + 1 < len(self.choosers)
+        foreseen = self.choosers[layer + 1](x[:FORECAST_TOKENS]).contiguous() if has_next else None
+        brings = not self.exact and len(x) <= len(self._choice.x)
+        tables = self.experts.slot_table[layer : layer + 2]
+        choice = self._choice.read(offsets, tables, foreseen, (x, ids, weights) if brings else None)
+        if self._stream is not None:
+            self._note_link_rate()
+        return choice
+
+    def _divide(self, layer: int, choice: LayerChoice, arriving: deque[Chunk]) -> tuple[list[int], list[int]]:
         """Experts to copy, ascending, and those for the CPU."""
         coming = {expert for chunk in arriving for expert in chunk.experts}
         wanted = [e for e, n in enumerate(choice.counts) if n and choice.resident[e] < 0]
@@ -189,13 +174,13 @@ class PromptExperts:
                     return
                 self._ring.send(chunk)
 
-    def _run_ahead(self, layer: int, choice: _Choice) -> None:
+    def _run_ahead(self, layer: int, choice: LayerChoice) -> None:
         """Begins to copy what the next layer will probably choose, as much as the ring has room for."""
         if layer >= len(self.choosers) or layer in self.experts.own_pools:
             return
         ring, layout = self._ring, self.experts.layouts[layer]
-        missing = [expert for expert, n in enumerate(choice.forecast) if n and choice.resident_next[expert] < 0]
-        missing.sort(key=lambda expert: -choice.forecast[expert])
+        missing = [expert for expert, n in enumerate(choice.foreseen) if n and choice.resident_next[expert] < 0]
+        missing.sort(key=lambda expert: -choice.foreseen[expert])
         chunks = ring.chunks(layer, layout, sorted(missing[: ring.room * ring.width(layout)]))
         self._send(chunks)
         self._ahead = (layer, chunks)
@@ -204,48 +189,81 @@ class PromptExperts:
         if (rate := self._ring.rate()) is not None:
             self.rates = replace(self.rates, pcie=self.rates.pcie + NEWEST * (rate - self.rates.pcie))
 
-    def _upload_places(
-        self, choice: _Choice, streamed: list[int], on_cpu: list[int], arriving: deque[Chunk], following: deque[Chunk]
-    ) -> Tensor:
-        """int32 `[5, n_expert]`: slots of cached experts; places, in their chunks, of those copied ahead, and of the
-        other streamed ones; all three, to see what is added; -1 for others. The last: 1 for the CPU's.
+    def _place(
+        self, choice: LayerChoice, streamed: list[int], on_cpu: list[int], arriving: Iterable[Chunk],
+        following: Iterable[Chunk], block_m: int,
+    ) -> tuple[list[_Launch], Tensor, Tensor]:  # fmt: skip
+        """What is to be launched; then, int32 `[n_expert]`, -1 for experts that this does not add; and 1 for the CPU's.
+
+        All of it goes to the device in one piece: slots of cached experts; places, in their chunks, of those copied
+        ahead, and of the other streamed ones; the last two; and the tiles of each launch.
         """
-        hits, ahead, now, added, mine = self._places.fill_(-1).numpy()
-        hits[:] = added[:] = choice.resident
-        wanted = set(streamed)
-        for row, chunks in ((ahead, arriving), (now, following)):
+        n_expert, buffer = len(choice.counts), self._places.numpy()
+        rows = buffer[: 5 * n_expert].reshape(5, n_expert)
+        rows[:4], rows[4] = -1, 0
+        added = rows[3]
+        rows[0] = added[:] = choice.resident
+        rows[4, on_cpu] = 1
+        wanted, counts = np.zeros(n_expert, dtype=bool), np.array(choice.counts)
+        wanted[streamed] = True
+        starts, used = counts.cumsum() - counts, -(-5 * n_expert // _ALIGNED) * _ALIGNED
+        planned: list[tuple[Chunk | None, int, slice, slice]] = []
+
+        def plan(chunk: Chunk | None, row: int, first: int, last: int) -> None:
+            nonlocal used
+            some = slice(first, last)
+            tiles = tile_map(starts[some], counts[some], rows[row, some] >= 0, block_m)
+            place = slice(used, used + tiles.size)
+            buffer[place] = tiles.ravel()
+            used = -(-place.stop // _ALIGNED) * _ALIGNED
+            planned.append((chunk, row, some, place))
+
+        plan(None, 0, 0, n_expert)
+        for row, chunks in ((1, arriving), (2, following)):
             for chunk in chunks:
-                for place, expert in enumerate(chunk.experts):
-                    if expert in wanted:
-                        row[expert] = added[expert] = place
-        mine[:] = 0
-        mine[on_cpu] = 1
-        return upload(self._places, self.experts.device)
+                places = np.arange(len(chunk.experts))
+                rows[row, chunk.experts] = np.where(wanted[chunk.experts], places, -1)
+                added[chunk.experts] = rows[row, chunk.experts]
+                plan(chunk, row, chunk.experts[0], chunk.experts[-1] + 1)
+        found = upload(self._places[:used], self.experts.device)
+        numbers = found[: 5 * n_expert].view(5, n_expert)
+        launches = [
+            _Launch(chunk, some.start, numbers[row, some], found[place].view(2, -1))
+            for chunk, row, some, place in planned
+        ]
+        return launches, numbers[3], numbers[4]
 
     # -- the CPU's share ---------------------------------------------------------------------------------------
 
-    def _cpu_share(self, x: Tensor, ids: Tensor, weights: Tensor, mine: Tensor, on_cpu: list[int]) -> _CpuShare:
+    def _begin_cpu_share(
+        self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, mine: Tensor, on_cpu: list[int]
+    ) -> _CpuShare:
+        """Lets a thread compute it while this one goes on launching."""
         n = len(x)
-        if n <= len(self._x):
+        if n <= len(self._choice.x):
             tokens = torch.arange(n, device=x.device)
-            x, ids, weights = self._x[:n], self._ids[:n], self._weights[:n]
+            x, ids, weights = self._choice.x[:n], self._choice.ids[:n], self._choice.weights[:n]
         else:
             tokens = mine[ids].any(dim=1).nonzero().flatten()
             x, ids, weights = (tensor[tokens].cpu() for tensor in (x, ids, weights))
-        return _CpuShare(tokens, x, torch.where(torch.isin(ids, torch.tensor(on_cpu)), ids, -1), weights)
+        if len(self._partial) < len(x):
+            self._partial = torch.empty(len(x), x.shape[1], pin_memory=self._stream is not None)
+        partial, experts, begun = self._partial[: len(x)], self.experts, time.perf_counter()
 
-    def _add_cpu_share(self, layer: int, out: Tensor, share: _CpuShare, choice: _Choice, on_cpu: list[int]) -> None:
-        n = len(share.x)
-        if len(self._partial) < n:
-            self._partial = torch.empty(n, out.shape[1], pin_memory=self._stream is not None)
-        partial, experts = self._partial[:n], self.experts
-        started = time.perf_counter()
-        # Right into page-locked memory: PyTorch's threads would have to wake for a copy, beside the pool's.
-        experts.cpu.expert_ffn(experts.handles[layer], share.x, share.ids, share.weights, out=partial)
-        seconds = time.perf_counter() - started
+        @torch.inference_mode()
+        def compute() -> tuple[Tensor, float]:
+            chosen = torch.where(torch.isin(ids, torch.tensor(on_cpu)), ids, -1)
+            experts.cpu.expert_ffn(experts.handles[layer], x, chosen, weights, out=partial)
+            return partial, time.perf_counter() - begun
+
+        return _CpuShare(tokens, self._cpu_thread.submit(compute))
+
+    def _add_cpu_share(self, layer: int, out: Tensor, share: _CpuShare, choice: LayerChoice, on_cpu: list[int]) -> None:
+        partial, seconds = share.sums.result()
         out.index_add_(0, share.tokens, upload(partial, out.device))
         layout = self.experts.layouts[layer]
         bytes_operations = layout.slot_bytes, 6 * layout.hidden * layout.n_ff
         expected = sum(cpu_seconds(choice.counts[expert], *bytes_operations, self.rates) for expert in on_cpu)
-        factor = 1 + NEWEST * (min(2.0, max(0.5, seconds / expected)) - 1)  # one stall says little
+        measured = max(0.0, seconds - self.rates.hand_over) / expected
+        factor = 1 + NEWEST * (min(2.0, max(0.5, measured)) - 1)  # one stall says little
         self.rates = replace(self.rates, cpu_factor=self.rates.cpu_factor * factor)

@@ -6,17 +6,21 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_engine import CapacityError, ConfigError, Engine, ModelFormatError
 from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.page_lock import PageLocker
 from moe_engine.ram_plan import RamPlan, plan_ram
@@ -246,14 +250,15 @@ def test_copies_while_and_without_page_locking(
         locker = store._locker
         assert locker is not None
         n_expert = len(rows[0])
-        wait_until(lambda: "refuses" in caplog.text or min(locker.n_locked) == n_expert)
+        wait_until(lambda: "refuses" in caplog.text or min(map(locker.n_locked, range(len(rows)))) == n_expert)
     assert ("304" in caplog.text) == (n_ok < 1000)
     for index, whole in enumerate(rows):
         slots = torch.zeros_like(whole)
-        store.copy(index, 0, n_expert, slots)
+        store.copy(index, list(range(n_expert)), slots)
         assert torch.equal(slots, whole)
-        store.copy(index, 1, 3, slots[5:7])
-        assert torch.equal(slots[5:7], whole[1:3])
+        some = [1, 2, n_expert - 1]
+        store.copy(index, some, slots[:3])
+        assert torch.equal(slots[:3], whole[some])
     assert driver.most == min(n_ok, driver.most)
     store.close()
     store.close()
@@ -279,15 +284,22 @@ def test_locked_pieces_share_no_page(row_bytes: int, monkeypatch: pytest.MonkeyP
     driver, ready = FakeDriver(1000), threading.Event()
     locker = PageLocker(driver, lambda index: ready.is_set(), lambda error: None)
     locker.add(rows)
-    assert locker.locked_until(0, 2, 10) == 2
+    assert locker.n_locked(0) == 0
     ready.set()
-    wait_until(lambda: locker.n_locked == [10])
+    wait_until(lambda: locker.n_locked(0) == 10)
     assert driver.most == (4 if row_bytes == PAGE else 1)
-    assert [locker.locked_until(0, first, 8) for first in (0, 2, 3, 7)] == (
-        [3, 3, 6, 8] if driver.most == 4 else [8] * 4
-    )
+    assert locker.rows_at_once(rows) == (3 if driver.most == 4 else 10)
     locker.close()
     assert not driver.locked
+
+
+@given(rows=st.sets(st.integers(0, 30), min_size=1), at_once=st.integers(1, 12))
+def test_neighbours_are_copied_together_within_a_piece(rows: set[int], at_once: int) -> None:
+    source, some = torch.randint(0, 256, (31, 8), dtype=torch.uint8), sorted(rows)
+    target = torch.zeros(len(some), 8, dtype=torch.uint8)
+    n_copy = _cpu.copy_rows(target.data_ptr(), source.data_ptr(), 8, some, at_once, None)
+    assert torch.equal(target, source[some])
+    assert n_copy == 1 + sum(b != a + 1 or b % at_once == 0 for a, b in pairwise(some))
 
 
 def test_closing_does_not_wait_for_what_is_not_ready() -> None:

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_blocks import random_blocks
 from torch import Tensor
 
@@ -210,6 +212,13 @@ def test_same_bits_in_other_slots_and_each_time() -> None:
     out = gp.moe_prompt(x, ids, weights, slots, pool, layout)
     assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots, pool, layout))
     assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots.flip(0), pool.flip(0), layout))
+    product = gp.PromptProduct(x, ids, weights, 5, layout)  # some at a time
+    counts = product.offsets.diff().cpu().numpy()
+    starts = counts.cumsum() - counts
+    for some in (slice(0, 2), slice(2, 5)):
+        tiles = gp.tile_map(starts[some], counts[some], counts[some] >= 0, product.block_m)
+        product.add(pool, slots[some], some.start, torch.from_numpy(tiles).to(DEVICE))
+    assert torch.equal(out, product.sum(slots))
 
 
 def test_groups_without_a_slot_are_left_alone() -> None:
@@ -223,6 +232,28 @@ def test_groups_without_a_slot_are_left_alone() -> None:
 
 
 @pytest.mark.gpu
+@settings(max_examples=30, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
+    slots=st.lists(st.integers(-1, 3), min_size=9, max_size=9),
+    block_m=st.sampled_from([16, 32]),
+    first=st.integers(0, 40),
+)
+def test_tiles_known_to_the_host_are_those_of_the_device(
+    counts: list[int], slots: list[int], block_m: int, first: int
+) -> None:
+    """Group by group: every row of a group with a slot is in one tile, which begins where the one before ended."""
+    rows, placed = np.array(counts), np.array(slots[: len(counts)]) >= 0
+    starts = first + rows.cumsum() - rows
+    group, row = gp.tile_map(starts, rows, placed, block_m)
+    expected = [
+        (g, start)
+        for g, (count, has_slot) in enumerate(zip(counts, placed, strict=True))
+        for start in range(starts[g], starts[g] + count * has_slot, block_m)
+    ]
+    assert [*zip(group.tolist(), row.tolist(), strict=True)] == expected
+
+
 def test_large_groups_on_the_gpu() -> None:
     layout = layout_of(("Q4_K", "Q4_K", "Q6_K"), 2048, 768)
     pool = random_pool(layout, 8, seed=9)

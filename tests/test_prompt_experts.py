@@ -1,5 +1,6 @@
 """Prompts through the ring against expert by expert, for any state of cache and ring; and who computes what."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -153,9 +154,9 @@ def test_what_is_foreseen_of_the_next_layer_is_copied_ahead() -> None:
     copied: list[tuple[int, int]] = []
     copy = layers.experts.store.copy
 
-    def noted(index: int, first: int, last: int, slots: Tensor) -> None:
-        copied.extend((index, expert) for expert in range(first, last))
-        copy(index, first, last, slots)
+    def noted(index: int, experts: Sequence[int], slots: Tensor) -> None:
+        copied.extend((index, expert) for expert in experts)
+        copy(index, experts, slots)
 
     layers.experts.store.copy = noted  # type: ignore[method-assign]
     chosen = [set(ids.flatten().tolist()) for _, ids, _ in inputs]

@@ -3,10 +3,12 @@
 #include "bindings_memory.h"
 
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "copy_engine.h"
 #include "expert_memory.h"
 
 namespace nb = nanobind;
@@ -40,6 +42,14 @@ void bind_memory(nb::module_& m) {
     using moe::ExpertMemory;
     using Ids = std::vector<int32_t>;
     const nb::call_guard<nb::gil_scoped_release> no_gil;
+    m.def(
+        "copy_rows",
+        [](uintptr_t to, uintptr_t from, int64_t row_bytes, const std::vector<int64_t>& rows, int64_t rows_at_once,
+           std::optional<uintptr_t> stream) {
+            return moe::copy_rows(reinterpret_cast<uint8_t*>(to), reinterpret_cast<const uint8_t*>(from), row_bytes,
+                                  rows, rows_at_once, stream.has_value(), reinterpret_cast<void*>(stream.value_or(0)));
+        },
+        "to"_a, "from_"_a, "row_bytes"_a, "rows"_a, "rows_at_once"_a, "stream"_a.none(), no_gil);
     using Counts = ExpertMemory::Counts;
     nb::class_<Counts>(m, "MemoryCounts")
         .def_ro("limit", &Counts::limit)

@@ -140,6 +140,26 @@ class CudaDriver {
     void* library_;
 };
 
+int64_t copy_rows(uint8_t* to, const uint8_t* from, int64_t row_bytes, const std::vector<int64_t>& rows,
+                  int64_t rows_at_once, bool on_device, void* stream) {
+    int64_t n_copy = 0;
+    for (size_t first = 0, last = 0; first < rows.size(); first = last, ++n_copy) {
+        do ++last;
+        while (last < rows.size() && rows[last] == rows[last - 1] + 1 && rows[last] % rows_at_once != 0);
+        const Copy copy = {to + static_cast<int64_t>(first) * row_bytes, from + rows[first] * row_bytes,
+                           static_cast<int64_t>(last - first) * row_bytes};
+        if (on_device) {
+            const CudaDriver& cuda = CudaDriver::get();
+            cuda.check(cuda.copy_to_device(reinterpret_cast<unsigned long long>(copy.to), copy.from,
+                                           static_cast<size_t>(copy.n_bytes), stream),
+                       "cuMemcpyHtoDAsync");
+        } else {
+            std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.n_bytes));
+        }
+    }
+    return n_copy;
+}
+
 CudaCopyEngine::CudaCopyEngine(int device) : cuda_(CudaDriver::get()) {
     cuda_.check(cuda_.device_get(&device_, device), "cuDeviceGet");
     cuda_.check(cuda_.primary_context_retain(&context_, device_), "cuDevicePrimaryCtxRetain");

@@ -53,6 +53,12 @@ class HostCopyEngine final : public CopyEngine {
     std::thread thread_;
 };
 
+// Copies rows, ascending, to where they lie one behind the other, in as few copies as neighbours allow. A copy does not
+// cross from one piece of `rows_at_once` rows into the next. Returns the number of copies.
+// on_device: in the order of `stream`, a CUDA stream of the current context; otherwise at once.
+int64_t copy_rows(uint8_t* to, const uint8_t* from, int64_t row_bytes, const std::vector<int64_t>& rows,
+                  int64_t rows_at_once, bool on_device, void* stream);
+
 class CudaDriver;
 
 // Asynchronous copies on a stream of its own in a device's primary context. The driver is loaded at run time.
