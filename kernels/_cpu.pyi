@@ -106,6 +106,22 @@ def expert_ffn(
     float_activations: bool,
 ) -> bool: ...
 
+class BackgroundFfn:
+    def __init__(self, pool: ThreadPool) -> None: ...
+    def begin(
+        self,
+        layer: ExpertLayer,
+        x: int,
+        n_tokens: int,
+        expert_ids: int,
+        top_k: int,
+        weights: int,
+        only: Sequence[int],
+        out: int,
+        float_activations: bool,
+    ) -> None: ...
+    def finish(self) -> float: ...
+
 # The decode worker: use `worker.DecodeWorker`. An expert's key is layer * n_expert + expert.
 
 class PolicySettings:

@@ -5,6 +5,7 @@ checked here once, then only addresses cross over.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -94,6 +95,8 @@ class CpuKernels:
         self.threads = threads
         self.float_activations = float_activations
         self._pool = _cpu.ThreadPool(threads, spin_microseconds, pin)
+        self._background: _cpu.BackgroundFfn | None = None
+        self._background_uses: tuple[object, ...] = ()
 
     @property
     def tier(self) -> str:
@@ -222,6 +225,39 @@ class CpuKernels:
         )
         assert in_range, _wrong_id(expert_ids, handle.n_expert)
         return out
+
+    def begin_expert_ffn(
+        self,
+        handle: ExpertHandle,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        weights: torch.Tensor,
+        only: Sequence[int],
+        out: torch.Tensor,
+    ) -> None:
+        """Begins `expert_ffn` with the experts in `only`, ascending, on a thread of its own; ids are int32.
+
+        Nothing of it may be touched until `finish_expert_ffn`. Waits for the call that was begun before.
+        """
+        n_tokens, top_k = expert_ids.shape
+        assert x.shape == out.shape == (n_tokens, handle.hidden), (x.shape, out.shape, expert_ids.shape)
+        assert weights.shape == expert_ids.shape, (weights.shape, expert_ids.shape)
+        assert expert_ids.dtype == torch.int32, expert_ids.dtype
+        for tensor in (x, weights, out):
+            assert tensor.dtype == torch.float32, tensor.dtype
+        assert all(tensor.is_contiguous() for tensor in (x, expert_ids, weights, out))
+        assert all(0 <= expert < handle.n_expert for expert in only), only
+        if self._background is None:
+            self._background = _cpu.BackgroundFfn(self._pool)
+        places = (x.data_ptr(), n_tokens, expert_ids.data_ptr(), top_k, weights.data_ptr())
+        self._background.begin(handle.layer, *places, only, out.data_ptr(), self.float_activations)
+        self._background_uses = (handle, x, expert_ids, weights, out)
+
+    def finish_expert_ffn(self) -> float:
+        """Waits for the end of what was begun, if anything was: seconds since then."""
+        seconds = 0.0 if self._background is None else self._background.finish()
+        self._background_uses = ()
+        return seconds
 
 
 def _wrong_id(expert_ids: torch.Tensor, n_expert: int) -> str:

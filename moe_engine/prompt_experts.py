@@ -6,10 +6,8 @@ Copies run ahead of the products, into the next layer too. The host waits once p
 the products that need an expert wait for its copy. Slots and their table stay as they are.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -48,10 +46,10 @@ class _Launch(NamedTuple):
 
 
 class _CpuShare(NamedTuple):
-    """Tokens that have chosen experts of the CPU's: their numbers on the device, and their sums and seconds to come."""
+    """Tokens that have chosen experts of the CPU's: their numbers on the device, and where their sums will be."""
 
     tokens: Tensor
-    sums: Future[tuple[Tensor, float]]
+    sums: Tensor
 
 
 class PromptExperts:
@@ -81,7 +79,6 @@ class PromptExperts:
         n_tile = n_token * top_k // self._product.LEAST_ROWS + n_expert + 2 * _ALIGNED * n_expert
         self._places = torch.zeros(5 * n_expert + 2 * n_tile, dtype=torch.int32, pin_memory=self._stream is not None)
         self._partial = torch.empty(0, hidden)
-        self._cpu_thread = ThreadPoolExecutor(1, "moe_engine prompt experts")
 
     def __call__(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         experts, pool = self.experts, self.experts.pool_of(layer)
@@ -120,7 +117,8 @@ class PromptExperts:
         return out
 
     def close(self) -> None:
-        self._cpu_thread.shutdown()
+        """Nothing reads experts any more."""
+        self.experts.cpu.finish_expert_ffn()
 
     def _look(self, layer: int, offsets: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> LayerChoice:
         """Waits for the router's choice."""
@@ -245,22 +243,16 @@ class PromptExperts:
             x, ids, weights = self._choice.x[:n], self._choice.ids[:n], self._choice.weights[:n]
         else:
             tokens = mine[ids].any(dim=1).nonzero().flatten()
-            x, ids, weights = (tensor[tokens].cpu() for tensor in (x, ids, weights))
+            x, ids, weights = (tensor[tokens].cpu() for tensor in (x, ids.int(), weights))
         if len(self._partial) < len(x):
             self._partial = torch.empty(len(x), x.shape[1], pin_memory=self._stream is not None)
-        partial, experts, begun = self._partial[: len(x)], self.experts, time.perf_counter()
-
-        @torch.inference_mode()
-        def compute() -> tuple[Tensor, float]:
-            chosen = torch.where(torch.isin(ids, torch.tensor(on_cpu)), ids, -1)
-            experts.cpu.expert_ffn(experts.handles[layer], x, chosen, weights, out=partial)
-            return partial, time.perf_counter() - begun
-
-        return _CpuShare(tokens, self._cpu_thread.submit(compute))
+        partial = self._partial[: len(x)]
+        self.experts.cpu.begin_expert_ffn(self.experts.handles[layer], x, ids, weights, on_cpu, partial)
+        return _CpuShare(tokens, partial)
 
     def _add_cpu_share(self, layer: int, out: Tensor, share: _CpuShare, choice: LayerChoice, on_cpu: list[int]) -> None:
-        partial, seconds = share.sums.result()
-        out.index_add_(0, share.tokens, upload(partial, out.device))
+        seconds = self.experts.cpu.finish_expert_ffn()
+        out.index_add_(0, share.tokens, upload(share.sums, out.device))
         layout = self.experts.layouts[layer]
         bytes_operations = layout.slot_bytes, 6 * layout.hidden * layout.n_ff
         expected = sum(cpu_seconds(choice.counts[expert], *bytes_operations, self.rates) for expert in on_cpu)

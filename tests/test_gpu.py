@@ -215,7 +215,7 @@ def test_prompts_in_steps_fill_the_kv_cache_as_micro_batches_do(slots: int | Non
 
 def test_timeline_of_a_step() -> None:
     """GPU events adjoin from the step's begin to its end, the CPU's lie within, and tokens stay what they were."""
-    with load(cache_slots=9, miss="cpu") as engine:
+    with load(experts="cpu") as engine:
         expected = greedy(engine, PROMPTS[0], 32)
         events = record(engine, engine.encode(PROMPTS[0])[0])
         gpu = [event for event in events if event.lane == "GPU"]

@@ -254,6 +254,23 @@ def test_expert_ffn_of_a_token_is_its_own(mix: tuple[str, str, str], floats: boo
         assert same_bits(alone, together[some].contiguous())
 
 
+def test_experts_in_the_background() -> None:
+    rng = np.random.default_rng(10)
+    kernels = CpuKernels(2)
+    handle = random_experts(kernels, MIXES[0], rng)
+    assert kernels.finish_expert_ffn() == 0
+    for _ in range(20):
+        x, ids, weights = random_routing(4, 2, rng)
+        only = sorted(set(ids.flatten().tolist()))[1:]
+        out = torch.full_like(x, float("nan"))
+        kernels.begin_expert_ffn(handle, x, ids.int(), weights, only, out)
+        expected = POOLS[3, False].expert_ffn(
+            handle, x, torch.where(torch.isin(ids, torch.tensor(only)), ids, -1), weights
+        )
+        assert kernels.finish_expert_ffn() > 0
+        assert same_bits(out, expected)
+
+
 def test_fused_gate_up_view() -> None:
     rng = np.random.default_rng(9)
     fused = random_weight(BY_NAME["Q4_K"], (N_EXPERT, 2 * 256, HIDDEN), rng)

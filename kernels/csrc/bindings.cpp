@@ -6,6 +6,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
+#include "background_ffn.h"
 #include "bindings_memory.h"
 #include "bindings_worker.h"
 #include "cpu_order.h"
@@ -142,6 +145,31 @@ NB_MODULE(_cpu, m) {
         },
         "pool"_a, "layer"_a, "x"_a, "n_tokens"_a, "expert_ids"_a, "top_k"_a, "weights"_a, "out"_a,
         "float_activations"_a, no_gil);
+
+    nb::class_<moe::BackgroundFfn>(m, "BackgroundFfn")
+        .def(nb::init<ThreadPool&>(), "pool"_a, nb::keep_alive<1, 2>())
+        // Of the pairs those with the experts in `only`. Ids int32 [n_tokens, top_k].
+        .def(
+            "begin",
+            [](moe::BackgroundFfn& self, const moe::ExpertLayer& layer, uintptr_t x, int64_t n_tokens,
+               uintptr_t expert_ids, int64_t top_k, uintptr_t weights, const std::vector<int32_t>& only, uintptr_t out,
+               bool float_activations) {
+                const int64_t n_pairs = n_tokens * top_k;
+                const int32_t* ids = at<const int32_t>(expert_ids);
+                std::vector<int32_t> pairs(static_cast<size_t>(2 * n_pairs), -1);
+                for (int64_t p = 0; p < n_pairs; ++p) {
+                    pairs[static_cast<size_t>(p)] = static_cast<int32_t>(p / top_k);
+                    if (std::binary_search(only.begin(), only.end(), ids[p]))
+                        pairs[static_cast<size_t>(n_pairs + p)] = ids[p];
+                }
+                self.begin(layer,
+                           {at<const float>(x), n_tokens, nullptr, nullptr, at<const float>(weights), n_pairs,
+                            at<float>(out), float_activations},
+                           std::move(pairs));
+            },
+            "layer"_a, "x"_a, "n_tokens"_a, "expert_ids"_a, "top_k"_a, "weights"_a, "only"_a, "out"_a,
+            "float_activations"_a, no_gil)
+        .def("finish", &moe::BackgroundFfn::finish, no_gil);
 
     bind_memory(m);
     bind_worker(m);

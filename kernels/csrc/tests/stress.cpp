@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "../background_ffn.h"
 #include "../moe_cpu.h"
 #include "../quant_blocks.h"
 #include "../read_memory.h"
@@ -117,8 +118,19 @@ struct ExpertJob final : Job {
         }
     }
 
+    // Every other one on a thread of its own.
     std::vector<float> run(moe::ThreadPool& pool) const override {
         std::vector<float> out(x.size());
+        if (n_tokens % 2 == 1) {
+            std::vector<int32_t> pairs(token);
+            pairs.insert(pairs.end(), expert.begin(), expert.end());
+            moe::BackgroundFfn background(pool);
+            background.begin(layer,
+                             {x.data(), n_tokens, nullptr, nullptr, scale.data(), n_tokens * top_k, out.data(), exact},
+                             pairs);
+            background.finish();
+            return out;
+        }
         moe::expert_ffn(pool, layer, {x.data(), n_tokens, token.data(), expert.data(), scale.data(),
                                       n_tokens * top_k, out.data(), exact});
         return out;
