@@ -223,7 +223,7 @@ def choose_method(part: SlotPart, pool: Tensor, block_m: int) -> Method:
     Measured on an H200 with Qwen3-30B-A3B, 64 and 2048 tokens, all of `moe_prompt` in ms, fused or dequantized:
     Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12.
     """
-    fuses = part.type.name == "Q4_K" or block_m == LEAST_ROWS
+    fuses = part.type.name == "Q4_K" or (part.type.name == "Q6_K" and block_m == LEAST_ROWS)
     return "fused" if fuses and _is_fast(part, pool) else "dequantized"
 
 
