@@ -226,6 +226,33 @@ def test_a_prefetch_is_there_two_layers_later(predicted: int, arrives: bool, out
     engine.release(100)
 
 
+def test_a_prefetch_for_the_next_layer_runs_beside_the_cpu() -> None:
+    """Its copy begins before the answer; once it is there, it is a hit, and nothing else about the step changes."""
+    engine = _cpu.HostCopyEngine(held=True)
+    gpu = FakeGpu("cpu", (12, 4), max_background=0, copies=engine, meanwhile=lambda: engine.release(1))
+    rng = np.random.default_rng(0)
+    for step in range(1, 30):
+        choices = CHOICES.copy()
+        choices[1] = 2 * step % 6 + np.arange(2)  # layer 1 has slots for two steps' experts
+        gpu.ahead = [choices, np.full_like(choices, -1)]
+        gpu.worker.expect(step, 1, True)
+        gpu.layer(step, 0, choices[0], True, rng)
+        foreseen = gpu.worker.stats().fetched_background
+        gpu.layer(step, 1, choices[1], True, rng)
+        gpu.layer(step, 2, choices[2], True, rng)
+        assert gpu.worker.stats().fetched_background == foreseen  # only layer 0 can look two layers ahead
+        gpu.finish(step, [step])
+        assert gpu.worker.wait_tokens(step) is not None
+    stats = gpu.worker.stats()
+    engine.release(1000)
+    assert stats.prefetched[1] > 10
+    assert stats.prefetched[0] == stats.prefetched[2] == 0
+    assert stats.prefetched_in_time[1] + stats.prefetched_late[1] == stats.prefetched[1]  # all were chosen
+    assert stats.hits[1] >= stats.prefetched_in_time[1] > 0
+    gpu.worker.settle()
+    gpu.worker.check_integrity()
+
+
 def test_what_must_be_fetched_waits_for_slots_of_prefetches() -> None:
     """Layer 2 needs every slot of its class, but of two the wrong experts are on their way."""
     engine = _cpu.HostCopyEngine(held=True)

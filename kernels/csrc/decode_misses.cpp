@@ -10,6 +10,9 @@ namespace moe {
 void DecodeWorker::handle(const Step& step, int layer) {
     const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
     entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0};
+    const double since_last = static_cast<double>(seen_ - last_seen_) * 1e-9;
+    if (layer > 0) layer_seconds_ += kNewest * (std::min(since_last, kLongLayer) - layer_seconds_);
+    last_seen_ = seen_;
     poll_copies();
     cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k, step.number);
     read_message(step, layer, message);
@@ -113,6 +116,7 @@ void DecodeWorker::note_use(ExpertKey key) {
 void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& message) {
     const Mailbox& mailbox = spec_.mailbox;
     n_evicted_ = 0;
+    prefetch_next(step, layer, message);
     read_ahead(layer);
     divide(step, layer);
     compute(step, layer, message);
@@ -137,6 +141,50 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     for (ExpertKey key : background_) start_fetch(key);
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_.fetched_background += static_cast<int64_t>(background_.size());
+}
+
+// What the next layers will probably choose is not evicted now.
+void DecodeWorker::keep_foreseen(const Step& step, int layer, const Mailbox::Message& message) {
+    for (int64_t i = 0; i < message.header[Mailbox::kAhead]; ++i)
+        for (int64_t pair = 0; pair < step.n_token * spec_.mailbox.top_k; ++pair)
+            if (message.ahead[i][pair] >= 0)
+                cache_.keep(cache_.key(layer + 1 + static_cast<int>(i), message.ahead[i][pair]));
+}
+
+// Whether an expert may be fetched: the table entry of one that this answer evicts could come before the GPU takes the
+// old one out.
+bool DecodeWorker::can_come(ExpertKey key) const {
+    const int32_t* evicted = spec_.mailbox.evicted();
+    return cache_.absent(key) && std::find(evicted, evicted + n_evicted_, key) == evicted + n_evicted_;
+}
+
+// Starts to fetch, beside the CPU's work on this layer, what the next one will probably miss and what can be there when
+// it comes. The GPU looks nothing up before it has the answer and with it the victims, and what it reads meanwhile is not
+// among them.
+void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Message& message) {
+    const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
+    const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait
+    if (!divides || !in_memory || message.header[Mailbox::kAhead] != Mailbox::kMaxAhead) return;
+    const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
+    keep_foreseen(step, layer, message);
+    int64_t n_started = 0;
+    double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
+    for (const Flight& flight : in_flight_) room -= static_cast<double>(flight.n_bytes);
+    if (room < static_cast<double>(n_bytes) || !worth_prefetching(layer + 1)) return;
+    for (int64_t choice = 0; choice < spec_.mailbox.top_k; ++choice)
+        for (int64_t token = 0; token < step.n_token; ++token) {
+            const int32_t expert = message.ahead[0][token * spec_.mailbox.top_k + choice];
+            if (expert < 0 || room < static_cast<double>(n_bytes) || n_evicted_ == n_pair) continue;
+            const ExpertKey key = cache_.key(layer + 1, expert);
+            if (!can_come(key) || !reserve(key, SlotCache::Evict::any)) continue;
+            start_fetch(key);
+            prefetches_.push_back(key);
+            room -= static_cast<double>(n_bytes);
+            ++n_started;
+        }
+    passed_over_[static_cast<size_t>(layer) + 1] = 0;
+    std::lock_guard<std::mutex> lock(stats_mutex_);
+    stats_.fetched_background += n_started;
 }
 
 // Where not all experts are in RAM: all reads of the layer begin together, whoever waits for them.
@@ -237,25 +285,18 @@ void DecodeWorker::await_late() {
     stats_.copy_wait_ns += now() - start;
 }
 
-// Reserves slots for experts to be fetched behind the answer, whose victims are part of it: those that the next
-// layer but one will probably miss, then those that the CPU has computed. Only for the latter the policy's admission
+// Reserves slots for experts to be fetched behind the answer, whose victims are part of it: those that the next layer
+// but one will probably miss, then those that the CPU has computed. Only for the latter the policy's admission
 // rule is asked: the others were not used yet, and what is fetched for the step itself needs a slot anyway.
 void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message) {
     poll_copies();
+    keep_foreseen(step, layer, message);
     background_.clear();
     const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_ahead = message.header[Mailbox::kAhead];
     const auto is_room = [&] {  // the GPU looks at no more evictions than there are pairs
         return static_cast<int64_t>(in_flight_.size() + background_.size()) < spec_.max_background &&
                n_evicted_ < n_pair;
     };
-    const int32_t* evicted = spec_.mailbox.evicted();
-    const auto leaves_now = [&](ExpertKey key) {  // its copy's table entry could come before the GPU takes it out
-        return std::find(evicted, evicted + n_evicted_, key) != evicted + n_evicted_;
-    };
-    for (int64_t i = 0; i < n_ahead; ++i)
-        for (int64_t pair = 0; pair < n_pair; ++pair)
-            if (message.ahead[i][pair] >= 0)
-                cache_.keep(cache_.key(layer + 1 + static_cast<int>(i), message.ahead[i][pair]));
     const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait
     if (in_memory && n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {
         // The better half of the choices: the others are wrong too often to evict an expert for.
@@ -264,7 +305,7 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
                 const int32_t expert = message.ahead[1][token * spec_.mailbox.top_k + choice];
                 if (expert < 0 || !is_room()) continue;
                 const ExpertKey key = cache_.key(layer + 2, expert);
-                if (!cache_.absent(key) || leaves_now(key) || !reserve(key, SlotCache::Evict::any)) continue;
+                if (!can_come(key) || !reserve(key, SlotCache::Evict::any)) continue;
                 background_.push_back(key);
                 prefetches_.push_back(key);
             }

@@ -170,6 +170,9 @@ class DecodeWorker {
     void handle(const Step& step, int layer);
     void read_message(const Step& step, int layer, const Mailbox::Message& message);
     void answer(const Step& step, int layer, const Mailbox::Message& message);
+    void keep_foreseen(const Step& step, int layer, const Mailbox::Message& message);
+    bool can_come(ExpertKey key) const;
+    void prefetch_next(const Step& step, int layer, const Mailbox::Message& message);
     void read_ahead(int layer);
     void divide(const Step& step, int layer);
     void compute(const Step& step, int layer, const Mailbox::Message& message);
@@ -231,7 +234,8 @@ class DecodeWorker {
     std::vector<int32_t> token_, expert_;  // what the CPU computes
     std::vector<float> weight_;
     int64_t n_hit_ = 0, n_missed_ = 0, n_evicted_ = 0;
-    int64_t seen_ = 0;  // when its message was, nanoseconds
+    int64_t seen_ = 0, last_seen_ = 0;  // when its message was, and the one before, nanoseconds
+    double layer_seconds_ = 0;          // between two messages of a step, lately
     TimelineEntry entry_{};
     std::vector<Copy> batch_;
 
@@ -245,6 +249,7 @@ class DecodeWorker {
     // so many chances.
     static constexpr double kInTime = 0.5, kScoreStep = 1.0 / 16;
     static constexpr int64_t kPassOver = 64;
+    static constexpr double kNewest = 1.0 / 16, kLongLayer = 2e-3;  // seconds; more is an interruption
     static constexpr int64_t kTimeline = 4096;
     std::vector<TimelineEntry> timeline_;  // a ring
     int64_t n_message_ = 0;
