@@ -89,15 +89,20 @@ def _tile_map(groups: Groups, n_row: int, block_m: int) -> tuple[Tensor, Tensor]
     return tiles[0], tiles[1]
 
 
-def tile_map(starts: IntArray, counts: IntArray, placed: BoolArray, block_m: int) -> IntArray:
-    """The same from what the host knows of the groups, without room to spare: int32 `[2, n_tile]`.
+def tile_map(counts: IntArray, launch: IntArray, block_m: int) -> tuple[IntArray, IntArray]:
+    """What `_tile_map` says, from what the host knows, for several launches, and without room to spare.
 
-    starts, counts: a group's first row and its rows. placed: whether it has a slot.
+    counts: rows by group. launch: the one that computes a group, -1 for none. Returns int32 `[2, n_tile]`, group and
+    first row of each tile, in the order of launches, and where each launch's tiles end.
     """
-    n_tile = np.where(placed, -(-counts // block_m), 0)
-    group = np.repeat(np.arange(len(counts)), n_tile)
+    order = np.argsort(launch, kind="stable")
+    order = order[np.searchsorted(launch[order], 0) :]
+    n_tile = -(-counts[order] // block_m)
+    group = np.repeat(order, n_tile)
     within = np.arange(len(group)) - np.repeat(n_tile.cumsum() - n_tile, n_tile)
-    return np.stack([group, starts[group] + within * block_m]).astype(np.int32)
+    row = (counts.cumsum() - counts)[group] + within * block_m
+    ends = np.searchsorted(launch[group], np.arange(launch.max(initial=-1) + 1), side="right")
+    return np.stack([group, row]).astype(np.int32), ends
 
 
 def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
@@ -264,18 +269,18 @@ class PromptProduct:
         """Rows of a tile."""
         return self._tiling.block_m
 
-    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: Tensor | None = None) -> None:
+    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: tuple[Tensor, Tensor] | None = None) -> None:
         """Computes the experts from `first` on for which slots, int32 `[n]`, holds a slot of `pool`, -1 for none.
 
-        pool: uint8 `[n_slot, slot_bytes]`. tiles: int32 `[2, n_tile]`, `tile_map` of these experts with `block_m`, if
-        the host knows it. The method `dequantized` takes up to grouped_expand.SCRATCH_BYTES for bf16 weights (at least
-        for one expert's gate and up).
+        pool: uint8 `[n_slot, slot_bytes]`. tiles: group, counted from `first`, and first row of each, int32 `[n_tile]`,
+        from `tile_map` with `block_m`, if the host knows them. The method `dequantized` takes up to
+        grouped_expand.SCRATCH_BYTES for bf16 weights (at least for one expert's gate and up).
         """
         gate, up, down = self.layout.gate, self.layout.up, self.layout.down
         groups = Groups(self.offsets[first : first + len(slots) + 1], slots)
         x, token, h, y, tiling = self.x, self.sorted.token, self._h, self._y, self._tiling
         n_row = len(h)
-        whole = _tile_map(groups, n_row, tiling.block_m) if tiles is None else (tiles[0], tiles[1])
+        whole = tiles or _tile_map(groups, n_row, tiling.block_m)
 
         def tiles_of(some: Groups) -> tuple[Tensor, Tensor]:
             return whole if len(some) == len(groups) else _tile_map(some, n_row, tiling.block_m)

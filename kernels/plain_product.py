@@ -27,7 +27,7 @@ class PlainProduct:
         self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
         self._y = torch.zeros(*ids.shape, layout.hidden)
 
-    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: Tensor | None = None) -> None:
+    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: tuple[Tensor, Tensor] | None = None) -> None:
         for expert, slot in enumerate(slots.tolist(), first):
             token, choice = (self.ids == expert).nonzero(as_tuple=True)
             if slot < 0 or not len(token):

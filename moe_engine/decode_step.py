@@ -62,8 +62,8 @@ class Running:
     sampler: Sampler
 
 
-PROMPT_TOKENS = 16
-"""Of a prompt that go through one step: as many as the decode kernels take."""
+PROMPT_TOKENS = 32
+"""Of a prompt that go through one step at most. The experts that many miss together are read once."""
 
 
 class DecodeStep:

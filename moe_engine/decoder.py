@@ -29,7 +29,7 @@ from moe_engine.stats import Stats
 # Of every so many steps one may fetch, to see whether that pays; it does if this share of the misses is fetched.
 PROBE_STEPS, FETCH_SHARE = 32, 0.2
 
-FEW_PROMPT_TOKENS = 4  # a step for so few is faster than one for PROMPT_TOKENS
+PROMPT_SIZES = (4, 16, PROMPT_TOKENS)  # of steps with a prompt's tokens
 
 NOT_FINITE = "the model's logits are not finite: the file's weights are damaged"
 
@@ -244,7 +244,7 @@ class GraphDecoder:
         for start in range(0, len(ids), PROMPT_TOKENS):
             some = ids[start : start + PROMPT_TOKENS]
             self.step.set_prompt(some, position + start)
-            n_token = FEW_PROMPT_TOKENS if len(some) <= FEW_PROMPT_TOKENS else PROMPT_TOKENS
+            n_token = next(size for size in PROMPT_SIZES if len(some) <= size)
             self._launch(StepForm(n_token, self.misses[-1], "greedy", prompt_of=index))
             self._take()
             if self._recorder is not None:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 FORECAST_TOKENS = 1024  # of a micro-batch, from which the next layer's choice is foreseen
 NEWEST = 0.2  # weight of the newest measurement in a rate
-_ALIGNED = 4  # numbers: what the GPU reads at once
-
 
 Chooser = Callable[[Tensor], Tensor]
 """A layer's router: x f32 `[n_token, hidden]` to the ids of the chosen experts, int `[n_token, top_k]`."""
@@ -42,7 +40,7 @@ class _Launch(NamedTuple):
     chunk: Chunk | None  # None: slots of the cache
     first: int  # expert
     slots: Tensor  # of experts from the first on, int32
-    tiles: Tensor  # int32 [2, n_tile]
+    tiles: tuple[Tensor, Tensor]  # expert, counted from the first, and first row of each: int32 [n_tile]
 
 
 class _CpuShare(NamedTuple):
@@ -76,7 +74,7 @@ class PromptExperts:
 
         # The host writes only after it has waited for a layer's choice, so what earlier layers had to read is read.
         self._choice = ChoiceOnHost(n_expert, min(SHORT_PROMPT, n_token), hidden, top_k, device)
-        n_tile = n_token * top_k // self._product.LEAST_ROWS + n_expert + 2 * _ALIGNED * n_expert
+        n_tile = n_token * top_k // self._product.LEAST_ROWS + n_expert
         self._places = torch.zeros(5 * n_expert + 2 * n_tile, dtype=torch.int32, pin_memory=self._stream is not None)
         self._partial = torch.empty(0, hidden)
 
@@ -106,7 +104,7 @@ class PromptExperts:
                 self._send(following)
                 assert chunk.sent
                 ring.wait(chunk)
-            if launch.tiles.numel():
+            if launch.tiles[0].numel():
                 product.add(pool.slots if chunk is None else chunk.slots, launch.slots, launch.first, launch.tiles)
             if chunk is not None:
                 ring.release(chunk)
@@ -196,39 +194,35 @@ class PromptExperts:
         All of it goes to the device in one piece: slots of cached experts; places, in their chunks, of those copied
         ahead, and of the other streamed ones; the last two; and the tiles of each launch.
         """
-        n_expert, buffer = len(choice.counts), self._places.numpy()
+        n_expert, buffer, counts = len(choice.counts), self._places.numpy(), np.array(choice.counts)
         rows = buffer[: 5 * n_expert].reshape(5, n_expert)
         rows[:4], rows[4] = -1, 0
-        added = rows[3]
-        rows[0] = added[:] = choice.resident
+        rows[0] = rows[3] = choice.resident
         rows[4, on_cpu] = 1
-        wanted, counts = np.zeros(n_expert, dtype=bool), np.array(choice.counts)
-        wanted[streamed] = True
-        starts, used = counts.cumsum() - counts, -(-5 * n_expert // _ALIGNED) * _ALIGNED
-        planned: list[tuple[Chunk | None, int, slice, slice]] = []
-
-        def plan(chunk: Chunk | None, row: int, first: int, last: int) -> None:
-            nonlocal used
-            some = slice(first, last)
-            tiles = tile_map(starts[some], counts[some], rows[row, some] >= 0, block_m)
-            place = slice(used, used + tiles.size)
-            buffer[place] = tiles.ravel()
-            used = -(-place.stop // _ALIGNED) * _ALIGNED
-            planned.append((chunk, row, some, place))
-
-        plan(None, 0, 0, n_expert)
+        launch = np.where(rows[0] >= 0, 0, -1)
+        planned: list[tuple[Chunk | None, int, slice]] = [(None, 0, slice(0, n_expert))]
         for row, chunks in ((1, arriving), (2, following)):
             for chunk in chunks:
-                places = np.arange(len(chunk.experts))
-                rows[row, chunk.experts] = np.where(wanted[chunk.experts], places, -1)
-                added[chunk.experts] = rows[row, chunk.experts]
-                plan(chunk, row, chunk.experts[0], chunk.experts[-1] + 1)
+                rows[row, chunk.experts] = np.arange(len(chunk.experts))
+                launch[chunk.experts] = len(planned)
+                planned.append((chunk, row, slice(chunk.experts[0], chunk.experts[-1] + 1)))
+        in_vain = launch > 0
+        in_vain[streamed] = False
+        launch[in_vain] = rows[1, in_vain] = -1
+        rows[3] = rows[:3].max(0)
+        tiles, ends = tile_map(counts, launch, block_m)
+        tiles[0] -= np.array([some.start for _, _, some in planned], dtype=np.int32)[launch[tiles[0]]]
+        used = 5 * n_expert + tiles.size
+        buffer[5 * n_expert : used] = tiles.ravel()
         found = upload(self._places[:used], self.experts.device)
-        numbers = found[: 5 * n_expert].view(5, n_expert)
-        launches = [
-            _Launch(chunk, some.start, numbers[row, some], found[place].view(2, -1))
-            for chunk, row, some, place in planned
-        ]
+        numbers, (expert, first_row) = found[: 5 * n_expert].view(5, n_expert), found[5 * n_expert :].view(2, -1)
+        stops = ends.tolist() + [tiles.shape[1]] * (len(planned) - len(ends))
+        launches, start = [], 0
+        for (of_chunk, row, some), stop in zip(planned, stops, strict=True):
+            launches.append(
+                _Launch(of_chunk, some.start, numbers[row, some], (expert[start:stop], first_row[start:stop]))
+            )
+            start = stop
         return launches, numbers[3], numbers[4]
 
     # -- the CPU's share ---------------------------------------------------------------------------------------

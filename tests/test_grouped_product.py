@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from random_blocks import random_blocks
 from torch import Tensor
@@ -213,11 +213,10 @@ def test_same_bits_in_other_slots_and_each_time() -> None:
     assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots, pool, layout))
     assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots.flip(0), pool.flip(0), layout))
     product = gp.PromptProduct(x, ids, weights, 5, layout)  # some at a time
-    counts = product.offsets.diff().cpu().numpy()
-    starts = counts.cumsum() - counts
-    for some in (slice(0, 2), slice(2, 5)):
-        tiles = gp.tile_map(starts[some], counts[some], counts[some] >= 0, product.block_m)
-        product.add(pool, slots[some], some.start, torch.from_numpy(tiles).to(DEVICE))
+    tiles, ends = gp.tile_map(product.offsets.diff().cpu().numpy(), np.array([0, 0, 1, 1, 1]), product.block_m)
+    of_group, row = torch.from_numpy(tiles).to(DEVICE)
+    product.add(pool, slots[:2], 0, (of_group[: ends[0]], row[: ends[0]]))
+    product.add(pool, slots[2:], 2, (of_group[ends[0] :] - 2, row[ends[0] :]))
     assert torch.equal(out, product.sum(slots))
 
 
@@ -232,26 +231,25 @@ def test_groups_without_a_slot_are_left_alone() -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=30, deadline=None)
 @given(
     counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
-    slots=st.lists(st.integers(-1, 3), min_size=9, max_size=9),
+    launch=st.lists(st.integers(-1, 3), min_size=9, max_size=9),
     block_m=st.sampled_from([16, 32]),
-    first=st.integers(0, 40),
 )
-def test_tiles_known_to_the_host_are_those_of_the_device(
-    counts: list[int], slots: list[int], block_m: int, first: int
-) -> None:
-    """Group by group: every row of a group with a slot is in one tile, which begins where the one before ended."""
-    rows, placed = np.array(counts), np.array(slots[: len(counts)]) >= 0
-    starts = first + rows.cumsum() - rows
-    group, row = gp.tile_map(starts, rows, placed, block_m)
-    expected = [
-        (g, start)
-        for g, (count, has_slot) in enumerate(zip(counts, placed, strict=True))
-        for start in range(starts[g], starts[g] + count * has_slot, block_m)
-    ]
-    assert [*zip(group.tolist(), row.tolist(), strict=True)] == expected
+def test_tiles_that_the_host_makes(counts: list[int], launch: list[int], block_m: int) -> None:
+    """Launch by launch and group by group: each tile begins where the one before ended."""
+    rows, by = np.array(counts), np.array(launch[: len(counts)])
+    tiles, ends = gp.tile_map(rows, by, block_m)
+    start = 0
+    for number, end in enumerate(ends):
+        expected = [
+            (group, row)
+            for group, count in enumerate(counts)
+            for row in range(sum(counts[:group]), sum(counts[:group]) + count * (by[group] == number), block_m)
+        ]
+        assert [*zip(*tiles[:, start:end].tolist(), strict=True)] == expected
+        start = end
+    assert (start, len(ends)) == (tiles.shape[1], by.max() + 1)
 
 
 def test_large_groups_on_the_gpu() -> None:
