@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from check_gpu import MemoryWatch
+from prediction import predicted
 
 from moe_engine import Engine
 from moe_engine.benchmark.random_model import write_model
@@ -159,7 +160,15 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
         if profile:
             where_time_goes(engine, profile)
+    # Random weights use fewer experts than trained ones; prompts in steps do not say which.
+    used = {
+        row["prompt"]: sum(row["counts"][where] for where in ("cached", "streamed", "cpu")) / len(experts.layouts)
+        for row in rows
+    }
+    rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
+    predictions = predicted(path, prompts=rates, used=used, **options) or {}
     for row in rows:
+        row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
     if watch.enabled:
         over = " PEAK OVER BUDGET" if watch.peak > options["vram_budget"] else ""

@@ -7,6 +7,17 @@ from typing import Any
 from moe_engine.calibration import this_machine
 from moe_engine.config import EngineConfig
 from moe_engine.planner import DECODE_CONTEXT, plan
+from moe_engine.routing_estimate import RoutingEstimate
+
+
+class EvenUse(RoutingEstimate):
+    """As many experts of each layer as a prompt has used, all with as many tokens."""
+
+    def __init__(self, n_used: int) -> None:
+        self.n_used = n_used
+
+    def counts(self, n_token: int, n_expert: int, top_k: int) -> list[int]:
+        return [-(-n_token * top_k // self.n_used)] * self.n_used
 
 
 def predicted(
@@ -14,6 +25,7 @@ def predicted(
     *,
     decode: float | None = None,
     prompts: dict[int, float] | None = None,
+    used: dict[int, float] | None = None,
     hit_rate: float | None = None,
     context: int = DECODE_CONTEXT,
     **options: Any,
@@ -21,7 +33,8 @@ def predicted(
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
-    planner expects it. options: as the row was loaded.
+    planner expects it. used: experts of each layer that streamed prompts have used, likewise. options: as the row was
+    loaded.
     """
     machine = this_machine(options.get("device", "auto"), EngineConfig.of(**options).n_threads)
     if machine is None:
@@ -38,7 +51,10 @@ def predicted(
         step = predictor.decode(placement, context)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
-        prompt = predictor.prompt(found.placement, n_token)
+        if used and used.get(n_token):
+            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).streamed(found.placement, n_token)
+        else:
+            prompt = predictor.prompt(found.placement, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
         if name != "hit_rate":

@@ -22,8 +22,8 @@ CPU_TYPES = ("Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4")
 GPU_TYPES = ("Q4_K", "Q6_K", "Q8_0")
 HIDDEN, N_FF, TOP_K = 2048, 768, 8  # of Qwen3-30B-A3B; other models' experts are larger
 FEW_TOKENS, MANY_TOKENS = 64, 4096  # of the GPU's products for prompts
-CPU_TOKENS = 64  # of each expert, for the CPU's products of many tokens
-BYTE = 0x11  # what weights are filled with: scales in half precision are then small and normal
+CPU_TOKENS, MANY_CALLS = 64, 4  # of each expert, for the CPU's products of many tokens
+BYTE = 0x11  # what the CPU's weights are filled with: scales in half precision are then small and normal
 POOL_BYTES = 1 << 30  # of experts, far larger than a last-level cache
 DISK_BYTES, DISK_READERS, DISK_CHUNK = 2 << 30, 4, 8 << 20
 
@@ -52,7 +52,7 @@ def calibrate(
     if device.type == "cuda":
         from moe_engine.calibrate_gpu import measure_gpu
 
-        gpu = measure_gpu(device, threads, progress)
+        gpu = measure_gpu(device, threads, experts, progress)
     return Calibration(processor_name(), threads, ram_bytes, dram, experts, disk, gpu)
 
 
@@ -68,11 +68,15 @@ def _dram_rates(threads: int) -> dict[int, float]:
 
 
 def filled(type: str, *shape: int, make: Callable[[int], torch.Tensor]) -> QuantTensor:
-    """Weights of a type, all bytes alike. make: memory of so many bytes."""
+    """Weights of a type. make: so many bytes."""
     nbytes = BY_NAME[type].row_bytes(shape[-1])
     for size in shape[:-1]:
         nbytes *= size
-    return QuantTensor(make(nbytes).fill_(BYTE).view(*shape[:-1], -1), BY_NAME[type], shape[-1])
+    return QuantTensor(make(nbytes).view(*shape[:-1], -1), BY_NAME[type], shape[-1])
+
+
+def _host_bytes(nbytes: int) -> torch.Tensor:
+    return host_buffer(nbytes).fill_(BYTE)
 
 
 def down_type(type: str) -> str:
@@ -81,19 +85,19 @@ def down_type(type: str) -> str:
 
 
 def _cpu_product(cpu: CpuKernels, type: str) -> Product:
-    """From 1 token with other experts at every call, and from many tokens of a few experts."""
+    """From 1 token and from many, with other experts at every call."""
     one = 3 * HIDDEN * N_FF // BY_NAME[type].block_size * BY_NAME[type].block_bytes
     n_expert = max(2 * TOP_K, min(hardware.RAM_SAMPLE_BYTES, POOL_BYTES) // one)
-    gate, up = (filled(type, n_expert, N_FF, HIDDEN, make=host_buffer) for _ in range(2))
-    handle = cpu.register_experts(gate, up, filled(down_type(type), n_expert, HIDDEN, N_FF, make=host_buffer))
+    gate, up = (filled(type, n_expert, N_FF, HIDDEN, make=_host_bytes) for _ in range(2))
+    handle = cpu.register_experts(gate, up, filled(down_type(type), n_expert, HIDDEN, N_FF, make=_host_bytes))
     x = torch.ones(1, HIDDEN)
     weights = torch.full((1, TOP_K), 1 / TOP_K)
     turns = [torch.arange(i, i + TOP_K)[None] for i in range(0, n_expert - TOP_K + 1, TOP_K)]
     nbytes = TOP_K * sum(w.nbytes for w in (handle.gate, handle.up, handle.down)) / n_expert
     few = _median([partial(cpu.expert_ffn, handle, x, ids, weights) for ids in turns])
-    ids = torch.arange(TOP_K).expand(CPU_TOKENS, TOP_K).contiguous()
     rows, share = x.expand(CPU_TOKENS, HIDDEN).contiguous(), weights.expand(CPU_TOKENS, TOP_K).contiguous()
-    many = _median([partial(cpu.expert_ffn, handle, rows, ids, share)] * 2)
+    chosen = [ids.expand(CPU_TOKENS, TOP_K).contiguous() for ids in turns[:MANY_CALLS]]
+    many = _median([partial(cpu.expert_ffn, handle, rows, ids, share) for ids in chosen])
     operations = 6.0 * HIDDEN * N_FF * TOP_K
     return Product.through(nbytes, (operations, few), (CPU_TOKENS * operations, many))
 

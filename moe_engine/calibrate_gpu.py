@@ -1,37 +1,48 @@
-"""The graphics card's part of a calibration: copies, kernels, and the bundled model's decode steps."""
+"""The graphics card's part of a calibration: copies, kernels, and the bundled model's decode steps and prompts."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_engine.calibrate import FEW_TOKENS, GPU_TYPES, HIDDEN, MANY_TOKENS, N_FF, TOP_K, down_type, filled
-from moe_engine.calibration import Gpu, Product
+from moe_engine.calibration import Gpu, Product, closest
+from moe_engine.decode_step import PROMPT_TOKENS
+from moe_engine.decoder import GraphDecoder
 from moe_engine.engine import Engine
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.expert_ring import N_CELL
 from moe_engine.hardware import copy_rate
-from moe_engine.kernels.attention import attention
 from moe_engine.kernels.decode_product import moe_decode
 from moe_engine.kernels.dequantize import dequantize
 from moe_engine.kernels.grouped_product import moe_prompt
+from moe_engine.kernels.prompt_attention import prompt_attention
 from moe_engine.kernels.slot_layout import SlotLayout
 from moe_engine.model_work import HIT_KERNELS, ModelWork
 from moe_engine.predict import EXCHANGE_KERNELS
+from moe_engine.prompt_experts import PromptExperts
 
 COPY_SIZES = tuple(1 << shift for shift in range(16, 27))  # 64 KiB to 64 MiB
 N_EXPERT = 128
-ATTENTION_TOKENS, N_HEAD, N_KV_HEAD, HEAD_DIM = 2048, 32, 4, 128  # of Qwen3-30B-A3B
+FINITE = 0x77  # bits of random weights that leave scales in half precision finite
+ATTENTION_TOKENS, N_HEAD, N_KV_HEAD, HEAD_DIM = 4096, 32, 4, 128  # of Qwen3-30B-A3B
 STEPS = 96  # of the bundled model
+STREAM_SLOTS, STREAM_CHUNKS = 4, 5  # cached experts of each size, and chunks that a layer's others come in
+PROMPTS = 9  # of the bundled model, each way
 LEAST = 1e-7  # seconds: what is shorter cannot be told from noise
 
 Call = Callable[[], object]
 
 
 @torch.inference_mode()
-def measure_gpu(device: torch.device, threads: int, progress: Callable[[str], None]) -> Gpu:
+def measure_gpu(
+    device: torch.device, threads: int, cpu_experts: Mapping[str, Product], progress: Callable[[str], None]
+) -> Gpu:
+    """cpu_experts: as measured. Raises `CalibrationError` for rates that cannot be."""
     torch.cuda.set_device(device)
     progress("PCIe")
     target = torch.empty(256 << 20, dtype=torch.uint8, device=device)
@@ -44,23 +55,22 @@ def measure_gpu(device: torch.device, threads: int, progress: Callable[[str], No
     matmul = 2 * 8192**3 / graph_seconds([partial(torch.matmul, a, b)])
     progress("attention of prompts")
     of_attention = _attention_rate(device)
-    progress("launches")
-    launch = _launch_seconds(device)
     decode, prompt, expand = {}, {}, {}
     for type in GPU_TYPES:
         progress(f"GPU experts, {type}")
         layout, pool = _experts(type, device)
         decode[type], prompt[type] = _decode_rate(layout, pool), _prompt_product(layout, pool)
-        weight = filled(type, N_EXPERT * N_FF, HIDDEN, make=partial(_empty, device))
+        weight = filled(type, N_EXPERT * N_FF, HIDDEN, make=partial(_random_bytes, device))
         out = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
         expand[type] = weight.nbytes / graph_seconds([partial(dequantize, weight, out)])
     progress("decode steps")
-    seconds, _, work = _bundled_steps(device, threads, "cache")
+    seconds, work = _bundled_steps(device, threads, "cache")
     kernel = max(seconds / (work.kernels + HIT_KERNELS * len(work.experts)), LEAST)
     progress("decode steps with misses")
-    seconds, on_cpu, work = _bundled_steps(device, threads, "cpu")
-    n_layer = len(work.experts)
-    exchange = (seconds - on_cpu) / n_layer - (work.kernels / n_layer + EXCHANGE_KERNELS) * kernel
+    seconds, work = _bundled_steps(device, threads, "cpu")
+    exchange = (seconds - _cpu_seconds(work, cpu_experts) - work.kernels * kernel) / len(work.experts)
+    progress("prompts")
+    step, layer = _bundled_prompts(device, threads)
     facts = torch.cuda.get_device_properties(device)
     return Gpu(
         name=facts.name,
@@ -68,8 +78,10 @@ def measure_gpu(device: torch.device, threads: int, progress: Callable[[str], No
         copy=copy,
         pcie=pcie,
         kernel_seconds=kernel,
-        exchange_seconds=max(exchange, LEAST),
-        launch_seconds=launch,
+        exchange_seconds=max(exchange - EXCHANGE_KERNELS * kernel, LEAST),
+        step_seconds=step,
+        layer_seconds=layer,
+        stream_seconds=_bundled_stream(device, threads),
         decode=decode,
         prompt=prompt,
         dequantize=expand,
@@ -98,14 +110,15 @@ def graph_seconds(calls: list[Call]) -> float:
     return statistics.median(times[1:])
 
 
-def _empty(device: torch.device, nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+def _random_bytes(device: torch.device, nbytes: int) -> Tensor:
+    """Products of equal numbers take the tensor cores less power, so that they run faster than a model's."""
+    return torch.randint(256, (nbytes,), dtype=torch.uint8, device=device) & FINITE
 
 
 def _experts(type: str, device: torch.device) -> tuple[SlotLayout, Tensor]:
-    empty = partial(_empty, device)
-    gate, up = (filled(type, N_FF, HIDDEN, make=empty) for _ in range(2))
-    layout, slot = SlotLayout.pack(gate, up, filled(down_type(type), HIDDEN, N_FF, make=empty))
+    make = partial(_random_bytes, device)
+    gate, up = (filled(type, N_FF, HIDDEN, make=make) for _ in range(2))
+    layout, slot = SlotLayout.pack(gate, up, filled(down_type(type), HIDDEN, N_FF, make=make))
     return layout, slot.repeat(N_EXPERT, 1)
 
 
@@ -122,11 +135,12 @@ def _decode_rate(layout: SlotLayout, pool: Tensor) -> float:
 
 
 def _prompt_product(layout: SlotLayout, pool: Tensor) -> Product:
+    """Tokens choose at random, so that groups end in partly filled tiles, as in prompts."""
     slots = torch.arange(N_EXPERT, dtype=torch.int32, device=pool.device)
     found = []
     for n_token in (FEW_TOKENS, MANY_TOKENS):
-        x = torch.ones(n_token, HIDDEN, device=pool.device, dtype=torch.bfloat16)
-        ids = (torch.arange(n_token * TOP_K, dtype=torch.int32, device=pool.device) % N_EXPERT).view(n_token, TOP_K)
+        x = torch.randn(n_token, HIDDEN, device=pool.device, dtype=torch.bfloat16)
+        ids = torch.rand(n_token, N_EXPERT, device=pool.device).topk(TOP_K).indices.int()
         weights = torch.full(ids.shape, 1 / TOP_K, device=pool.device)
         seconds = graph_seconds([partial(moe_prompt, x, ids, weights, slots, pool, layout)])
         found.append((6.0 * HIDDEN * N_FF * ids.numel(), seconds))
@@ -137,36 +151,71 @@ def _attention_rate(device: torch.device) -> float:
     """Operations per second; each query counts with the keys that it sees."""
     n = ATTENTION_TOKENS
     query = torch.randn(n, N_HEAD, HEAD_DIM, device=device)
-    key, value = (torch.randn(n, N_KV_HEAD, HEAD_DIM, device=device) for _ in range(2))
-    attention(query, key, value, HEAD_DIM**-0.5, 0)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(3):
-        attention(query, key, value, HEAD_DIM**-0.5, 0)
-    torch.cuda.synchronize()
-    return 3 * 4 * HEAD_DIM * N_HEAD * n * (n + 1) / 2 / (time.perf_counter() - start)
+    key, value = (torch.randn(n, N_KV_HEAD, HEAD_DIM, device=device, dtype=torch.float16) for _ in range(2))
+    seconds = graph_seconds([partial(prompt_attention, query, key, value, HEAD_DIM**-0.5, 0)])
+    return 4 * HEAD_DIM * N_HEAD * n * (n + 1) / 2 / seconds
 
 
-def _launch_seconds(device: torch.device) -> float:
-    x = torch.zeros(1024, device=device)
-    n = 2000
-    for _ in range(2):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(n):
-            x.add_(1)
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / n
-    return seconds
+# -- the bundled model, whose bytes take next to no time -------------------------------------------------------
 
 
-def _bundled_steps(
-    device: torch.device, threads: int, experts: Literal["cache", "cpu"]
-) -> tuple[float, float, ModelWork]:
-    """Seconds of a decode step of the bundled model, whose bytes take next to no time, and of the CPU's share in it."""
-    with Engine.load(device=str(device), threads=threads, experts=experts, ctx=512, ubatch=64) as engine:
-        work = ModelWork.of(engine.file, engine.model.meta, type(engine.model), engine.config.kv_dtype)
+def _bundled(device: torch.device, threads: int, **options: Any) -> Engine:
+    common: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": 512, "ubatch": 64, "profile": False}
+    return Engine.load(**common | options)
+
+
+def _bundled_steps(device: torch.device, threads: int, experts: str) -> tuple[float, ModelWork]:
+    """Seconds of a decode step."""
+    with _bundled(device, threads, experts=experts) as engine:
         for _ in range(2):  # the first one compiles and captures
             stats = engine.generate("Once upon a time", max_tokens=STEPS, temperature=0, stop=()).stats
-    steps = max(stats.steps, stats.decode_tokens, 1)
-    return stats.decode_seconds / steps, stats.cpu_seconds / steps, work
+        return stats.decode_seconds / max(stats.steps, stats.decode_tokens, 1), _work(engine)
+
+
+def _work(engine: Engine) -> ModelWork:
+    return ModelWork.of(engine.file, engine.model.meta, type(engine.model), engine.config.kv_dtype)
+
+
+def _cpu_seconds(work: ModelWork, rates: Mapping[str, Product]) -> float:
+    """What the CPU would take to read the experts of a decode step."""
+    by_type = [item for layer in work.experts for item in layer.by_type.items()]
+    return sum(work.top_k * nbytes / closest(rates, type).weights for type, nbytes in by_type)
+
+
+def _bundled_prompts(device: torch.device, threads: int) -> tuple[float, float]:
+    """Seconds of a layer of a step with prompt tokens, and of a micro-batch: all experts in VRAM."""
+    with _bundled(device, threads, experts="cache") as engine:
+        assert isinstance(engine.decoder, GraphDecoder)
+        n_layer, ids = len(engine.model.blk), list(range(PROMPT_TOKENS))
+        step = _median_seconds(partial(engine.decoder.prompt, 0, ids, 0))
+        return step / n_layer, _median_seconds(partial(_micro_batch, engine)) / n_layer
+
+
+def _bundled_stream(device: torch.device, threads: int) -> float:
+    """Seconds of the host for a layer of which few experts are cached; the others come in some chunks."""
+    with _bundled(device, threads, experts="cache", cache_slots=STREAM_SLOTS) as engine:
+        experts, router = engine.experts, engine.model.router
+        assert isinstance(experts, CachedExperts)
+        assert experts.prompt is not None
+        layer_bytes = router.n_expert * max(layout.slot_bytes for layout in experts.layouts)
+        experts.staging = experts.staging[: layer_bytes * N_CELL // STREAM_CHUNKS]
+        choosers = experts.prompt.choosers
+        experts.prompt = PromptExperts(experts, engine.prefill.ubatch, router.top_k, exact=True, choosers=choosers)
+        return _median_seconds(partial(_micro_batch, engine)) / len(experts.layouts)
+
+
+def _micro_batch(engine: Engine) -> None:
+    for _ in engine.prefill.hidden(range(engine.prefill.ubatch)):
+        pass
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
+def _median_seconds(call: Call) -> float:
+    """After two that compile and capture."""
+    times = []
+    for _ in range(2 + PROMPTS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])

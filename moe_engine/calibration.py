@@ -19,7 +19,7 @@ from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.prompt_split import Rates
 
-MAGIC, VERSION = "moe_engine calibration", 1
+MAGIC, VERSION = "moe_engine calibration", 2
 _LARGEST_FILE = 1 << 20
 _LARGEST_NUMBER = 1e30
 
@@ -52,20 +52,34 @@ class Product:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates in bytes or operations per second; maps by type are of bytes of quantized weights."""
+    """Rates in bytes or operations per second; maps by type are of bytes of quantized weights.
+
+    Raises `CalibrationError` for products that are faster than the tensor cores.
+    """
 
     name: str
     vram_bytes: int
     copy: float  # within VRAM, read and written
     pcie: dict[int, float]  # host to device, page-locked, by bytes of one copy
     kernel_seconds: float  # what a kernel of a captured decode step takes besides reading weights
-    exchange_seconds: float  # what a layer with misses takes besides the work: messages between GPU and CPU
-    launch_seconds: float  # of one operation from PyTorch, outside a graph
+    exchange_seconds: float  # what a layer with misses takes besides reading them: messages, and waking the CPU
+    step_seconds: float  # of a layer of a step with some prompt tokens, all experts in VRAM
+    layer_seconds: float  # of the host, for a layer of a prompt, all experts in VRAM
+    stream_seconds: float  # of the host, for a layer of a prompt whose experts are streamed
     decode: dict[str, float]  # read by the decode kernels
     prompt: dict[str, Product]  # experts of many tokens
     dequantize: dict[str, float]
     matmul: float  # operations of bf16 matrix products
-    attention: float  # operations of a prompt's attention
+    attention: float  # operations of a prompt's attention, each query with the keys that it sees
+
+    def __post_init__(self) -> None:
+        rates = {f"prompt.{type}.operations": product.operations for type, product in self.prompt.items()}
+        for key, rate in (rates | {"attention": self.attention}).items():
+            if rate > self.matmul:
+                raise CalibrationError(
+                    f"key 'gpu.{key}' is {rate:.3g}, more than the {self.matmul:.3g} of plain bf16 products: "
+                    "run moe-engine calibrate again, with no other work on the GPU"
+                )
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,8 @@ class Calibration:
             dram=self.ram,
             cpu=closest(self.cpu_experts, type).operations,
             gpu=closest(self.gpu.prompt, type).operations,
+            step_layer=self.gpu.step_seconds + self.gpu.exchange_seconds,
+            stream_layer=self.gpu.stream_seconds,
         )
 
     def save(self, path: Path) -> None:
@@ -136,8 +152,12 @@ class Calibration:
         check = _Check(path)
         gpu = found.pop("gpu", None)
         rest = {key: value for key, value in found.items() if key not in ("magic", "version")}
-        known = check.fields(cls, rest, "", {"gpu": None if gpu is None else Gpu(**check.fields(Gpu, gpu, "gpu."))})
-        return cls(**known)
+        of_gpu = None if gpu is None else check.fields(Gpu, gpu, "gpu.")
+        known = check.fields(cls, rest, "", {"gpu": None})
+        try:
+            return cls(**known | {"gpu": None if of_gpu is None else Gpu(**of_gpu)})
+        except CalibrationError as e:
+            raise CalibrationError(f"{path}: {e}") from e
 
 
 class _Check:

@@ -134,12 +134,16 @@ def _rows(found: "Calibration") -> Iterator[tuple[str, str]]:
     yield "GPU experts, few tokens, GB/s", ", ".join(f"{t} {_gb(rate)}" for t, rate in gpu.decode.items())
     yield (
         "GPU experts, many tokens, TFLOP/s",
-        ", ".join(f"{t} {p.operations * 1e-12:.3g}" for t, p in gpu.prompt.items()),
+        ", ".join(f"{t} {p.operations * 1e-12:.3g} ({p.operations / gpu.matmul:.0%})" for t, p in gpu.prompt.items()),
     )
     yield "dequantize, GB/s", ", ".join(f"{t} {_gb(rate)}" for t, rate in gpu.dequantize.items())
-    yield "bf16 products, attention, TFLOP/s", f"{gpu.matmul * 1e-12:.3g}, {gpu.attention * 1e-12:.3g}"
-    times = (gpu.kernel_seconds, gpu.exchange_seconds, gpu.launch_seconds)
-    yield "kernel, exchange, launch, us", ", ".join(f"{seconds * 1e6:.1f}" for seconds in times)
+    yield (
+        "bf16 products, attention, TFLOP/s",
+        f"{gpu.matmul * 1e-12:.3g}, {gpu.attention * 1e-12:.3g} ({gpu.attention / gpu.matmul:.0%})",
+    )
+    yield "kernel, exchange, us", f"{gpu.kernel_seconds * 1e6:.1f}, {gpu.exchange_seconds * 1e6:.1f}"
+    times = (gpu.step_seconds, gpu.layer_seconds, gpu.stream_seconds)
+    yield "layer of a prompt: step, in VRAM, streamed, us", ", ".join(f"{seconds * 1e6:.0f}" for seconds in times)
 
 
 def _gb(rate: float) -> str:

@@ -49,7 +49,7 @@ class PromptLayer:
 
     missing, cached: tokens of each expert that has some, in no slot and in one. nbytes, operations: of one expert, and
     of one token with it. dense: seconds of attention and all else that is no routed expert; gpu_expert, gpu_token: of
-    one expert's weights and of a token with it, on the GPU; launches: of Python, to start it all.
+    one expert's weights and of a token with it, on the GPU; launches: of the host, to start it all.
     """
 
     missing: Sequence[int]
@@ -61,18 +61,22 @@ class PromptLayer:
     gpu_token: float
     launches: float
 
+    def gpu_seconds(self, counts: Sequence[int]) -> float:
+        """With experts of so many tokens each on the GPU."""
+        return self.dense + len(counts) * self.gpu_expert + sum(counts) * self.gpu_token
+
 
 def layer_terms(layer: PromptLayer, rates: Rates) -> dict[str, float]:
-    """Seconds by resource; the layer takes as long as the longest, because copies run beside everything else."""
+    """Seconds by resource; the layer takes as long as the longest, because copies run beside everything else.
+
+    GPU and host take turns: the host waits for the router's choice, then the GPU for what the host launches.
+    """
     counts = sorted(layer.missing)
     n_cpu = choose_for_cpu(counts, sum(layer.cached), layer.nbytes, layer.operations, rates)
     on_gpu = [*layer.cached, *counts[n_cpu:]]
     missing = (len(counts) - n_cpu) * layer.nbytes / rates.pcie
     if n_cpu:
         each = (cpu_seconds(n, layer.nbytes, layer.operations, rates) for n in counts[:n_cpu])
-        missing = max(missing, layer.dense + sum(each) + rates.hand_over)
-    return {
-        "misses": missing,
-        "gpu": layer.dense + len(on_gpu) * layer.gpu_expert + sum(on_gpu) * layer.gpu_token,
-        "launches": layer.launches,
-    }
+        missing = max(missing, layer.dense + layer.launches + sum(each) + rates.hand_over)
+    gpu = layer.gpu_seconds(on_gpu)
+    return {"misses": missing, "gpu" if gpu > layer.launches else "launches": gpu + layer.launches}

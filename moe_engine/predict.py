@@ -1,16 +1,17 @@
 """Predicted speeds of a model on a machine: what a step or a prompt consists of, by the machine's rates."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from moe_engine.calibration import Calibration, Gpu, Product, closest
 from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
+from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
 from moe_engine.prompt_split import Rates
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
 EXCHANGE_KERNELS = 2  # post and wait of a layer
-PROMPT_LAUNCHES = 40  # operations of a layer of a prompt that Python starts
 
 BOUND_BY = {
     "kernels": "the fixed time of the GPU's kernels",
@@ -20,7 +21,7 @@ BOUND_BY = {
     "exchange": "messages between GPU and CPU",
     "gpu": "the GPU's products",
     "cpu": "the CPU's products",
-    "launches": "starting the GPU's work from Python",
+    "launches": "starting the GPU's work from the host",
     "ram": "reading weights from RAM",
     "disk": "reading experts from the disk",
 }
@@ -54,7 +55,8 @@ class Placement:
     """How a model is run: what the predictions depend on besides model and machine.
 
     shares: of each MoE layer's experts that are in VRAM; fixed: layers whose experts do not move. ram_share: of all
-    experts that fit the RAM; the others are read from the disk. on_gpu: whether there is a GPU at all.
+    experts that fit the RAM; the others are read from the disk. on_gpu: whether there is a GPU at all. ctx: tokens that
+    the KV cache holds.
     """
 
     shares: tuple[float, ...]
@@ -157,7 +159,44 @@ class Predictor:
     # -- prompts -----------------------------------------------------------------------------------------------
 
     def prompt(self, placement: Placement, n_token: int) -> Prediction:
-        """A prompt from an empty context, in micro-batches."""
+        """A prompt from an empty context, the faster of two ways, as the engine learns: micro-batches or steps."""
+        streamed = self.streamed(placement, n_token)
+        fits = n_token + PROMPT_TOKENS <= placement.ctx  # a step writes as many, whatever they are
+        if self.machine.gpu is None or not placement.on_gpu or placement.fetches or not fits:
+            return streamed
+        return min(streamed, self.in_steps(placement, n_token), key=lambda found: found.seconds)
+
+    def in_steps(self, placement: Placement, n_token: int) -> Prediction:
+        """A prompt through the decoder, PROMPT_TOKENS with each step. There must be a GPU."""
+        gpu = self.machine.gpu
+        assert gpu is not None
+        whole, rest = divmod(n_token, PROMPT_TOKENS)
+        terms = defaultdict[str, float](float)
+        for n, times in ((PROMPT_TOKENS, whole), (rest, 1)):
+            if n and times:
+                step = self._prompt_step(placement, n, gpu)
+                for name, seconds in step.items():
+                    terms[name] += times * seconds
+        terms["reads"] += self.work.kv_bytes * n_token / 2 * -(-n_token // PROMPT_TOKENS) / gpu.copy
+        return Prediction(n_token, dict(terms), sum(terms.values()))
+
+    def _prompt_step(self, placement: Placement, n: int, gpu: Gpu) -> dict[str, float]:
+        """Seconds of a step with n tokens: the CPU computes what is missing while the GPU reads what is not."""
+        work, n_used = self.work, len(self.routing.counts(n, self.work.n_expert, self.work.top_k))
+        terms = {"kernels": work.n_block * gpu.step_seconds, "reads": _read_seconds(gpu, work.dense)}
+        terms |= {"misses": 0.0, "exchange": 0.0, "disk": 0.0}
+        for layer, share in zip(work.experts, placement.shares, strict=True):
+            n_missing, n_pair = (1 - share) * n_used, (1 - share) * n * work.top_k
+            hits = share * n_used * _read_seconds(gpu, layer.by_type)
+            misses = max(self._cpu_product(layer, n_missing, n_pair), n_missing * layer.nbytes / self.machine.ram)
+            terms["misses" if misses > hits else "reads"] += max(hits, misses)
+            terms["exchange"] += gpu.exchange_seconds * (share < 1)
+            if self.machine.disk is not None:
+                terms["disk"] += n_missing * (1 - placement.ram_share) * layer.nbytes / self.machine.disk
+        return terms
+
+    def streamed(self, placement: Placement, n_token: int) -> Prediction:
+        """A prompt in micro-batches; without a GPU, on the CPU."""
         terms = dict.fromkeys(("misses", "gpu", "cpu", "launches", "disk"), 0.0)
         for start in range(0, n_token, placement.ubatch):
             n = min(placement.ubatch, n_token - start)
@@ -183,9 +222,8 @@ class Predictor:
             return {"cpu": products, "disk": disk * sum(layer.nbytes for layer in work.experts)}
         expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
         dense = (expand + 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention) / work.n_block
-        launches = PROMPT_LAUNCHES * gpu.launch_seconds
         plain = work.n_block - len(work.experts)  # blocks without routed experts
-        bound = {"gpu": plain * max(dense, launches)}
+        bound = {"gpu": plain * max(dense, gpu.layer_seconds)}
         alike: dict[tuple[float, bool, object], list[ExpertLayer]] = {}
         for layer, share, fixed in zip(work.experts, placement.shares, placement.fixed, strict=True):
             alike.setdefault((share, fixed, (layer.nbytes, *layer.by_type.items())), []).append(layer)
@@ -194,15 +232,16 @@ class Predictor:
             if fixed and not share:  # the CPU computes all of these
                 terms = {"cpu": dense + self._cpu_product(layer, len(counts), n * work.top_k)}
             else:
-                found = self._prompt_layer(layer, share, counts, dense, launches)
-                terms = layer_terms(found, self.rates(layer, placement.exact)) | {"disk": disk * layer.nbytes}
+                found = self._prompt_layer(layer, share, counts, dense)
+                if share < 1:
+                    terms = layer_terms(found, self.rates(layer, placement.exact)) | {"disk": disk * layer.nbytes}
+                else:  # nothing waits for the host
+                    terms = {"gpu": found.gpu_seconds(found.cached), "launches": gpu.layer_seconds}
             name = max(terms, key=lambda name: terms[name])
             bound[name] = bound.get(name, 0.0) + len(layers) * terms[name]
         return bound
 
-    def _prompt_layer(
-        self, layer: ExpertLayer, share: float, counts: list[int], dense: float, launches: float
-    ) -> PromptLayer:
+    def _prompt_layer(self, layer: ExpertLayer, share: float, counts: list[int], dense: float) -> PromptLayer:
         gpu = self.machine.gpu
         assert gpu is not None
         # Which experts are in slots has little to do with the prompt: evenly spread over popular and rare ones
@@ -215,13 +254,14 @@ class Predictor:
             dense=dense,
             gpu_expert=_product_seconds(gpu.prompt, layer, 1, 0),
             gpu_token=_product_seconds(gpu.prompt, layer, 0, 1),
-            launches=launches,
+            launches=gpu.stream_seconds,
         )
 
     def rates(self, layer: ExpertLayer, exact: bool = False) -> Rates:
         """What the division of a prompt's experts between bus and CPU needs to know."""
+        assert self.machine.gpu is not None
         largest = max(layer.by_type, key=lambda type: layer.by_type[type])
-        rates = self.machine.rates(largest)
+        rates = replace(self.machine.rates(largest), pcie=self._copy_rate(self.machine.gpu))
         return replace(rates, hand_over=float("inf")) if exact else rates
 
 

@@ -7,7 +7,8 @@ from itertools import accumulate
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes and operations per second. The defaults are of a PCIe 5 machine with 16 cores; measured ones replace them.
+    """Bytes and operations per second, and seconds. The defaults are of a PCIe 5 machine with 16 cores; measured ones
+    replace them.
 
     Copies to the GPU read the same memory as the CPU: together they get `dram` at most.
     """
@@ -18,6 +19,8 @@ class Rates:
     gpu: float = 250e12  # of the grouped product
     cpu_factor: float = 1.0  # what the CPU's work takes, by the seconds that follow from the above
     hand_over: float = 150e-6  # seconds: tokens to the CPU and its sums back
+    step_layer: float = 70e-6  # seconds of a layer of a step with some prompt tokens, beside the bytes it reads
+    stream_layer: float = 2e-3  # seconds of the host for a streamed layer, mostly launches
 
 
 def cpu_seconds(n_token: int, nbytes: int, operations: int, rates: Rates) -> float:
@@ -30,19 +33,17 @@ def choose_for_cpu(counts: Sequence[int], n_elsewhere: int, nbytes: int, operati
     """How many of the experts that would have to be copied, those with the fewest tokens, the CPU should compute.
 
     counts: tokens of each, ascending. n_elsewhere: (token, expert) pairs of other experts. operations: of one pair,
-    nbytes: of one expert. The layer takes as long as the slowest of bus, GPU and CPU; the least of that over all cuts,
-    and with equal times the fewest experts on the CPU.
+    nbytes: of one expert. The layer takes as long as the slowest of bus, GPU and CPU, which has launched the GPU's work
+    before; the least of that over all cuts, and with equal times the fewest experts on the CPU.
     """
     gpu = (n_elsewhere + sum(counts)) * operations / rates.gpu
     link = [(len(counts) - n) * nbytes / rates.pcie for n in range(len(counts) + 1)]
     each = (cpu_seconds(count, nbytes, operations, rates) for count in counts)
-    cpu = [0.0, *(seconds + rates.hand_over for seconds in accumulate(each))]
+    cpu = [0.0, *(rates.stream_layer + seconds + rates.hand_over for seconds in accumulate(each))]
     times = [max(gpu, *pair) for pair in zip(link, cpu, strict=True)]
     return times.index(min(times))
 
 
-STEP_LAYER_SECONDS = 70e-6  # a layer of a step with some prompt tokens takes, beside the bytes it reads
-STREAM_LAYER_SECONDS = 2e-3  # a streamed layer takes, mostly the host's launches
 NEWEST = 0.2  # weight of the newest measurement
 
 
@@ -80,7 +81,7 @@ class PromptWay:
     def _step_seconds(self, n_token: int, rates: Rates) -> float:
         whole, rest = divmod(n_token, self.tokens_per_step)
         missed = whole * self._missed_bytes(self.tokens_per_step) + self._missed_bytes(rest)
-        return self.n_layer * ((whole + (rest > 0)) * STEP_LAYER_SECONDS + missed / rates.dram)
+        return self.n_layer * ((whole + (rest > 0)) * rates.step_layer + missed / rates.dram)
 
     def _stream_seconds(self, n_token: int, rates: Rates) -> float:
-        return self.n_layer * max(STREAM_LAYER_SECONDS, self._missed_bytes(n_token) / rates.dram)
+        return self.n_layer * max(rates.stream_layer, self._missed_bytes(n_token) / rates.dram)

@@ -1,9 +1,15 @@
-"""A machine and what was measured on it: an H200 with 16 cores of a Xeon, before prompts were streamed.
+"""Machines and what was measured on them: H200s with 16 cores of a Xeon.
 
+`H200`, before prompts were streamed.
 Rates are from that time's bench/results: decode.json (RAM, PCIe, VRAM: medians of its rows), cpu_experts.json (1 and
 512 tokens, 16 threads), gpu_kernels.json (routed experts of 1 and 4 tokens, prompts of 2048 and 8192). The fixed time
 of a kernel is that of the row with all of DeepSeek-V2-Lite in VRAM; a message's round trip, a launch and PCIe by size
-were measured apart. Attention of prompts was not: the number stands for it, and no test rests on it.
+were measured apart. What concerns prompts was not: the numbers stand for it, and no test rests on them.
+
+`BUSY_H200`, another one, while other work took some of its RAM and CPU. As `moe-engine calibrate` gave it, but for:
+products of prompts, which are those of gpu_kernels.json (64 and 2048 tokens); their attention, which is of the kernel's
+bench; seconds of a prompt's streamed layer, which the host was seen to take; the exchange, which is what the row with
+90 % of hits leaves, and with it the 70 us of a layer of a prompt's step. layer_seconds stands for a number.
 """
 
 from dataclasses import dataclass
@@ -28,7 +34,9 @@ H200 = Calibration(
         pcie={1 << 16: 8e9, 1 << 18: 32e9, 1 << 20: 48e9, 1 << 22: 53e9, 1 << 24: 55.2e9},
         kernel_seconds=2.4e-6,
         exchange_seconds=15e-6,
-        launch_seconds=20e-6,
+        step_seconds=55e-6,
+        layer_seconds=0.8e-3,
+        stream_seconds=2e-3,
         decode={"Q4_K": 2.59e12, "Q6_K": 1.83e12, "Q8_0": 2.83e12},
         prompt={"Q4_K": Product(1.78e12, 354e12)},
         dequantize={"Q4_K": 0.81e12, "Q6_K": 1.07e12, "Q8_0": 1.40e12},
@@ -38,15 +46,57 @@ H200 = Calibration(
 )
 
 
+_POOL = 128 * 3 * 2048 * 768 // 256  # blocks of all experts of a layer of Qwen3-30B-A3B
+_FEW, _MANY = (6.0 * 2048 * 768 * 8 * n for n in (64, 2048))  # operations
+_PCIE = (17.3, 26.1, 36, 43.3, 47.5, 50.9, 52.7, 53.7, 54, 54.8, 55.1)
+
+BUSY_H200 = Calibration(
+    processor="Intel(R) Xeon(R) Processor",
+    threads=16,
+    ram_bytes=128 << 30,
+    dram={1: 14.5e9, 2: 27.4e9, 4: 49e9, 8: 87.1e9, 16: 131e9},
+    cpu_experts={
+        "Q2_K": Product(83.5e9, 2.45e12),
+        "Q4_K": Product(106e9, 3.95e12),
+        "Q5_K": Product(114e9, 3.56e12),
+        "Q6_K": Product(131e9, 2.42e12),
+        "Q8_0": Product(118e9, 3.63e12),
+        "IQ4_XS": Product(88.7e9, 3.46e12),
+        "MXFP4": Product(89.1e9, 3.9e12),
+    },
+    disk=None,
+    gpu=Gpu(
+        name="NVIDIA H200",
+        vram_bytes=139 << 30,
+        copy=4.16e12,
+        pcie={1 << 16 + i: rate * 1e9 for i, rate in enumerate(_PCIE)},
+        kernel_seconds=1.7e-6,
+        exchange_seconds=42e-6,
+        step_seconds=28e-6,
+        layer_seconds=0.8e-3,
+        stream_seconds=3e-3,
+        decode={"Q4_K": 2.72e12, "Q6_K": 1.99e12, "Q8_0": 3.45e12},
+        prompt={
+            "Q4_K": Product.through(_POOL * 144, (_FEW, 244.7e-6), (_MANY, 627.3e-6)),
+            "Q6_K": Product.through(_POOL * 210, (_FEW, 888.5e-6), (_MANY, 1159.2e-6)),
+        },
+        dequantize={"Q4_K": 0.803e12, "Q6_K": 1.04e12, "Q8_0": 1.38e12},
+        matmul=791e12,
+        attention=400e12,
+    ),
+)
+
+
 @dataclass(frozen=True)
 class DecodeRow:
-    """One sequence, 512 to 768 tokens of context. hit_rate: what the run had; None: as recorded routing has it."""
+    """512 to 768 tokens of context. hit_rate: what the run had; None: as recorded routing has it."""
 
     model: str
     share: float  # of the experts in VRAM
     hit_rate: float | None
     tokens_per_second: float
     layers: int | None = None
+    n_sequence: int = 1
 
 
 DECODE_ROWS = (
@@ -61,3 +111,32 @@ DECODE_ROWS = (
     DecodeRow("deepseek-v2-lite", 1.0, 1.0, 569.2),
     DecodeRow("deepseek-v3", 0.0, 0.0, 173.7, layers=7),
 )
+
+BUSY_DECODE_ROWS = (
+    DecodeRow("qwen3-30b-a3b", 0.25, 0.51, 100),
+    DecodeRow("qwen3-30b-a3b", 0.25, 0.9, 235),
+    DecodeRow("qwen3-30b-a3b", 0.5, 0.776, 152),
+    DecodeRow("qwen3-30b-a3b", 1.0, 1.0, 592),
+    DecodeRow("qwen3-30b-a3b", 1.0, 1.0, 1113, n_sequence=4),
+)
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """Streamed, Qwen3-30B-A3B with 400 of its 6144 experts in VRAM."""
+
+    tokens: int
+    streamed_bytes: float
+    seconds: float
+
+
+BUSY_PROMPT_ROWS = (
+    PromptRow(31, 5.0e9, 0.150),
+    PromptRow(64, 6.6e9, 0.170),
+    PromptRow(128, 8.1e9, 0.180),
+    PromptRow(512, 10.8e9, 0.212),
+    PromptRow(2048, 13.0e9, 0.307),  # this and the longer ones before that calibration
+    PromptRow(8192, 13.4e9, 0.336),
+    PromptRow(16384, 13.6e9, 0.592),
+)
+BUSY_ONE_TOKEN_SECONDS = 0.015  # a prompt of one token, in a step

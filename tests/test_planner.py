@@ -9,14 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 from header_files import write_header
-from recorded_h200 import DECODE_ROWS, H200, DecodeRow
+from recorded_h200 import (
+    BUSY_DECODE_ROWS,
+    BUSY_H200,
+    BUSY_ONE_TOKEN_SECONDS,
+    BUSY_PROMPT_ROWS,
+    DECODE_ROWS,
+    H200,
+    DecodeRow,
+    PromptRow,
+)
 
 from moe_engine import CapacityError, ConfigError, Engine
 from moe_engine.benchmark.random_writer import MODELS
-from moe_engine.calibration import Product
+from moe_engine.calibration import Calibration, Product
 from moe_engine.cli import main
 from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
 from moe_engine.inspection import inspect_file
+from moe_engine.model_work import ModelWork
 from moe_engine.planner import Plan, plan
 from moe_engine.predict import Placement, Predictor
 from moe_engine.prompt_split import Rates
@@ -79,18 +89,19 @@ def layer(**changes: object) -> PromptLayer:
 
 
 def test_a_layer_waits_for_its_copies_or_its_products() -> None:
-    rates = Rates(pcie=50.0, dram=1e9, cpu=1e-9, gpu=1e9, hand_over=0.0)  # the CPU is of no use
+    rates = Rates(pcie=50.0, dram=1e9, cpu=1e-9, gpu=1e9, hand_over=0.0, stream_layer=0.25)  # the CPU is of no use
     terms = layer_terms(layer(), rates)
-    assert terms == {"misses": 4.0, "gpu": 1.0 + 3 * 0.5 + 12 * 0.125, "launches": 0.25}
+    assert terms == {"misses": 4.0, "gpu": 1.0 + 3 * 0.5 + 12 * 0.125 + 0.25}  # host and GPU take turns
+    assert layer_terms(layer(launches=5.0), rates)["launches"] == 1.0 + 3 * 0.5 + 12 * 0.125 + 5.0
     assert layer_terms(layer(missing=[]), rates)["misses"] == 0.0
 
 
 def test_the_cpu_takes_experts_where_that_is_faster() -> None:
     # Reading an expert takes the CPU 1 s and the bus 2: two on the CPU, and the bus is free
-    rates = Rates(pcie=50.0, dram=150.0, cpu=1e9, gpu=1e9, hand_over=0.25)
+    rates = Rates(pcie=50.0, dram=150.0, cpu=1e9, gpu=1e9, hand_over=0.25, stream_layer=0.25)
     terms = layer_terms(layer(missing=[1, 1, 1]), rates)
-    assert terms["misses"] == pytest.approx(max(1 * 2.0, 1.0 + 2 * 1.0 + 0.25))
-    assert terms["gpu"] == pytest.approx(1.0 + 2 * 0.5 + 11 * 0.125)
+    assert terms["misses"] == pytest.approx(max(1 * 2.0, 1.0 + 0.25 + 2 * 1.0 + 0.25))
+    assert terms["gpu"] == pytest.approx(1.0 + 2 * 0.5 + 11 * 0.125 + 0.25)
 
 
 # -- against recorded runs -------------------------------------------------------------------------------------
@@ -110,15 +121,57 @@ def test_work_of_a_file(header: Callable[..., Path]) -> None:
     assert sum(found.dense.values()) == inspected.dense_bytes - 151936 * 2048 * 144 // 256  # without the embedding
 
 
-@pytest.mark.parametrize("row", DECODE_ROWS, ids=lambda row: f"{row.model}-{row.share}-{row.hit_rate}")
-def test_decode_is_predicted_within_a_fifth(row: DecodeRow, header: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("machine", "row"),
+    [*((H200, row) for row in DECODE_ROWS), *((BUSY_H200, row) for row in BUSY_DECODE_ROWS)],
+    ids=lambda value: f"{value.model}-{value.hit_rate}-{value.n_sequence}" if isinstance(value, DecodeRow) else "",
+)
+def test_decode_is_predicted_within_a_fifth(machine: Calibration, row: DecodeRow, header: Callable[..., Path]) -> None:
     work = plan(header(row.model, row.layers), device="cpu").work
     n = len(work.experts)
     share = row.share if row.hit_rate is None else row.hit_rate
-    placement = Placement((share,) * n, (row.hit_rate is not None,) * n, ubatch=512)
-    found = Predictor(work, H200, RoutingEstimate(bundled_trace())).decode(placement, context=640)
+    placement = Placement((share,) * n, (row.hit_rate is not None,) * n, ubatch=512, n_sequence=row.n_sequence)
+    found = Predictor(work, machine, RoutingEstimate(bundled_trace())).decode(placement, context=640)
     assert found.rate == pytest.approx(row.tokens_per_second, rel=0.2)
     assert found.seconds == pytest.approx(sum(found.terms.values()))
+
+
+class Used(RoutingEstimate):
+    """As many experts as a run has used, all with as many tokens."""
+
+    def __init__(self, n_used: int) -> None:
+        self.n_used = n_used
+
+    def counts(self, n_token: int, n_expert: int, top_k: int) -> list[int]:
+        return [-(-n_token * top_k // self.n_used)] * self.n_used
+
+
+@pytest.fixture
+def busy(header: Callable[..., Path]) -> tuple[ModelWork, Placement]:
+    work = plan(header("qwen3-30b-a3b"), device="cpu").work
+    return work, Placement((400 / 6144,) * 48, (False,) * 48, ubatch=16384, ctx=16384)
+
+
+@pytest.mark.parametrize("row", BUSY_PROMPT_ROWS, ids=lambda row: str(row.tokens))
+def test_streamed_prompts_are_predicted_within_a_quarter(row: PromptRow, busy: tuple[ModelWork, Placement]) -> None:
+    work, placement = busy
+    missing = row.streamed_bytes / (work.expert_bytes / work.n_expert)
+    found = Predictor(work, BUSY_H200, Used(round(missing / (1 - placement.shares[0])))).streamed(placement, row.tokens)
+    assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.25)
+
+
+def test_short_prompts_take_steps(busy: tuple[ModelWork, Placement]) -> None:
+    work, placement = busy
+    predictor = Predictor(work, BUSY_H200, RoutingEstimate(bundled_trace()))
+    found = predictor.prompt(placement, 1)
+    assert found == predictor.in_steps(placement, 1)
+    assert found.rate == pytest.approx(1 / BUSY_ONE_TOKEN_SECONDS, rel=0.2)
+    steps = [predictor.in_steps(placement, n).seconds for n in (1, 16, 17, 32)]
+    assert steps == sorted(steps)
+    assert steps[3] == pytest.approx(2 * steps[1], rel=0.01)
+    assert predictor.prompt(placement, 2048) == predictor.streamed(placement, 2048)
+    assert predictor.prompt(replace(placement, ctx=16), 1) == predictor.streamed(placement, 1)  # no room for a step
+    assert predictor.prompt(replace(placement, fetches=True), 1) == predictor.streamed(placement, 1)
 
 
 # -- routing ---------------------------------------------------------------------------------------------------
