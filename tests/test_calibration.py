@@ -10,11 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded_h200 import H200
+from recorded_h200 import BUSY_H200, H200
 
-from moe_engine import CalibrationError, calibrate, hardware
-from moe_engine.calibration import Calibration, cache_path, closest, kept, processor_name
+from moe_engine import CalibrationError, Engine, calibrate, hardware
+from moe_engine.calibration import Calibration, Product, cache_path, closest, kept, processor_name
 from moe_engine.cli import main
+from moe_engine.config import EngineConfig
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.prompt_split import Rates
 
 CPU_ONLY = replace(H200, gpu=None, disk=None)
 
@@ -34,6 +37,37 @@ def test_a_file_says_what_was_saved(machine: Calibration, tmp_path: Path) -> Non
 def test_hardware_of_a_machine() -> None:
     assert H200.hardware == hardware.Hardware(vram=3.76e12, pcie=55.2e9, dram=149e9)
     assert CPU_ONLY.hardware == hardware.Hardware(vram=149e9, pcie=149e9, dram=149e9)
+
+
+def test_rates_for_prompts_are_the_calibrations() -> None:
+    """In bytes, operations and seconds, of the type that is asked for, the closest one where it was not measured."""
+    rates = BUSY_H200.rates("Q4_K")
+    assert (rates.pcie, rates.dram, rates.cpu) == (55.1e9, 131e9, 3.95e12)
+    assert rates.gpu == pytest.approx(6 * 2048 * 768 * 8 * (2048 - 64) / 382.6e-6)
+    assert rates.step_layer == pytest.approx(70e-6)
+    assert rates.stream_layer == 3e-3
+    assert BUSY_H200.rates("Q8_0").cpu == 3.63e12
+    assert BUSY_H200.rates("IQ2_XS").cpu == BUSY_H200.rates("Q2_K").cpu == 2.45e12
+    assert rates.cpu_factor == 1.0  # learnt anew by each engine
+
+
+@pytest.mark.parametrize("machine", [BUSY_H200, None])
+def test_an_engine_divides_prompts_by_what_was_calibrated(
+    machine: Calibration | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def calibration(device: torch.device, config: EngineConfig) -> Calibration | None:
+        asked.append((device.type, config.n_threads))
+        return machine
+
+    monkeypatch.setattr("moe_engine.engine._calibration", calibration)
+    with Engine.load(device="simulated", experts="cache", ctx=32, threads=2) as engine:
+        assert isinstance(engine.experts, CachedExperts)
+        assert engine.experts.prompt
+        assert str(engine.experts.layouts[0].gate.type) == "Q4_K"
+        assert engine.experts.prompt.rates == (Rates() if machine is None else machine.rates("Q4_K"))
+    assert asked == [("cpu", 2)]
 
 
 def test_closest_type_has_the_most_similar_size() -> None:
@@ -61,7 +95,7 @@ def packed(**changes: Any) -> bytes:
     ("changes", "message"),
     [
         ({"magic": "x"}, "no file of"),
-        ({"version": 99}, "has version 99, expected 1: run"),
+        ({"version": 99}, "has version 99, expected 2: run"),
         ({"dram": {}}, "'dram'"),
         ({"dram": {0: 1.0}}, "'dram'"),
         ({"dram": {1: float("nan")}}, r"'dram\.1'"),
@@ -75,6 +109,11 @@ def packed(**changes: Any) -> bytes:
         ({"gpu__copy": None}, r"'gpu\.\*'"),
         ({"gpu__copy": 0.0}, r"'gpu\.copy'"),
         ({"gpu__pcie": {"x": 1.0}}, r"'gpu\.pcie'"),
+        (
+            {"gpu__prompt": {"Q6_K": {"weights": 1.0, "operations": 998e12}}},
+            r"'gpu\.prompt\.Q6_K\.operations' is 9.98e",
+        ),
+        ({"gpu__attention": 800e12}, r"'gpu\.attention' is 8e\+14, more than the 7.8e\+14"),
         ({"more": 1}, "'\\*'"),
     ],
 )
@@ -84,6 +123,13 @@ def test_wrong_values_are_named(changes: dict[str, Any], message: str, tmp_path:
     with pytest.raises(CalibrationError, match=message) as refused:
         Calibration.load(path)
     assert str(path) in str(refused.value)
+
+
+def test_impossible_rates_are_not_kept() -> None:
+    """What measuring ends with: all rates in their place."""
+    assert H200.gpu
+    with pytest.raises(CalibrationError, match=r"'gpu\.prompt\.Q8_0\.operations' is 1\.02e.* calibrate again"):
+        replace(H200.gpu, prompt={"Q4_K": Product(1e12, 511e12), "Q8_0": Product(1e12, 1020e12)})
 
 
 @settings(deadline=None)  # the first call imports
