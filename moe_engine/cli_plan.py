@@ -30,7 +30,7 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 def plan(
     file: Annotated[Path, typer.Argument(help="GGUF file; only its header is read.")],
     vram_budget: Annotated[str | None, typer.Option(help="As for generate. Default: 90 % of what is free.")] = None,
-    ram_budget: Annotated[str | None, typer.Option(help="RAM for experts. Default: what is free.")] = None,
+    ram_budget: Annotated[str | None, typer.Option(help="As for generate. Default: what is free.")] = None,
     ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
     ubatch: Annotated[int | None, typer.Option(help="Prompt tokens that go through the layers at once.")] = None,

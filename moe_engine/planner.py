@@ -20,7 +20,7 @@ from moe_engine.model_work import ExpertLayer, ModelWork
 from moe_engine.models import model_class
 from moe_engine.placement import Home, placed_homes
 from moe_engine.predict import BOUND_BY, Placement, Prediction, Predictor
-from moe_engine.ram_plan import SPARE_RAM_BYTES, available_ram_bytes
+from moe_engine.ram_plan import RamPlan, plan_ram
 from moe_engine.routing_estimate import estimate
 from moe_engine.traces import Trace
 
@@ -40,7 +40,7 @@ class Plan:
     ctx: int
     work: ModelWork
     vram: VramPlan | None
-    ram_bytes: int  # that may be used
+    ram: RamPlan
     machine: Calibration | None  # without one there are no speeds
     trace: Trace | None  # None: the bundled recording of another model
     divide: Callable[[EngineConfig], VramPlan | None] = field(repr=False, compare=False)  # the VRAM, by other settings
@@ -101,7 +101,7 @@ class Plan:
     @property
     def in_ram(self) -> int:
         """Bytes of experts, page-locked where they are copied to a GPU."""
-        return min(self.ram_needed, self.ram_bytes)
+        return self.ram_needed if self.ram.limit is None else min(self.ram_needed, self.ram.limit)
 
     @property
     def on_disk(self) -> int:
@@ -250,7 +250,6 @@ def plan(
     machine: Calibration | None = None,
     elsewhere: bool = False,
     trace: Trace | None = None,
-    ram_budget: int | str | None = None,
     **options: Any,
 ) -> Plan:
     """Plans for a file; without a path, the bundled model. Only its header is read.
@@ -270,12 +269,11 @@ def plan(
     def divide(config: EngineConfig) -> VramPlan | None:
         return None if device is None else plan_vram(file, meta, family, config, ctx, device, memory)
 
-    work = ModelWork.of(file, meta, family, config.kv_dtype)
-    if ram_budget is not None:
-        ram_bytes = parse_size(ram_budget)
-    else:
-        ram_bytes = (machine.ram_bytes if machine and elsewhere else available_ram_bytes()) - SPARE_RAM_BYTES
-    return Plan(source, config, ctx, work, divide(config), max(0, ram_bytes), machine, trace, divide)
+    work, vram = ModelWork.of(file, meta, family, config.kv_dtype), divide(config)
+    ram = plan_ram(
+        file, meta, n_layer(meta), config, device is None, machine.ram_bytes if machine and elsewhere else None
+    )
+    return Plan(source, config, ctx, work, vram, ram, machine, trace, divide)
 
 
 def _device(config: EngineConfig, machine: Calibration | None) -> tuple[torch.device | None, tuple[int, int] | None]:

@@ -34,38 +34,50 @@ class RamPlan:
         return self.limit is None
 
 
-def plan_ram(file: GGUFFile, meta: Metadata, n_layer: int, config: EngineConfig, dense_in_ram: bool) -> RamPlan:
+def plan_ram(
+    file: GGUFFile, meta: Metadata, n_layer: int, config: EngineConfig, dense_in_ram: bool, available: int | None = None
+) -> RamPlan:
     """n_layer: that are used; more may be in the file. dense_in_ram: the other weights stay in RAM too, as on the CPU.
+    available: bytes that can be taken, where that is another machine.
 
-    Raises `CapacityError` where not even one step's experts fit, `ConfigError` for a bad budget.
+    Raises `CapacityError`, with what would do, where not even one step's experts fit, `ConfigError` for a bad budget.
     """
     n_expert = meta.integer("expert_count")
     sizes = _expert_bytes(file, n_layer, n_expert)
     routed, dense = n_expert * sum(sizes), file.nbytes - n_expert * sum(sizes)
-    n_choice = min(n_expert, meta.integer("expert_used_count") * config.n_sequence)
-    # Twice, because half of the limit may be held by one caller; one expert on its way to a slot and one to spare.
-    least = 2 * (n_choice + 2) * (-(-max(sizes, default=0) // _PAGE) + 2) * _PAGE
+    held = dense if dense_in_ram else 0
+
+    def least_for(n_sequence: int) -> int:
+        """Twice, because half of the limit may be held by one caller; one expert on its way to a slot and one spare."""
+        n_choice = min(n_expert, meta.integer("expert_used_count") * n_sequence)
+        return 2 * (n_choice + 2) * (-(-max(sizes, default=0) // _PAGE) + 2) * _PAGE
+
+    least = least_for(config.n_sequence)
+    needed = min(least, routed)
     if config.ram_budget is None:
-        available = available_ram_bytes()
-        limit, process = max(available - SPARE_RAM_BYTES, available // 2), 0
-        if routed <= limit:
-            return RamPlan(routed, dense, None, 0, least)
+        available = available_ram_bytes() if available is None else available
+        limit, process = max(available - held - SPARE_RAM_BYTES, available // 2 - held), 0
         terms = f"{format_size(available)} of RAM are available"
+        terms += f", of which dense weights take {format_size(held)}" if held else ""
+        enough = min(needed + held + SPARE_RAM_BYTES, 2 * (needed + held))
+        remedy = f"{(enough >> 20) + 1}MiB of available RAM"
     else:
         budget = parse_size(config.ram_budget)
-        taken, spare = process_bytes() + (dense if dense_in_ram else 0), budget // SPARE_PART
+        taken, spare = process_bytes() + held, budget // SPARE_PART
         limit, process = budget - taken - spare, budget - spare
-        if routed <= limit:
-            return RamPlan(routed, dense, None, 0, least)
         terms = (
             f"ram_budget is {format_size(budget)}, of which the process takes {format_size(taken)} without routed "
             f"experts and {format_size(spare)} are kept for what it needs later"
         )
+        enough = (needed + taken) * SPARE_PART // (SPARE_PART - 1)
+        remedy = f"ram_budget {(enough >> 20) + 1}MiB"
+    if routed <= limit:
+        return RamPlan(routed, dense, None, 0, least)
     if limit < least:
-        more = (least - limit) * SPARE_PART // (SPARE_PART - 1)
+        remedies = [remedy, *(["n_sequence 1"] if least_for(1) <= limit else [])]
         raise CapacityError(
-            f"{file.path}: {terms}; one step's experts need {format_size(least)}: "
-            + ("free some memory" if config.ram_budget is None else f"raise ram_budget by {format_size(more)}")
+            f"{file.path}: {terms}; one step's experts need {format_size(needed)}. "
+            f"What would do: {', or '.join(remedies)}"
         )
     return RamPlan(routed, dense, limit, process, least)
 

@@ -23,6 +23,7 @@ from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.page_lock import PageLocker
+from moe_engine.planner import plan
 from moe_engine.ram_plan import RamPlan, plan_ram
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -115,11 +116,37 @@ def test_a_budget_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
-def test_no_room_for_a_step(path: Path, device: str) -> None:
-    with pytest.raises(CapacityError, match=r"ram_budget is 1\.0 MiB.*one step's experts need.*raise ram_budget by"):
-        load(path, device=device, ram_budget="1MiB")
+def test_no_room_for_a_step(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_engine.ram_plan.process_bytes", lambda: 1 << 30)
+    refusals = []
+    for call in (load, plan):
+        with pytest.raises(
+            CapacityError, match=r"ram_budget is 1\.0 MiB.*one step's experts need.*What would"
+        ) as refused:
+            call(path, device=device, ctx=32, ram_budget="1MiB")
+        refusals.append(str(refused.value))
+    assert refusals[0] == refusals[1]  # loading and planning say the same
+    budget = int(refusals[0].partition("ram_budget ")[2].rpartition("ram_budget ")[2].removesuffix("MiB"))
+    with load(path, device=device, ram_budget=f"{budget}MiB"):
+        pass
+    with pytest.raises(CapacityError):
+        load(path, device=device, ram_budget=f"{budget - 2}MiB")
     with pytest.raises(ConfigError, match="lots"):
         load(path, device=device, ram_budget="lots")
+
+
+@pytest.mark.parametrize("device", ["cpu", "simulated"])
+def test_no_memory_for_a_step(path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"device": device, "ctx": 32, "n_sequence": 8}
+    monkeypatch.setattr("moe_engine.ram_plan.available_ram_bytes", lambda: 1000)
+    with pytest.raises(CapacityError, match=r"of RAM are available.*one step's experts need.*What would do") as refused:
+        plan(path, **options)
+    enough = int(str(refused.value).partition("What would do: ")[2].partition("MiB")[0]) << 20
+    monkeypatch.setattr("moe_engine.ram_plan.available_ram_bytes", lambda: enough)
+    assert plan(path, **options).on_disk >= 0
+    monkeypatch.setattr("moe_engine.ram_plan.available_ram_bytes", lambda: enough - (1 << 20))
+    with pytest.raises(CapacityError):
+        plan(path, **options)
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
