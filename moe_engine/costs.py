@@ -77,6 +77,6 @@ def layer_terms(layer: PromptLayer, rates: Rates) -> dict[str, float]:
     missing = (len(counts) - n_cpu) * layer.nbytes / rates.pcie
     if n_cpu:
         each = (cpu_seconds(n, layer.nbytes, layer.operations, rates) for n in counts[:n_cpu])
-        missing = max(missing, layer.dense + layer.launches + sum(each) + rates.hand_over)
+        missing = max(missing, layer.dense + sum(each) + rates.hand_over)
     gpu = layer.gpu_seconds(on_gpu)
     return {"misses": missing, "gpu" if gpu > layer.launches else "launches": gpu + layer.launches}

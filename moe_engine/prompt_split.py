@@ -33,13 +33,13 @@ def choose_for_cpu(counts: Sequence[int], n_elsewhere: int, nbytes: int, operati
     """How many of the experts that would have to be copied, those with the fewest tokens, the CPU should compute.
 
     counts: tokens of each, ascending. n_elsewhere: (token, expert) pairs of other experts. operations: of one pair,
-    nbytes: of one expert. The layer takes as long as the slowest of bus, GPU and CPU, which has launched the GPU's work
-    before; the least of that over all cuts, and with equal times the fewest experts on the CPU.
+    nbytes: of one expert. The layer takes as long as the slowest of bus, GPU and CPU; the least of that over all cuts,
+    and with equal times the fewest experts on the CPU.
     """
     gpu = (n_elsewhere + sum(counts)) * operations / rates.gpu
     link = [(len(counts) - n) * nbytes / rates.pcie for n in range(len(counts) + 1)]
     each = (cpu_seconds(count, nbytes, operations, rates) for count in counts)
-    cpu = [0.0, *(rates.stream_layer + seconds + rates.hand_over for seconds in accumulate(each))]
+    cpu = [0.0, *(seconds + rates.hand_over for seconds in accumulate(each))]
     times = [max(gpu, *pair) for pair in zip(link, cpu, strict=True)]
     return times.index(min(times))
 

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from hypothesis import strategies as st
 from recorded_h200 import BUSY_H200, H200
 
 from moe_engine import CalibrationError, Engine, calibrate, hardware
+from moe_engine.calibrate import GPU_TYPES, filled
+from moe_engine.calibrate_gpu import _cpu_seconds, _random_bytes
 from moe_engine.calibration import Calibration, Product, cache_path, closest, kept, processor_name
 from moe_engine.cli import main
 from moe_engine.config import EngineConfig
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.kernels.reference import dequantize
+from moe_engine.planner import plan
 from moe_engine.prompt_split import Rates
 
 CPU_ONLY = replace(H200, gpu=None, disk=None)
@@ -123,6 +128,19 @@ def test_wrong_values_are_named(changes: dict[str, Any], message: str, tmp_path:
     with pytest.raises(CalibrationError, match=message) as refused:
         Calibration.load(path)
     assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("type", GPU_TYPES)
+def test_weights_to_measure_with_are_finite_and_differ(type: str) -> None:
+    found = dequantize(filled(type, 64, 2048, make=partial(_random_bytes, torch.device("cpu"))))
+    assert found.isfinite().all()
+    assert len(found.unique()) > 1000
+
+
+def test_what_the_cpu_would_read_in_a_step() -> None:
+    work, slow = plan(device="cpu").work, Product(1.0, 1.0)
+    assert _cpu_seconds(work, {"Q4_K": slow}) == pytest.approx(work.active_bytes, rel=0.01)  # slots are padded
+    assert _cpu_seconds(work, {"Q4_K": replace(slow, weights=2.0)}) == pytest.approx(work.active_bytes / 2, rel=0.01)
 
 
 def test_impossible_rates_are_not_kept() -> None:

@@ -207,7 +207,7 @@ def test_the_cut_between_cpu_and_copies_is_the_best(
     def seconds(n: int) -> float:
         work = sum(cpu_seconds(count, nbytes, operations, rates) for count in counts[:n])
         gpu = (n_elsewhere + sum(counts)) * operations / rates.gpu
-        return max(gpu, (len(counts) - n) * nbytes / pcie, rates.stream_layer + work + rates.hand_over if n else 0.0)
+        return max(gpu, (len(counts) - n) * nbytes / pcie, work + rates.hand_over if n else 0.0)
 
     chosen = choose_for_cpu(counts, n_elsewhere, nbytes, operations, rates)
     times = [seconds(n) for n in range(len(counts) + 1)]
