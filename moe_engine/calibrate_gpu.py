@@ -11,8 +11,7 @@ from torch import Tensor
 
 from moe_engine.calibrate import FEW_TOKENS, GPU_TYPES, HIDDEN, MANY_TOKENS, N_FF, TOP_K, down_type, filled
 from moe_engine.calibration import Gpu, Product, closest
-from moe_engine.decode_step import PROMPT_TOKENS
-from moe_engine.decoder import GraphDecoder
+from moe_engine.decoder import PROMPT_SIZES, GraphDecoder
 from moe_engine.engine import Engine
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.expert_ring import N_CELL
@@ -70,7 +69,7 @@ def measure_gpu(
     seconds, work = _bundled_steps(device, threads, "cpu")
     exchange = (seconds - _cpu_seconds(work, cpu_experts) - work.kernels * kernel) / len(work.experts)
     progress("prompts")
-    step, layer = _bundled_prompts(device, threads)
+    steps, layer = _bundled_prompts(device, threads)
     facts = torch.cuda.get_device_properties(device)
     return Gpu(
         name=facts.name,
@@ -79,7 +78,7 @@ def measure_gpu(
         pcie=pcie,
         kernel_seconds=kernel,
         exchange_seconds=max(exchange - EXCHANGE_KERNELS * kernel, LEAST),
-        step_seconds=step,
+        step_seconds=steps,
         layer_seconds=layer,
         stream_seconds=_bundled_stream(device, threads),
         decode=decode,
@@ -182,13 +181,13 @@ def _cpu_seconds(work: ModelWork, rates: Mapping[str, Product]) -> float:
     return sum(work.top_k * nbytes / closest(rates, type).weights for type, nbytes in by_type)
 
 
-def _bundled_prompts(device: torch.device, threads: int) -> tuple[float, float]:
-    """Seconds of a layer of a step with prompt tokens, and of a micro-batch: all experts in VRAM."""
+def _bundled_prompts(device: torch.device, threads: int) -> tuple[dict[int, float], float]:
+    """Seconds of a layer of a step, by prompt tokens, and of a micro-batch: all experts in VRAM."""
     with _bundled(device, threads, experts="cache") as engine:
         assert isinstance(engine.decoder, GraphDecoder)
-        n_layer, ids = len(engine.model.blk), list(range(PROMPT_TOKENS))
-        step = _median_seconds(partial(engine.decoder.prompt, 0, ids, 0))
-        return step / n_layer, _median_seconds(partial(_micro_batch, engine)) / n_layer
+        n_layer, prompt = len(engine.model.blk), partial(engine.decoder.prompt, 0)
+        steps = {n: _median_seconds(partial(prompt, range(n), 0)) / n_layer for n in PROMPT_SIZES}
+        return steps, _median_seconds(partial(_micro_batch, engine)) / n_layer
 
 
 def _bundled_stream(device: torch.device, threads: int) -> float:

@@ -63,7 +63,7 @@ class Gpu:
     pcie: dict[int, float]  # host to device, page-locked, by bytes of one copy
     kernel_seconds: float  # what a kernel of a captured decode step takes besides reading weights
     exchange_seconds: float  # what a layer with misses takes besides reading them: messages, and waking the CPU
-    step_seconds: float  # of a layer of a step with some prompt tokens, all experts in VRAM
+    step_seconds: dict[int, float]  # of a layer of a step with so many prompt tokens, all experts in VRAM
     layer_seconds: float  # of the host, for a layer of a prompt, all experts in VRAM
     stream_seconds: float  # of the host, for a layer of a prompt whose experts are streamed
     decode: dict[str, float]  # read by the decode kernels
@@ -113,7 +113,7 @@ class Calibration:
             dram=self.ram,
             cpu=closest(self.cpu_experts, type).operations,
             gpu=closest(self.gpu.prompt, type).operations,
-            step_layer=self.gpu.step_seconds + self.gpu.exchange_seconds,
+            step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds,
             stream_layer=self.gpu.stream_seconds,
         )
 
@@ -188,7 +188,7 @@ class _Check:
             if not isinstance(value, str) or len(value) > 256:
                 raise self.fail(key, value, "a text of at most 256 characters")
             return value
-        if name in ("dram", "pcie"):
+        if name in ("dram", "pcie", "step_seconds"):
             return {n: self._number(f"{key}.{n}", rate) for n, rate in self._map(key, value, by_type=False).items()}
         if name in ("cpu_experts", "prompt"):
             products = self._map(key, value, by_type=True)

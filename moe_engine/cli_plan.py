@@ -142,8 +142,12 @@ def _rows(found: "Calibration") -> Iterator[tuple[str, str]]:
         f"{gpu.matmul * 1e-12:.3g}, {gpu.attention * 1e-12:.3g} ({gpu.attention / gpu.matmul:.0%})",
     )
     yield "kernel, exchange, us", f"{gpu.kernel_seconds * 1e6:.1f}, {gpu.exchange_seconds * 1e6:.1f}"
-    times = (gpu.step_seconds, gpu.layer_seconds, gpu.stream_seconds)
-    yield "layer of a prompt: step, in VRAM, streamed, us", ", ".join(f"{seconds * 1e6:.0f}" for seconds in times)
+    steps = ", ".join(f"{n}: {seconds * 1e6:.0f}" for n, seconds in gpu.step_seconds.items())
+    yield "layer of prompts' steps, us by tokens", steps
+    yield (
+        "layer of prompts, host, us in VRAM, streamed",
+        f"{gpu.layer_seconds * 1e6:.0f}, {gpu.stream_seconds * 1e6:.0f}",
+    )
 
 
 def _gb(rate: float) -> str:

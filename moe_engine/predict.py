@@ -183,7 +183,8 @@ class Predictor:
     def _prompt_step(self, placement: Placement, n: int, gpu: Gpu) -> dict[str, float]:
         """Seconds of a step with n tokens: the CPU computes what is missing while the GPU reads what is not."""
         work, n_used = self.work, len(self.routing.counts(n, self.work.n_expert, self.work.top_k))
-        terms = {"kernels": work.n_block * gpu.step_seconds, "reads": _read_seconds(gpu, work.dense)}
+        size = min((tokens for tokens in gpu.step_seconds if tokens >= n), default=max(gpu.step_seconds))
+        terms = {"kernels": work.n_block * gpu.step_seconds[size], "reads": _read_seconds(gpu, work.dense)}
         terms |= {"misses": 0.0, "exchange": 0.0, "disk": 0.0}
         for layer, share in zip(work.experts, placement.shares, strict=True):
             n_missing, n_pair = (1 - share) * n_used, (1 - share) * n * work.top_k

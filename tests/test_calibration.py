@@ -113,6 +113,7 @@ def packed(**changes: Any) -> bytes:
         ({"gpu": []}, "'gpu'"),
         ({"gpu__copy": None}, r"'gpu\.\*'"),
         ({"gpu__copy": 0.0}, r"'gpu\.copy'"),
+        ({"gpu__step_seconds": {}}, r"'gpu\.step_seconds'"),
         ({"gpu__pcie": {"x": 1.0}}, r"'gpu\.pcie'"),
         (
             {"gpu__prompt": {"Q6_K": {"weights": 1.0, "operations": 998e12}}},

@@ -25,6 +25,7 @@ from moe_engine.benchmark.random_writer import MODELS
 from moe_engine.calibration import Calibration, Product
 from moe_engine.cli import main
 from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
+from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.inspection import inspect_file
 from moe_engine.model_work import ModelWork
 from moe_engine.planner import Plan, plan
@@ -167,9 +168,14 @@ def test_short_prompts_take_steps(busy: tuple[ModelWork, Placement]) -> None:
     found = predictor.prompt(placement, 1)
     assert found == predictor.in_steps(placement, 1)
     assert found.rate == pytest.approx(1 / BUSY_ONE_TOKEN_SECONDS, rel=0.2)
-    steps = [predictor.in_steps(placement, n).seconds for n in (1, 16, 17, 32)]
+    steps = [predictor.in_steps(placement, n).seconds for n in (1, PROMPT_TOKENS, PROMPT_TOKENS + 1, 2 * PROMPT_TOKENS)]
     assert steps == sorted(steps)
     assert steps[3] == pytest.approx(2 * steps[1], rel=0.01)
+    assert BUSY_H200.gpu
+    slower = replace(BUSY_H200.gpu, step_seconds={4: 28e-6, PROMPT_TOKENS: 1.0})
+    later = replace(predictor, machine=replace(BUSY_H200, gpu=slower))
+    assert later.in_steps(placement, 4) == predictor.in_steps(placement, 4)
+    assert later.in_steps(placement, 5).terms["kernels"] == work.n_block
     assert predictor.prompt(placement, 2048) == predictor.streamed(placement, 2048)
     assert predictor.prompt(replace(placement, ctx=16), 1) == predictor.streamed(placement, 1)  # no room for a step
     assert predictor.prompt(replace(placement, fetches=True), 1) == predictor.streamed(placement, 1)
