@@ -63,7 +63,7 @@ def matvec(
     `[n_batch, n_out, n_in]`; rows contiguous. The blob may lie at any address. out: f32 of the result's shape, rows
     contiguous (for the heads of attention, say, a transposed view of `[n_token, n_batch * n_out]`).
     activations: `quantize` of x, which is then read only where there is no path for 8 bits: for some types, blobs at
-    odd addresses, and from five tokens on (Q8_0: nine), which are multiplied in bf16 on the tensor cores.
+    odd addresses, and where `matvec_on_tensor_cores` says that many rows times 5 to 16 tokens go there, in bf16.
     residual: f32 with the shape and strides of `out`, which it may also be.
     out_activations: gets the result in 8 bits as well, laid out as the memory of `out`, so that it serves the product
     after this one. Its number of elements is that of `out`, and n_out is a multiple of 16.
@@ -98,14 +98,15 @@ def matvec(
     data_stride = weight.data.stride(0) if batched else 0
     align = alignment(weight.type, weight.data.data_ptr(), data_stride)
     n_unit = units(weight.type, weight.n_in)
-    tiles = decode_tiles.matvec_on_tensor_cores(n_token, weight.n_in, n_unit) if align else None
+    n_row = n_out * n_batch
+    tiles = decode_tiles.matvec_on_tensor_cores(n_token, n_row, weight.n_in, n_unit) if align else None
     if tiles is not None:
         tile = tiles
         x = x.to(torch.bfloat16).contiguous()
     elif align:
         activations = quantize(x) if activations is None else activations
         assert activations.codes.shape == (n_batch * n_token, weight.n_in), (activations.codes.shape, x.shape)
-        tile = decode_tiles.matvec_tile(n_token, n_out * n_batch, n_unit, align, out_activations is not None)
+        tile = decode_tiles.matvec_tile(n_token, n_row, n_unit, align, out_activations is not None)
     else:
         rows = 16 if out_activations is not None else 4
         tile = decode_tiles.unpacked_tile(rows) | {"TOKENS": 1, "PREFETCH": False}
@@ -168,8 +169,10 @@ def matvecs(
     for weight in weights:
         assert weight.n_in == n_in, (weight.shape, x.shape)
         assert weight.data.is_contiguous(), weight.data.stride()
-    if not run_kernels(x) or len(weights) == 1 or not all(aligns) or n_token >= decode_tiles.TILE_TOKENS:
-        if activations is None and run_kernels(x) and any(aligns) and n_token < decode_tiles.TILE_TOKENS:
+    n_row, n_unit = sum(heights), min(units(weight.type, n_in) for weight in weights)
+    tiles = decode_tiles.matvec_on_tensor_cores(n_token, n_row, n_in, n_unit)
+    if not run_kernels(x) or len(weights) == 1 or not all(aligns) or tiles is not None:
+        if activations is None and run_kernels(x) and any(aligns) and tiles is None:
             activations = quantize(x)
         for weight, part in zip(weights, parts, strict=True):
             matvec(x, weight, part, activations)
@@ -183,8 +186,7 @@ def matvecs(
     if activations is None:
         activations = quantize(x)
     assert activations.codes.shape == x.shape, (activations.codes.shape, x.shape)
-    n_unit = min(units(weight.type, n_in) for weight in weights)
-    tile = decode_tiles.matvec_tile(n_token, sum(heights), n_unit, min(aligns))
+    tile = decode_tiles.matvec_tile(n_token, n_row, n_unit, min(aligns))
     constants: dict[str, Any] = {}
     filled = [*zip("ABC", weights, aligns, heights, strict=False)]
     if len(weights) == 2:

@@ -143,14 +143,15 @@ def down_kernel(
     OVERLAP: tl.constexpr,
     PLANES: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """Program (t, i): rows `ROWS * i` and following of token t's output.
 
-    Where an expert's row does not fill the lanes, the units of a row in all used experts are one long row, dealt out to
-    the lanes.
+    Each choice has WIDTH of the lanes to itself; with WIDTH 0 all lanes take the same choice. Where an expert's row
+    does not fill them, the units of a row in all used experts are then one long row, dealt out to the lanes.
     """
     token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
     let_next_kernel_start(OVERLAP)
@@ -159,7 +160,24 @@ def down_kernel(
     lane = tl.arange(0, LANES)[None, None, :]
     total = tl.zeros([ROWS, 1, LANES], tl.float32)
     zero = tl.zeros([1, 1, 1], tl.int32)
-    if N_UNIT % LANES == 0:  # all lanes are in the same expert
+    if WIDTH > 0:
+        choice = lane // WIDTH
+        pair = token * TOP_K + choice
+        slot = tl.load(slots + pair, mask=choice < TOP_K, other=-1)
+        some = tl.max(slot)
+        if some >= 0:
+            # Lanes without an expert read what others do anyway
+            rows = pool + tl.where(slot >= 0, slot, some).to(tl.int64) * SLOT_BYTES + row_offset
+            source = tl.where(slot >= 0, pair, token * TOP_K)
+            for start in tl.range(0, N_UNIT, WIDTH, loop_unroll_factor=UNROLL):
+                at = start + lane % WIDTH
+                u = at if N_UNIT % WIDTH == 0 else tl.minimum(at, N_UNIT - 1)
+                y = unit_dot(rows, u, h_codes + source * N_FF, h_pairs + source * (N_FF // 8), DOWN, ALIGN)
+                if PLANES == 2:  # the same weights: they are loaded and decoded once
+                    rest = source + n_token * TOP_K
+                    y += unit_dot(rows, u, h_codes + rest * N_FF, h_pairs + rest * (N_FF // 8), DOWN, ALIGN)
+                total += tl.where((slot >= 0) & (at < N_UNIT), y, 0.0)
+    elif N_UNIT % LANES == 0:  # all lanes are in the same expert
         for choice in range(TOP_K):
             pair = token * TOP_K + choice
             slot = tl.load(slots + pair)

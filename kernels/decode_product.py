@@ -179,7 +179,7 @@ def _launch_moe(
         "RESIDUAL": residual is not None,
     }
     if down_align:
-        tile = decode_tiles.down_tile(units(layout.down.type, layout.n_ff))
+        tile = decode_tiles.down_tile(n_token, top_k, units(layout.down.type, layout.n_ff))
         down_kernel[n_token, -(-layout.hidden // tile["ROWS"])](
             pool,
             slots,

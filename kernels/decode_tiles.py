@@ -12,11 +12,15 @@ from moe_engine.kernels.dequantize import _is_interpreted
 _INTERPRETER_TILE: dict[str, Any] = {"ROWS": 256, "LANES": 16, "UNROLL": 1, "num_warps": 1}
 
 
+FEW_ROWS = 16384
+"""Matrices of fewer rows do not keep the GPU busy for long: what counts is how many programs read them at once."""
+
+
 def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: bool = False) -> dict[str, Any]:
     """n_unit: units of a row. align: of the blocks. quantize: the result's rows must come in runs of 16."""
     if _is_interpreted():
         return _INTERPRETER_TILE | {"TOKENS": 2, "PREFETCH": True}
-    few = n_row < 16384
+    few = n_row < FEW_ROWS
     if n_token > 1:
         # One warp a program: tokens and rows then stay in a lane's registers. 151936x2048 and 4 tokens, 8 or 4 rows:
         # Q6_K 115 or 133 us, Q4_K (16-byte loads) 89 or 70.
@@ -34,14 +38,10 @@ def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: boo
     return {"ROWS": 512 // lanes, "TOKENS": 1, "LANES": lanes, "UNROLL": 1, "num_warps": 4, "PREFETCH": False}
 
 
-TILE_TOKENS = 5
-"""From this many tokens on, the tensor cores multiply: of Q8_0 from nine on, as its units are small."""
-
-
-def matvec_on_tensor_cores(n_token: int, n_in: int, n_unit: int) -> dict[str, Any] | None:
-    """None: not with this few tokens, or with rows of this length."""
+def matvec_on_tensor_cores(n_token: int, n_row: int, n_in: int, n_unit: int) -> dict[str, Any] | None:
+    """None: not with this few tokens or rows, or with rows of this length. Q8_0 has small units, so it comes later."""
     lanes = 4
-    if n_token < (TILE_TOKENS if n_in >= 32 * n_unit else 9) or n_unit % lanes:
+    if n_row < FEW_ROWS or n_token < (5 if n_in >= 32 * n_unit else 9) or n_unit % lanes:
         return None
     # 151936x2048, 8 and 16 tokens: Q4_K 95 and 103 us, in 8-bit integers 132 and 305; Q6_K 155 and 165 (218, 420);
     # Q8_0 217 and 228 (157, -). With the asynchronous copies of two stages Q4_K takes 249 and 142: they go past the
@@ -64,11 +64,19 @@ def gate_up_tile() -> dict[str, Any]:
     return {"ROWS": 16, "LANES": 32, "UNROLL": 1, "num_warps": 8}
 
 
-def down_tile(n_unit: int) -> dict[str, Any]:
+def down_tile(n_token: int, top_k: int, n_unit: int) -> dict[str, Any]:
+    """WIDTH: see `down_kernel`."""
+    if n_token >= 5 and top_k > 1 and n_unit % 64:
+        width = 8 if n_unit % 8 == 0 else 4
+        lanes = width * (1 << (top_k - 1).bit_length())
+        if _is_interpreted():
+            return _INTERPRETER_TILE | {"LANES": lanes, "WIDTH": width}
+        # By instructions, of 2048x768 Q4_K with 8 choices: half of what the long row below takes. Not tuned
+        return {"WIDTH": width, "ROWS": 8, "LANES": lanes, "UNROLL": 3, "num_warps": max(1, lanes // 8)}
     if _is_interpreted():
-        return _INTERPRETER_TILE
+        return _INTERPRETER_TILE | {"WIDTH": 0}
     if n_unit % 64 and n_unit % 32 == 0:  # lanes of one expert then, which is faster. Not tuned further
-        return {"ROWS": 8, "LANES": 32, "UNROLL": 1, "num_warps": 4}
+        return {"WIDTH": 0, "ROWS": 8, "LANES": 32, "UNROLL": 1, "num_warps": 4}
     # Whole product: 13.3 us and 73 %. Before the loop had its present form all were equal: 13.0 us with (4, 64, 4
     # warps), 72 % with (8, 32, two turns at once, 4 warps).
-    return {"ROWS": 8, "LANES": 64, "UNROLL": 1, "num_warps": 8}
+    return {"WIDTH": 0, "ROWS": 8, "LANES": 64, "UNROLL": 1, "num_warps": 8}
