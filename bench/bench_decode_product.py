@@ -4,12 +4,16 @@ The experts of a call rotate through a pool far larger than the cache, so do the
 a row are those of each distinct expert, or of the matrix, once. Reference: torch in bf16 on expanded weights.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from gpu_timing import DEVICE, Report, Row, check, copies, exact_values, randn, random_weight
 from torch import Tensor
 
+from moe_engine.kernels import decode_tiles
 from moe_engine.kernels.decode_product import MoeBuffers, matvec, moe_decode
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotLayout
@@ -36,8 +40,23 @@ TINY_MATRICES = {"tiny": (48, 512)}
 ROTATION = 16  # products a graph, each with other experts
 POOL_BYTES = 2 << 30
 
+Forms = Mapping[str, Mapping[str, Any]]
+"""For each name what takes the place of things in decode_tiles.py."""
 
-def experts(report: Report, name: str, types: str, tokens: tuple[int, ...]) -> None:
+
+@contextmanager
+def replaced(form: Mapping[str, Any]) -> Iterator[None]:
+    before = {name: getattr(decode_tiles, name) for name in form}
+    try:
+        for name, value in form.items():
+            setattr(decode_tiles, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(decode_tiles, name, value)
+
+
+def experts(report: Report, name: str, types: str, tokens: tuple[int, ...], forms: Forms | None = None) -> None:
     hidden, n_ff, top_k, n_expert = (EXPERTS | TINY_EXPERTS)[name]
     gate, down = types.split("/")
     if n_ff % BY_NAME[down].block_size:
@@ -59,14 +78,16 @@ def experts(report: Report, name: str, types: str, tokens: tuple[int, ...]) -> N
         run = partial(moe_decode, x, pool, layout, weights=share, out=out, buffers=buffers)
         h = torch.nn.functional.silu(x.double() @ w_gate.T) * (x.double() @ w_up.T)
         exact = h @ w_down.T * share.sum(dim=1, keepdim=True)
-        report.add(
-            "routed experts",
-            f"{gate}/{down}",
-            f"{name}, {n_token} tokens",
-            [partial(run, slots=slots) for slots in chosen],
-            error=check(f"{name} {types}", run(slots=chosen[0]), exact, 1.5e-2),
-            n_bytes=sum(len(slots.unique()) for slots in chosen) / ROTATION * layout.slot_bytes,
-        )
+        for form, tiles in (forms or {"": {}}).items():
+            with replaced(tiles):
+                report.add(
+                    "routed experts",
+                    f"{gate}/{down}",
+                    f"{name}, {n_token} tokens{form}",
+                    [partial(run, slots=slots) for slots in chosen],
+                    error=check(f"{name} {types}", run(slots=chosen[0]), exact, 1.5e-2),
+                    n_bytes=sum(len(slots.unique()) for slots in chosen) / ROTATION * layout.slot_bytes,
+                )
 
 
 def matrix(report: Report, name: str, type: str, tokens: tuple[int, ...]) -> None:

@@ -23,8 +23,9 @@ def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: boo
     few = n_row < FEW_ROWS
     if n_token > 1:
         # One warp a program: tokens and rows then stay in a lane's registers. 151936x2048 and 4 tokens, 8 or 4 rows:
-        # Q6_K 115 or 133 us, Q4_K (16-byte loads) 89 or 70.
-        rows = {"ROWS": 16, "num_warps": 2} if quantize else {"ROWS": 4 if align == 16 else 8, "num_warps": 1}
+        # Q6_K 115 or 133 us, Q4_K (16-byte loads) 89 or 70. Few rows and five tokens or more: not tuned.
+        n = 4 if align == 16 or (few and n_token > 4) else 8
+        rows = {"ROWS": 16, "num_warps": 2} if quantize else {"ROWS": n, "num_warps": 1}
         prefetch = few or (align == 16 and not quantize)
         return rows | {"TOKENS": 2 if n_token == 2 else 4, "LANES": 32, "UNROLL": 1, "PREFETCH": prefetch}
     lanes = min(32, 1 << (n_unit - 1).bit_length())
@@ -71,7 +72,7 @@ def down_tile(n_token: int, top_k: int, n_unit: int) -> dict[str, Any]:
         lanes = width * (1 << (top_k - 1).bit_length())
         if _is_interpreted():
             return _INTERPRETER_TILE | {"LANES": lanes, "WIDTH": width}
-        # By instructions, of 2048x768 Q4_K with 8 choices: half of what the long row below takes. Not tuned
+        # Not tuned: chosen by the number of instructions, for 2048x768 Q4_K half of what the long row below takes
         return {"WIDTH": width, "ROWS": 8, "LANES": lanes, "UNROLL": 3, "num_warps": max(1, lanes // 8)}
     if _is_interpreted():
         return _INTERPRETER_TILE | {"WIDTH": 0}

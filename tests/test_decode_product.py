@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType, quants
 from random_blocks import random_blocks
 from torch import Tensor
 
-from moe_engine.kernels import reference
+from moe_engine.kernels import decode_tiles, reference
 from moe_engine.kernels.decode_product import Activations, MoeBuffers, is_fast, matvec, matvecs, moe_decode, quantize
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
@@ -80,10 +80,11 @@ def test_matvec(type: QuantType, n_token: int, n_out: int, n_block: int, offset:
     assert error(out, exact) < (2 * MATRIX_ERROR if is_fast(type) else FLOAT_ERROR)  # few elements: a wide spread
 
 
-@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ2_S"])
+@pytest.mark.parametrize(("name", "few_rows"), [("Q4_K", 0), ("Q6_K", 22), ("IQ2_S", 22)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matvec_of_many_tokens(name: str, dtype: torch.dtype) -> None:
-    """Within a form (8-bit activations up to four tokens, then bf16) tokens do not depend on each other."""
+def test_matvec_of_many_tokens(name: str, dtype: torch.dtype, few_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a form (8-bit activations, or bf16 from five tokens on) tokens do not depend on each other."""
+    monkeypatch.setattr(decode_tiles, "FEW_ROWS", few_rows)
     weight = random_weight(BY_NAME[name], 21, 768)
     x = random_input(16, 768).to(dtype)
     exact = x.cpu().double() @ values(weight).T
@@ -95,7 +96,8 @@ def test_matvec_of_many_tokens(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("type", FAST, ids=str)
-def test_matvec_on_tensor_cores(type: QuantType) -> None:
+def test_matvec_on_tensor_cores(type: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_tiles, "FEW_ROWS", 0)
     weight = random_weight(type, 37, 512)
     x, residual = random_input(7, 512), random_input(7, 37, seed=1)
     exact = x.cpu().double() @ values(weight).T + residual.cpu()
@@ -175,7 +177,13 @@ def test_matvec_of_heads_that_lie_side_by_side(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("names", "n_token"),
-    [(("Q4_K", "Q4_K", "Q6_K"), 1), (("Q5_0", "Q8_0"), 3), (("Q4_K", "IQ2_S", "Q6_K"), 2), (("Q4_0",), 1)],
+    [
+        (("Q4_K", "Q4_K", "Q6_K"), 1),
+        (("Q5_0", "Q8_0"), 3),
+        (("Q4_K", "IQ2_S", "Q6_K"), 2),
+        (("Q4_0",), 1),
+        (("Q4_K", "Q6_K"), 7),
+    ],
     ids=str,
 )
 def test_matvecs(names: tuple[str, ...], n_token: int) -> None:
@@ -254,9 +262,20 @@ def test_moe_of_many_tokens(types: tuple[str, str, str, int, int]) -> None:
 
 
 def test_moe_of_sixteen_tokens() -> None:
-    layout = layout_of("Q4_0", "Q4_0", "Q8_0", 96, 64)
-    out = check_moe(layout, [[t % 3, -1 if t % 5 else 2] for t in range(16)])
-    assert out.shape == (16, 96)
+    layout = layout_of("Q4_0", "Q4_0", "Q8_0", 96, 96)
+    check_moe(layout, [[t % 3, -1 if t % 5 else 2, -1] for t in range(15)] + [[-1, -1, -1]])
+
+
+def test_tokens_of_a_batch_depend_neither_on_slots_nor_on_others() -> None:
+    """Exact mode relies on it: the same bits wherever an expert lies, and whatever other tokens choose."""
+    layout = layout_of("Q4_0", "Q4_0", "Q4_0", 32, 96)
+    pool = random_pool(layout, 2).repeat(2, 1)
+    x, weights = random_input(5, 32), torch.ones(5, 2, device=DEVICE)
+    slots = torch.tensor([[0, 1]] * 5, dtype=torch.int32, device=DEVICE)
+    together = moe_decode(x, pool, layout, slots, weights)
+    slots[1::2] += 2
+    slots[::2, 1] = -1
+    assert torch.equal(moe_decode(x, pool, layout, slots, weights)[1::2], together[1::2])
 
 
 def test_token_does_not_depend_on_others() -> None:
