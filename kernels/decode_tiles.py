@@ -40,9 +40,12 @@ def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: boo
 
 
 def matvec_on_tensor_cores(n_token: int, n_row: int, n_in: int, n_unit: int) -> dict[str, Any] | None:
-    """None: not with this few tokens or rows, or with rows of this length. Q8_0 has small units, so it comes later."""
+    """None: not with this few tokens or rows (of more than a turn), or with rows of this length.
+
+    Q8_0 has small units, so it comes later.
+    """
     lanes = 4
-    if n_row < FEW_ROWS or n_token < (5 if n_in >= 32 * n_unit else 9) or n_unit % lanes:
+    if n_token < (5 if n_in >= 32 * n_unit else 9) or n_unit % lanes or (n_row < FEW_ROWS and n_unit > lanes):
         return None
     # 151936x2048, 8 and 16 tokens: Q4_K 95 and 103 us, in 8-bit integers 132 and 305; Q6_K 155 and 165 (218, 420);
     # Q8_0 217 and 228 (157, -). With the asynchronous copies of two stages Q4_K takes 249 and 142: they go past the

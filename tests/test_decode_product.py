@@ -177,13 +177,7 @@ def test_matvec_of_heads_that_lie_side_by_side(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("names", "n_token"),
-    [
-        (("Q4_K", "Q4_K", "Q6_K"), 1),
-        (("Q5_0", "Q8_0"), 3),
-        (("Q4_K", "IQ2_S", "Q6_K"), 2),
-        (("Q4_0",), 1),
-        (("Q4_K", "Q6_K"), 7),
-    ],
+    [(("Q4_K", "Q4_K", "Q6_K"), 1), (("Q5_0", "Q8_0"), 7), (("Q4_K", "IQ2_S", "Q6_K"), 2), (("Q4_0",), 1)],
     ids=str,
 )
 def test_matvecs(names: tuple[str, ...], n_token: int) -> None:
