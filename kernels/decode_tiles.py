@@ -19,7 +19,7 @@ FEW_ROWS = 16384
 def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: bool = False) -> dict[str, Any]:
     """n_unit: units of a row. align: of the blocks. quantize: the result's rows must come in runs of 16."""
     if _is_interpreted():
-        return _INTERPRETER_TILE | {"TOKENS": 2 if n_token < 5 else 8, "PREFETCH": True}
+        return _INTERPRETER_TILE | {"TOKENS": 2 if n_token < 5 else 16, "PREFETCH": True}
     few = n_row < FEW_ROWS
     if n_token > 1:
         # One warp a program: tokens and rows then stay in a lane's registers. 151936x2048 and 4 tokens, 8 or 4 rows:
