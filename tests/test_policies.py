@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moe_engine.errors import ConfigError
 from moe_engine.policies.admission import BetterThanVictim, Outranks, SecondTouch
 from moe_engine.policies.least_stale import LeastStale
+from moe_engine.policies.lfu import LFU
 from moe_engine.policies.lfu_decay import DecayedLFU
 from moe_engine.policies.lru import LRU
 from moe_engine.policies.pinned_lru import PinnedLRU
@@ -82,6 +83,32 @@ def test_lru_evicts_the_longest_unused_key_that_is_not_pinned(capacity: int, use
             order.append(key)
         assert len(policy) == len(order)
         assert all(k in policy for k in order)
+
+
+@given(
+    capacity=st.integers(1, 6),
+    uses=st.lists(st.tuples(st.integers(0, 9), st.sets(st.integers(0, 9), max_size=3), st.booleans()), max_size=60),
+)
+def test_lfu_counts_all_uses_and_breaks_ties_by_the_last(capacity: int, uses: list[tuple[int, set[int], bool]]) -> None:
+    policy, order, counts = LFU[int](capacity), list[int](), Counter[int]()  # order: oldest use first
+    for key, pinned, admitted in uses:
+        policy.touch(key)
+        counts[key] += 1
+        if key in order:
+            order.remove(key)
+        elif not admitted:  # used, but not loaded
+            continue
+        elif len(order) == capacity:
+            victim = policy.victim(pinned)
+            assert victim == min((k for k in order if k not in pinned), key=lambda k: counts[k], default=None)
+            if victim is None:
+                continue
+            order.remove(victim)
+            policy.insert(key)
+        else:
+            policy.insert(key)
+        order.append(key)
+        assert all(policy.prefers(key, other) == (counts[key] > counts[other]) for other in order)
 
 
 def test_lru_of_pinned_keys_has_no_victim_and_keeps_them() -> None:

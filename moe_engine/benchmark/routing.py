@@ -92,7 +92,8 @@ class RecordedRouting:
 
     def follow(self, step: DecodeStep) -> None:
         """Makes a step that has not run yet take these choices in place of its routers'. Raises as `mapped`."""
-        choices, ahead = self.mapped(*step.experts.slot_table.shape, step.mailbox.top_k)
+        box = step.mailbox
+        choices, ahead = self.mapped(box.n_layer, box.n_expert, box.top_k)
         step.replay = choices.to(step.tokens.device)
         step.replay_ahead = None if ahead is None else ahead.to(step.tokens.device)
 
