@@ -11,7 +11,7 @@ from moe_engine.policies.base import Key, Policy
 class OnCachetools(Policy[Key]):
     """Evicts in the order in which a `cachetools` cache pops its items, but passes over pinned keys."""
 
-    def __init__(self, resident: Cache) -> None:
+    def __init__(self, resident: Cache[Key, None]) -> None:
         """resident: an empty cache, of at least one key; it holds the resident keys, its values mean nothing."""
         self._resident = resident
 

@@ -135,9 +135,14 @@ def test_nothing_beats_the_bound(shared: bool, warm: bool) -> None:
     trace = synthetic(150)
     names = [name for name in policy_names() if name != BOUND]
     policies = [f"{name}:admit={rule}" for name in names for rule in RULES]
-    for outcome in simulate(trace, policies, [3, N_EXPERT], warm=warm, shared=shared, profile=trace, expert_bytes=10):
+    sizes = [10, 20, 30]
+    for outcome in simulate(
+        trace, policies, [3, N_EXPERT], warm=warm, shared=shared, profile=trace, expert_bytes=sizes
+    ):
         assert outcome.to_belady >= 0
-        assert outcome.bytes == 10 * (sum(outcome.accesses) - sum(outcome.hits))
+        missed = [n - hits for n, hits in zip(outcome.accesses, outcome.hits, strict=True)]
+        assert outcome.bytes == 10 * missed[0] + 20 * missed[1] + 30 * missed[2]
+        assert all(n / TOP_K <= steps <= min(n, 150) for n, steps in zip(missed, outcome.missed_steps, strict=True))
         if outcome.capacity == N_EXPERT and warm:
             assert outcome.hit_rate == 1
 
@@ -149,6 +154,9 @@ def test_capacities() -> None:
     for text in ("", "%", "-1", "2.5", "x", "nan%"):
         with pytest.raises(ConfigError, match="expected experts per layer"):
             capacity_of(text, 64, 8)
+    assert [capacity_of(text, 64, 8, 1 << 20) for text in ("20MiB", "1kB", "1GiB")] == [20, 8, 64]
+    with pytest.raises(ConfigError, match="size of an expert is not known"):
+        capacity_of("1GiB", 64, 8)
     with pytest.raises(ConfigError, match="capacity is 1"):
         simulate(synthetic(3), ["lru"], [1])
 
@@ -204,7 +212,7 @@ def test_the_advice_is_what_the_simulation_says(
     assert "recommended: " in run(capsys, *options, "--expert-bytes", "256MiB", "--recommend")
     with pytest.raises(SystemExit):
         main(["trace", *options, "--recommend"])
-    assert "give --expert-bytes" in capsys.readouterr().err
+    assert "give -m MODEL or --expert-bytes" in capsys.readouterr().err
 
 
 def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
