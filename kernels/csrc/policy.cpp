@@ -140,6 +140,11 @@ void Policy::remove(ExpertKey key) {
     forget_lowest(key);
 }
 
+void Policy::refresh(ExpertKey key) {
+    last_[static_cast<size_t>(key)] = ++clock_;
+    forget_lowest(key);
+}
+
 ExpertKey Policy::candidate() {
     Place best;
     for (int layer = 0; layer < n_layer_; ++layer) {

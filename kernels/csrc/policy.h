@@ -55,6 +55,7 @@ class Policy {
     void foresee(ExpertKey key, int64_t next_use);              // for belady, after each use
     void insert(ExpertKey key);                                 // not resident
     void remove(ExpertKey key);                                 // resident
+    void refresh(ExpertKey key);                                // as remove() and insert() in one
     bool contains(ExpertKey key) const { return resident_[static_cast<size_t>(key)] != 0; }
     int64_t size() const { return size_; }
 
