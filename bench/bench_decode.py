@@ -81,11 +81,11 @@ ROWS = [
 ]
 
 
-def vram_budget(path: Path, row: Row, options: dict[str, Any]) -> int:
-    """What the row's share of the experts needs beside everything else."""
+def vram_budget(path: Path, share: float, **options: Any) -> int:
+    """What a share of the experts needs beside everything else."""
     with_none = Engine.plan(path, **options)
     found = inspect_file(path)
-    return with_none.budget - with_none.slots + int(row.share * found.routed_bytes) + 2 * sum(found.expert_bytes)
+    return with_none.budget - with_none.slots + int(share * found.routed_bytes) + 2 * sum(found.expert_bytes)
 
 
 def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats
         "ctx": n_prompt + n_decode + 8,
         "miss": row.miss,
     }
-    budget = vram_budget(path, row, options)
+    budget = vram_budget(path, row.share, **options)
     watch = MemoryWatch(enabled=device == "cuda")
     with watch:
         started = time.perf_counter()
@@ -196,10 +196,9 @@ def way_of(way: Way, rates: list[float], stats: Stats, timeline: dict[str, float
 
 def soak(path: Path, seconds: float) -> dict[str, Any]:
     """Random prompts on a small cache for a while: no error, and memory must not grow."""
-    row = Row(QWEN, 0.1, "own")
     options: dict[str, Any] = {"device": "cuda", "experts": "cache", "ctx": 1024}
     used, ram, tokens = [], [], 0
-    with Engine.load(path, vram_budget=vram_budget(path, row, options), profile=False, **options) as engine:
+    with Engine.load(path, vram_budget=vram_budget(path, 0.1, **options), profile=False, **options) as engine:
         watch, random = MemoryWatch(enabled=False), np.random.default_rng(0)
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
