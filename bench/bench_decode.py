@@ -7,7 +7,8 @@ Writes random models of the real shapes, loads each with a given share of its ex
 trained model (data/routing.npz: 12 layers, 64 experts, top-8, and what was predicted of each layer) in place of the
 router's choice; see benchmark/routing.py. Rows with "compare" decode with and without lookahead into the CPU's caches
 and prefetch into slots, in turn.
-`--tiny` is a dry run on the simulated device with few layers.
+`--link 0.25` makes the decode worker's copies as slow as over a quarter of the measured PCIe rate, to imitate weaker
+hosts. `--tiny` is a dry run on the simulated device with few layers.
 """
 
 import argparse
@@ -18,8 +19,10 @@ import statistics
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -31,7 +34,10 @@ from moe_engine.benchmark.random_model import write_model
 from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import PrefetchMode, format_size
 from moe_engine.decoder import GraphDecoder
+from moe_engine.hardware import measure
 from moe_engine.inspection import inspect_file
+from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.worker import DecodeWorker
 from moe_engine.stats import Stats
 
 Way = tuple[bool, PrefetchMode]  # lookahead, prefetch
@@ -86,6 +92,13 @@ def vram_budget(path: Path, share: float, **options: Any) -> int:
     with_none = Engine.plan(path, **options)
     found = inspect_file(path)
     return with_none.budget - with_none.slots + int(share * found.routed_bytes) + 2 * sum(found.expert_bytes)
+
+
+def limited_worker(device: str, share: float) -> partial[DecodeWorker]:
+    """Workers whose copies take as long as at a share of the rate that copies to the device have here."""
+    rate = share * measure(torch.device("cpu" if device == "simulated" else device), CpuKernels()).pcie
+    print(f"copies of the decode worker: at most {rate * 1e-9:.1f} GB/s", flush=True)
+    return partial(DecodeWorker, copy_rate=rate)
 
 
 def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:
@@ -244,6 +257,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of random prompts on a small cache at the end")
+    parser.add_argument("--link", type=float, help="share of the PCIe rate for the worker's copies")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -254,8 +268,11 @@ def main() -> None:
         "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "link": options.link,
         "rows": [],
     }
+    if options.link:
+        patch("moe_engine.decoder.DecodeWorker", limited_worker(device, options.link)).start()
     for model in dict.fromkeys(row.model for row in rows):
         path = options.work / f"{model}.gguf"
         mine = [row for row in rows if row.model == model]

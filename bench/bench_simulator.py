@@ -59,7 +59,7 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict
     """Decodes twice (the first time kernels compile) and compares the second one with the simulator."""
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": n_prompt + n_decode + 8, "miss": row.miss}
     budget = vram_budget(path, row.share, **options)
-    ways = {"policy": row.policy, "lookahead": False, "prefetch": "off"}
+    ways: dict[str, Any] = {"policy": row.policy, "lookahead": False, "prefetch": "off"}
     with Engine.load(path, vram_budget=budget, profile=False, **ways, **options) as engine:
         decoder, experts = engine.decoder, engine.experts
         assert isinstance(decoder, GraphDecoder)

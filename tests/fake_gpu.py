@@ -70,6 +70,7 @@ class FakeGpu:
         threads: int = 2,
         lookahead_bytes: int | None = None,
         policy: PolicySpec = LRU,
+        copy_rate: float | None = None,
     ) -> None:
         self.mode, self.meanwhile = mode, meanwhile
         self.ahead: Sequence[
@@ -97,6 +98,7 @@ class FakeGpu:
             copies=copies,
             lookahead_bytes=lookahead_bytes,
             policy=policy,
+            copy_rate=copy_rate,
         )
 
     def seq(self, step: int, layer: int) -> int:

@@ -430,6 +430,45 @@ def test_copies_are_timed_one_after_the_other() -> None:
     gpu.worker.stop()
 
 
+def test_a_throttled_engine_tells_of_a_copy_only_when_a_slow_link_would_be_done() -> None:
+    source, target = torch.arange(100, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)
+
+    def parts(first: int) -> list[tuple[int, int, int]]:
+        return [(target[i:].data_ptr(), source[i:].data_ptr(), n) for i, n in ((first, 30), (first + 30, 20))]
+
+    never = _cpu.ThrottledCopyEngine(_cpu.HostCopyEngine(), 1e-3)
+    never.submit(parts(0))
+    for _ in range(20):
+        assert never.poll() is None
+        time.sleep(0.001)
+    assert not target[30:].any()
+    never.stop()
+
+    engine = _cpu.ThrottledCopyEngine(_cpu.HostCopyEngine(), 5000.0)
+    assert [engine.submit(parts(0)), engine.submit(parts(50))] == [1, 2]
+    begun = time.monotonic()
+    assert [wait(engine), wait(engine)] == pytest.approx([0.01, 0.01])
+    assert time.monotonic() - begun >= 0.018
+    assert torch.equal(target, source)
+    assert engine.poll() is None
+    with pytest.raises(ValueError, match="more than 0"):
+        _cpu.ThrottledCopyEngine(_cpu.HostCopyEngine(), 0.0)
+
+
+def test_a_slow_link_is_waited_for_or_left_alone() -> None:
+    """Steps are right with it, and what "auto" chooses to copy depends on it."""
+    rng = np.random.default_rng(3)
+    for mode in MODES:
+        gpu = FakeGpu(mode, (4, 4), copy_rate=50e6)
+        for step in range(1, 5):
+            gpu.step(step, random_ids(rng, 1))
+        gpu.worker.settle()
+        copied, stats = gpu.worker.copies(), gpu.worker.stats()
+        seconds = (copied["ended"] - copied["begun"]).sum() * 1e-9
+        assert seconds >= 0.99 * stats.copied_bytes / 50e6 > 0
+        gpu.worker.stop()
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lfu-decay:half_life=3", "blend"])
 def test_hits_are_the_simulators(policy: str) -> None:
     """Where every miss is fetched, however long the copies take and in whatever order they are made."""
