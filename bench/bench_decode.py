@@ -96,7 +96,7 @@ def vram_budget(path: Path, share: float, **options: Any) -> int:
 
 def limited_worker(device: str, share: float) -> partial[DecodeWorker]:
     """Workers whose copies take as long as at a share of the rate that copies to the device have here."""
-    rate = share * measure(torch.device("cpu" if device == "simulated" else device), CpuKernels()).pcie
+    rate = share * measure(torch.device("cpu" if device == "simulated" else device), CpuKernels(threads=1)).pcie
     print(f"copies of the decode worker: at most {rate * 1e-9:.1f} GB/s", flush=True)
     return partial(DecodeWorker, copy_rate=rate)
 

@@ -148,7 +148,7 @@ class Replays:
 
     def hits(self, spec: PolicySpec, capacity: int) -> Hits:
         """Experts of each token that were hit, `[n_token, n_layer]`."""
-        if self._native and spec.name == "lru" and spec.admit == "always":
+        if self._native and (spec.name, spec.admit, spec.floor) == ("lru", "always", 0):
             return self._hits_of_lru(capacity)
         model = self._trace.model
         found = np.zeros((self._trace.n_token, model.n_layer), np.int32)

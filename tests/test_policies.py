@@ -20,7 +20,7 @@ N_LAYER, N_EXPERT = 2, 5
 KEYS = st.integers(0, N_LAYER * N_EXPERT - 1)
 
 
-@pytest.mark.parametrize("name", policy_names())
+@pytest.mark.parametrize("name", [*policy_names(), "lru:floor=1", "pinned-lru:floor=2"])
 @settings(max_examples=40)
 @given(
     capacity=st.integers(1, 6),
@@ -49,7 +49,7 @@ def test_contract(name: str, capacity: int, uses: list[tuple[int, float, set[int
                     if victim is not None and not admission.admits(key, victim):
                         continue
                 if victim is None:
-                    assert name == "pinned-lru" or resident <= pinned
+                    assert name.startswith("pinned-lru") or resident <= pinned
                     continue
                 if peek:
                     policy.remove(victim)
@@ -244,6 +244,7 @@ def test_specification() -> None:
         ("lfu-decay:half_life=nan", "half_life is 'nan', expected a number from 0.01"),
         ("random:seed=1.5", "seed is '1.5', expected an integer"),
         ("random:seed=1,seed=2", "'seed' is given twice"),
+        ("lru:floor=-1", "floor is '-1', expected an integer from 0"),
         ("lru:admit=never", "unknown admit=never, expected one of: always, second-touch"),
         ("belady-bypass:admit=always", "unknown key 'admit', expected one of: none"),
     ],
@@ -255,6 +256,18 @@ def test_wrong_specifications_say_what_is_known(text: str, message: str | None) 
     with pytest.raises(ConfigError) as error:
         policy_of(text)
     assert message in str(error.value)
+
+
+def test_a_layer_keeps_its_floor_while_others_have_more() -> None:
+    policy, _ = policy_of("lru:floor=1").build(Pool(4, N_LAYER, N_EXPERT))
+    for key in (0, 5, 6, 7):  # layer 0 has one key, the oldest
+        policy.touch(key)
+        policy.insert(key)
+    assert policy.candidate(()) == 5
+    assert policy.candidate({5, 6, 7}) == 0, "there is nothing else"
+    policy.touch(0)
+    assert policy.candidate({5, 6, 7}) == 0, "a layer may evict its own"
+    assert policy_of("lru").floor == 0
 
 
 def test_what_a_policy_must_know_is_asked_for() -> None:

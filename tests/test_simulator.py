@@ -110,13 +110,22 @@ RULES = ("always", "second-touch", "better-than-victim", "outranks")
 @pytest.mark.parametrize("name", [*NATIVE, "belady", "belady-bypass"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_native_replay_is_that_of_the_classes(name: str, shared: bool) -> None:
-    for rule in RULES if name != "belady-bypass" else ("",):
-        spec = policy_of(f"{name}:admit={rule}" if rule else name)
+    rules = [f":admit={rule}" for rule in RULES] + [":floor=2", ":floor=4,admit=outranks"]
+    for rule in rules if name != "belady-bypass" else ("",):
+        spec = policy_of(name + rule)
         for seed, warm, capacity in ((0, False, 2), (1, True, 5)):
             trace = synthetic(120, seed)
             found = Replays(trace, warm, shared, None)
             plainly = Replays(trace, warm, shared, None, native=False)
             assert found.hits(spec, capacity).tolist() == plainly.hits(spec, capacity).tolist(), spec.text
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "blend"])
+def test_a_floor_of_all_slots_is_a_pool_for_each_layer(name: str) -> None:
+    trace = synthetic(120)
+    (alone,) = simulate(trace, [name], [4], warm=True)
+    floors = [simulate(trace, [f"{name}:floor={n}"], [4], warm=True, shared=True)[0] for n in (0, 4)]
+    assert floors[1].hits == alone.hits != floors[0].hits
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])

@@ -27,6 +27,7 @@ SETTINGS = {
 RULES = ["always", "second-touch,window=3", "better-than-victim,admit_half_life=2", "outranks"]
 SPECS = [f"{name}:admit={rule}" for name in NATIVE for rule in RULES]
 SPECS += [f"{name}:{settings},admit=outranks" for settings, names in SETTINGS.items() for name in sorted(names)]
+SPECS += [f"{name}:floor={floor},admit=outranks" for name in NATIVE for floor in (1, 2)]
 
 
 @dataclass
