@@ -71,13 +71,12 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict
         residents = [decoder.worker.residents(layer) for layer in range(choices.shape[1])]
         prompt = [i * 7919 % 400 for i in range(n_prompt)]
         for _ in range(2):
-            before = decoder.launched
             stats = engine.generate(prompt, temperature=0, max_tokens=n_decode, ignore_eos=True).stats
         decoder.worker.settle()
         decoder.worker.check_integrity()
         steps = np.arange(1, decoder.launched + 1) % len(choices)  # the first one is number 1
         top_k, served, pools = choices.shape[2], choices.cpu().numpy()[steps], experts.pools.values()
-        hits = simulated_hits(pools, residents, policy_of(row.policy), served, experts.n_expert)[before:]
+        hits = simulated_hits(pools, residents, policy_of(row.policy), served, experts.n_expert)[-stats.steps :]
         del decoder, experts, pools
     expected = hits.sum(axis=0).tolist()
     found: dict[str, Any] = {
