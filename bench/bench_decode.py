@@ -5,9 +5,10 @@
 Writes random models of the real shapes, loads each with a given share of its experts in VRAM, and decodes after a
 512-token prompt. Random weights do not route as trained ones do, so rows marked "trace" follow recorded routing of a
 trained model (data/routing.npz: 12 layers, 64 experts, top-8, and what was predicted of each layer) in place of the
-router's choice; see `routing_for`. Rows with "compare" decode with and without lookahead into the CPU's caches and
-prefetch into slots, in turn.
-`--tiny` is a dry run on the simulated device with few layers.
+router's choice; see benchmark/routing.py. Rows with "compare" decode with and without lookahead into the CPU's caches
+and prefetch into slots, in turn.
+`--link 0.25` makes the decode worker's copies as slow as over a quarter of the measured PCIe rate, to imitate weaker
+hosts. `--tiny` is a dry run on the simulated device with few layers.
 """
 
 import argparse
@@ -18,27 +19,29 @@ import statistics
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from check_gpu import MemoryWatch
 from prediction import predicted
-from torch import Tensor
 
 from moe_engine import Engine
 from moe_engine.benchmark.random_model import write_model
+from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import PrefetchMode, format_size
 from moe_engine.decoder import GraphDecoder
+from moe_engine.hardware import measure
 from moe_engine.inspection import inspect_file
+from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.worker import DecodeWorker
 from moe_engine.stats import Stats
 
 Way = tuple[bool, PrefetchMode]  # lookahead, prefetch
 WAYS: list[Way] = [(False, "off"), (True, "off"), (False, "always"), (True, "always")]
-
-IntArray = npt.NDArray[np.int32]
 
 ROUTING = Path(__file__).parent / "data" / "routing.npz"
 
@@ -84,60 +87,18 @@ ROWS = [
 ]
 
 
-def routing_for(n_layer: int, n_expert: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """Recorded choices mapped onto a model, int32 `[n_step, n_layer, top_k]`, and what was predicted of them, int32
-    `[2, n_step, n_layer, top_k]`: by the layer before, and by the one before that.
-
-    64 experts: the recorded ones, the best top_k of them. 128: a layer joins two recorded layers, one choice in two
-    from each, so that the share of experts in use and their locality stay those of the recording (LRU over all layers
-    hits 46 % with 25 % of the experts in slots and 77 % with 50 %; the recording itself 46 and 76). Layers beyond the
-    recording's twelve repeat it some hundreds of tokens later.
-
-    Predictions have the recorded recall. It is 69 to 84 % for the next layer and 59 to 75 % for the one after that;
-    what layer 0 predicts is much worse, as in all models. Where the recorded layers that are predicted from layer 0, or
-    not at all, stand for later ones, they are predicted as well as the layer behind them.
-    """
-    recorded = np.load(ROUTING)
-    ids = recorded["ids"].astype(np.int32)  # [n_step, 12, 8]
-    n_recorded, random = ids.shape[1], np.random.default_rng(0)
-    guesses = []  # by distance: as recorded, and for layers further on
-    for distance, ahead in enumerate(recorded["ahead"].astype(np.int32), 1):
-        good = distance + 1  # the first layer that is not predicted from layer 0
-        found = (ids[:, good, :, None] == ahead[:, good, None]).any(2)  # [n_step, 8]
-        others = (ids[:, :good] + random.integers(1, 64, (len(ids), good, 8), dtype=np.int32)) % 64
-        guesses.append((ahead, np.concatenate([np.where(found[:, None], ids[:, :good], others), ahead[:, good:]], 1)))
-
-    def mapped(layer: int, guessed: IntArray) -> tuple[IntArray, IntArray]:
-        """A layer's choices and guesses."""
-        later = [np.roll(part, -(layer // n_recorded) * 640, axis=0) for part in (ids, guessed)]
-        one, two = ([part[:, i % n_recorded] for part in later] for i in (layer, layer + 5))
-        if n_expert <= 64:
-            return one[0][:, :top_k], one[1][:, :top_k]
-        chosen, guess = zip(_every_other(one[0], one[1], 0), _every_other(two[0], two[1], 1), strict=True)
-        both = np.stack([guess[0], 64 + guess[1]], axis=2).reshape(len(ids), -1)
-        return np.concatenate([chosen[0], 64 + chosen[1]], axis=1)[:, :top_k], both[:, :top_k]
-
-    choices, predicted = [], []
-    for distance, (ahead, further) in enumerate(guesses, 1):
-        layers = [mapped(layer, ahead if layer == distance else further) for layer in range(n_layer)]
-        choices.append(np.stack([chosen for chosen, _ in layers], axis=1))
-        predicted.append(np.stack([guess for _, guess in layers], axis=1))
-    return torch.from_numpy(choices[0] % n_expert), torch.from_numpy(np.stack(predicted) % n_expert)
-
-
-def _every_other(choices: IntArray, guesses: IntArray, first: int) -> tuple[IntArray, IntArray]:
-    """Every other choice, and as many guesses: those of them that were guessed, and wrong ones."""
-    chosen = choices[:, first::2]
-    right, other = ((guesses[:, :, None] == some[:, None]).any(2) for some in (chosen, choices))
-    best = np.argsort(np.where(right, 0, np.where(other, 2, 1)), axis=1, kind="stable")[:, : chosen.shape[1]]
-    return chosen, np.take_along_axis(guesses, np.sort(best, axis=1), axis=1)
-
-
-def vram_budget(path: Path, row: Row, options: dict[str, Any]) -> int:
-    """What the row's share of the experts needs beside everything else."""
+def vram_budget(path: Path, share: float, **options: Any) -> int:
+    """What a share of the experts needs beside everything else."""
     with_none = Engine.plan(path, **options)
     found = inspect_file(path)
-    return with_none.budget - with_none.slots + int(row.share * found.routed_bytes) + 2 * sum(found.expert_bytes)
+    return with_none.budget - with_none.slots + int(share * found.routed_bytes) + 2 * sum(found.expert_bytes)
+
+
+def limited_worker(device: str, share: float) -> partial[DecodeWorker]:
+    """Workers whose copies take as long as at a share of the rate that copies to the device have here."""
+    rate = share * measure(torch.device("cpu" if device == "simulated" else device), CpuKernels(threads=1)).pcie
+    print(f"copies of the decode worker: at most {rate * 1e-9:.1f} GB/s", flush=True)
+    return partial(DecodeWorker, copy_rate=rate)
 
 
 def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:
@@ -149,7 +110,7 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats
         "ctx": n_prompt + n_decode + 8,
         "miss": row.miss,
     }
-    budget = vram_budget(path, row, options)
+    budget = vram_budget(path, row.share, **options)
     watch = MemoryWatch(enabled=device == "cuda")
     with watch:
         started = time.perf_counter()
@@ -158,9 +119,7 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats
             decoder = engine.decoder
             assert isinstance(decoder, GraphDecoder)
             if row.routing == "trace":
-                n_layer, n_expert = decoder.step.experts.slot_table.shape
-                routing = routing_for(n_layer, n_expert, engine.model.router.top_k)
-                decoder.step.replay, decoder.step.replay_ahead = (part.to(engine.device) for part in routing)
+                RecordedRouting.load(ROUTING).follow(decoder.step)
             prompts = [[(i * 7919 + 31 * b) % 400 for i in range(n_prompt)] for b in range(row.batch)]
             ways = WAYS if row.compare else [(decoder.lookahead, decoder.prefetch.mode)]
             stats: dict[Way, list[Stats]] = {way: [] for way in ways}
@@ -250,10 +209,9 @@ def way_of(way: Way, rates: list[float], stats: Stats, timeline: dict[str, float
 
 def soak(path: Path, seconds: float) -> dict[str, Any]:
     """Random prompts on a small cache for a while: no error, and memory must not grow."""
-    row = Row(QWEN, 0.1, "own")
     options: dict[str, Any] = {"device": "cuda", "experts": "cache", "ctx": 1024}
     used, ram, tokens = [], [], 0
-    with Engine.load(path, vram_budget=vram_budget(path, row, options), profile=False, **options) as engine:
+    with Engine.load(path, vram_budget=vram_budget(path, 0.1, **options), profile=False, **options) as engine:
         watch, random = MemoryWatch(enabled=False), np.random.default_rng(0)
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
@@ -299,6 +257,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of random prompts on a small cache at the end")
+    parser.add_argument("--link", type=float, help="share of the PCIe rate for the worker's copies")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -309,8 +268,11 @@ def main() -> None:
         "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "link": options.link,
         "rows": [],
     }
+    if options.link:
+        patch("moe_engine.decoder.DecodeWorker", limited_worker(device, options.link)).start()
     for model in dict.fromkeys(row.model for row in rows):
         path = options.work / f"{model}.gguf"
         mine = [row for row in rows if row.model == model]

@@ -1,5 +1,6 @@
 """What `moe-engine plan` predicts for a measured row, with the calibration that this machine keeps."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from moe_engine.calibration import this_machine
 from moe_engine.config import EngineConfig
 from moe_engine.planner import DECODE_CONTEXT, plan
-from moe_engine.routing_estimate import RoutingEstimate
+from moe_engine.routing_estimate import Found, RoutingEstimate
 
 
 class EvenUse(RoutingEstimate):
@@ -27,34 +28,35 @@ def predicted(
     prompts: dict[int, float] | None = None,
     used: dict[int, float] | None = None,
     hit_rate: float | None = None,
+    found: Sequence[Found] | None = None,
     context: int = DECODE_CONTEXT,
     **options: Any,
 ) -> dict[str, Any] | None:
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
-    planner expects it. used: experts of each layer that streamed prompts have used, likewise. options: as the row was
-    loaded.
+    planner expects it. found: the same by MoE layer. used: experts of each layer that streamed prompts have used,
+    likewise. options: as the row was loaded.
     """
     machine = this_machine(options.get("device", "auto"), EngineConfig.of(**options).n_threads)
     if machine is None:
         print("  no prediction: run moe-engine calibrate first", flush=True)
         return None
-    found = plan(path, machine=machine, **options)
-    predictor, placement = found.predictor, found.placement
+    planned = plan(path, machine=machine, **options)
+    predictor, placement = planned.predictor, planned.placement
     assert predictor is not None
-    result: dict[str, Any] = {"hit_rate": found.hit_rate}
+    result: dict[str, Any] = {"hit_rate": planned.hit_rate}
     if decode is not None:
         if hit_rate is not None:
             n = len(placement.shares)
             placement = replace(placement, shares=(hit_rate,) * n, fixed=(True,) * n)
-        step = predictor.decode(placement, context)
+        step = predictor.decode(placement, context, found)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
         if used and used.get(n_token):
-            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).streamed(found.placement, n_token)
+            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).streamed(planned.placement, n_token)
         else:
-            prompt = predictor.prompt(found.placement, n_token)
+            prompt = predictor.prompt(planned.placement, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
         if name != "hit_rate":

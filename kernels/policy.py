@@ -14,7 +14,11 @@ FORESEEING = ("belady", "belady-bypass")  # in `replay` only
 def native_policy(spec: PolicySpec) -> _cpu.PolicySettings:
     """What the native side builds the policy from. Raises ConfigError if it has no twin."""
     require_native(spec)
-    return _cpu.PolicySettings(spec.name, spec.admit, spec.values)
+    return _settings(spec)
+
+
+def _settings(spec: PolicySpec) -> _cpu.PolicySettings:
+    return _cpu.PolicySettings(spec.name, spec.admit, {**spec.values, "floor": float(spec.floor)})
 
 
 def replay(
@@ -37,7 +41,7 @@ def replay(
     if unbound:  # which brings its own rule: what is needed before the victim is
         native = _cpu.PolicySettings("belady", "outranks", {})
     elif spec.name == "belady":
-        native = _cpu.PolicySettings("belady", spec.admit, spec.values)
+        native = _settings(spec)
     else:
         native = native_policy(spec)
     hits = np.empty((n_token, n), np.int32)

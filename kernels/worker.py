@@ -175,6 +175,7 @@ class DecodeWorker:
         max_background: int = 1,
         stall_seconds: float = 4.0,
         copies: _cpu.CopyEngine | None = None,
+        copy_rate: float | None = None,
         lookahead_bytes: int | None = None,
     ) -> None:
         """policy: who leaves a slot, and what is fetched behind an answer. Raises ConfigError if it has no native twin.
@@ -185,7 +186,8 @@ class DecodeWorker:
         quarters of its second-level cache.
 
         stall_seconds: how long `wait_tokens` bears that neither side gets on. copies: an engine that nobody else uses;
-        by default the one for slot_table's device.
+        by default the one for slot_table's device. copy_rate: bytes per second that copies do not exceed, to imitate a
+        slower link.
         """
         assert len(layers) == mailbox.n_layer, (len(layers), mailbox.n_layer)
         assert slot_table.shape == (mailbox.n_layer, mailbox.n_expert), slot_table.shape
@@ -198,6 +200,8 @@ class DecodeWorker:
         if copies is None:
             cuda = slot_table.device.type == "cuda"
             copies = _cpu.CudaCopyEngine(slot_table.device.index or 0) if cuda else _cpu.HostCopyEngine()
+        if copy_rate is not None:
+            copies = _cpu.ThrottledCopyEngine(copies, copy_rate)
         self._memory = (mailbox, list(layers), slot_table, numbers)  # what the thread has addresses of
         classes = [[pool.data_ptr() for pool in pools].index(layer.slots.data_ptr()) for layer in layers]
         self._worker = _cpu.DecodeWorker(

@@ -13,6 +13,7 @@ from moe_engine.config import DEFAULT_POLICY, format_size, parse_size
 from moe_engine.errors import ConfigError
 
 if TYPE_CHECKING:
+    from moe_engine.predict import Prediction
     from moe_engine.recommend import Step
     from moe_engine.simulator import Outcome
     from moe_engine.traces import Trace
@@ -35,14 +36,20 @@ def simulate(
         typer.Option(help="NAME[:key=value,...]; may be given several times. Default: lru, the engine's, belady."),
     ] = None,
     capacity: Annotated[
-        str, typer.Option(help="Shares of the experts, or experts per layer, with commas between.")
+        str, typer.Option(help="Shares of the experts, experts per layer, or sizes (with -m), with commas between.")
     ] = "5%,10%,25%,50%",
     warm: Annotated[bool, typer.Option("--warm", help="Start with the first experts, not empty.")] = False,
     shared: Annotated[bool, typer.Option("--shared", help="One pool for all layers instead of one each.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Trace of an earlier run, for pinned-lru.")] = None,
     expert_bytes: Annotated[str | None, typer.Option(help="Size of one expert, such as 1.5MiB.")] = None,
+    model_file: Annotated[
+        Path | None, typer.Option("--model", "-m", help="GGUF file of the model, for sizes; only its header is read.")
+    ] = None,
+    hardware: Annotated[
+        Path | None, typer.Option(help="Predict tokens/s on the machine of this file of calibrate. Needs -m.")
+    ] = None,
     advise: Annotated[
-        bool, typer.Option("--recommend", help="Say which policy and size to choose. Needs --expert-bytes.")
+        bool, typer.Option("--recommend", help="Say which policy and size to choose. Needs -m or --expert-bytes.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw hit rates by size into this PNG file.")] = None,
     experts: Experts = None,
@@ -50,17 +57,30 @@ def simulate(
 ) -> None:
     """Show how often cache policies would have had the experts of a trace."""
     from moe_engine import recommend
+    from moe_engine.calibration import Calibration
     from moe_engine.policies.registry import policy_of
+    from moe_engine.simulated_speed import SimulatedModel
     from moe_engine.simulator import capacity_of
     from moe_engine.simulator import simulate as replay
 
     specs = [policy_of(text) for text in policy or ("lru", DEFAULT_POLICY, "belady")]
     trace = load_trace(file, experts)
     model = trace.model
-    size = None if expert_bytes is None else parse_size(expert_bytes)
-    if advise and size is None:
-        raise ConfigError("--recommend must know the size of an expert: give --expert-bytes")
-    capacities = sorted({capacity_of(text, model.n_expert, model.top_k) for text in capacity.split(",")})
+    if hardware is not None and model_file is None:
+        raise ConfigError("--hardware needs the model's sizes, and a trace does not say them: give its file with -m")
+    if expert_bytes is not None and model_file is not None:
+        raise ConfigError("--expert-bytes is what -m MODEL says: give one of them")
+    sizes = None if expert_bytes is None else (parse_size(expert_bytes),) * model.n_layer
+    predict = room = None
+    if model_file is not None:
+        simulated = SimulatedModel(model_file, trace, None if hardware is None else Calibration.load(hardware))
+        sizes, room = simulated.expert_bytes, simulated.room
+        predict = None if hardware is None else simulated.decode
+    if advise and sizes is None:
+        raise ConfigError("--recommend must know the size of an expert: give -m MODEL or --expert-bytes")
+    slot_bytes = None if sizes is None else sum(sizes)
+    texts = capacity.split(",")
+    capacities = sorted({capacity_of(text, model.n_expert, model.top_k, slot_bytes) for text in texts})
     outcomes = replay(
         trace,
         specs,
@@ -68,19 +88,24 @@ def simulate(
         warm=warm,
         shared=shared,
         profile=None if profile is None else load_trace(profile, model.n_expert),
-        expert_bytes=size,
+        expert_bytes=sizes,
     )
+    speeds = None if predict is None else [predict(outcome) for outcome in outcomes]
     if plot is not None:
         recommend.plot(outcomes, model.n_expert, plot)
     advice: dict[str, object] = {}
-    if advise and size is not None:
-        steps, chosen = recommend.recommend(trace, specs, capacities, size, warm=warm, shared=shared)
+    if advise and sizes is not None:
+        steps, chosen = recommend.recommend(
+            trace, specs, capacities, sizes, warm=warm, shared=shared, predict=predict, room=room
+        )
         advice = {"recommended": chosen.as_dict(), "steps": [step.as_dict() for step in steps]}
     if as_json:
         results = [outcome.as_dict() for outcome in outcomes]
+        for result, found in zip(results, speeds or (), strict=speeds is not None):
+            result.update(tokens_per_second=found.rate, bound_by=found.binding)
         _print_json(**_facts(trace), warm=warm, shared=shared, results=results, **advice)
         return
-    _print_outcomes(trace, outcomes)
+    _print_outcomes(trace, outcomes, speeds)
     if advise:
         _print_advice(steps, chosen)
 
@@ -146,7 +171,7 @@ def _print_json(**values: object) -> None:
     sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
-def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]") -> None:
+def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]", speeds: "list[Prediction] | None") -> None:
     model = trace.model
     out = Console(highlight=False)
     out.width = max(out.width, 120)  # a cut-off name is of no use in a file or a pipe
@@ -159,13 +184,17 @@ def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]") -> None:
     with_bytes = any(outcome.bytes is not None for outcome in outcomes)
     if with_bytes:
         table.add_column("missed bytes per token")
-    for outcome in outcomes:
+    if speeds is not None:
+        table.add_column("predicted tok/s")
+    for i, outcome in enumerate(outcomes):
         layers = [hits / max(1, n) for hits, n in zip(outcome.hits, outcome.accesses, strict=True)]
         share = f"{outcome.capacity} ({outcome.capacity / model.n_expert:.0%})"
         rates = (outcome.hit_rate, outcome.to_belady, min(layers), max(layers))
         row = [outcome.policy, share, *(f"{rate:.1%}" for rate in rates)]
         if outcome.bytes is not None:
             row.append(format_size(outcome.bytes / max(1, trace.n_token)))
+        if speeds is not None:
+            row.append(f"{speeds[i].rate:.0f}, bound by {speeds[i].binding}")
         table.add_row(*row)
     out.print(table)
 
@@ -173,13 +202,18 @@ def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]") -> None:
 def _print_advice(steps: "list[Step]", chosen: "Step") -> None:
     out = Console(highlight=False)
     out.width = max(out.width, 120)
-    table = Table("slots", "best policy", "hits", "missed per token", "another GiB saves", box=None, pad_edge=False)
+    names = ["slots", "best policy", "hits", "missed per token", "another GiB saves"]
+    table = Table(*names, *(["predicted tok/s", "with another GiB"] if chosen.rate else []), box=None, pad_edge=False)
     for step in steps:
-        row = (format_size(step.slot_bytes), step.policy, f"{step.hit_rate:.1%}", format_size(step.missed))
-        table.add_row(*row, f"{step.saved:.1%}")
+        row = [format_size(step.slot_bytes), step.policy, f"{step.hit_rate:.1%}", format_size(step.missed)]
+        rates = (step.rate, step.rate_with_another_gib)
+        table.add_row(*row, f"{step.saved:.1%}", *(f"{rate:.0f}" for rate in rates if rate is not None))
     out.print()
     out.print(table)
+    buys = f"save {chosen.saved:.1%} of the {format_size(chosen.missed)} that a token misses"
+    if chosen.rate is not None:
+        buys += f", for {chosen.rate_with_another_gib:.0f} tok/s instead of {chosen.rate:.0f}"
     out.print(
         f"\nrecommended: {chosen.policy} with {format_size(chosen.slot_bytes)} of slots ({chosen.capacity} experts per "
-        f"layer); another GiB would save {chosen.saved:.1%} of the {format_size(chosen.missed)} that a token misses"
+        f"layer); another GiB would {buys}"
     )

@@ -1,7 +1,7 @@
 """Predicted speeds of a model on a machine: what a step or a prompt consists of, by the machine's rates."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_engine.calibration import Calibration, Gpu, Product, closest
@@ -94,8 +94,9 @@ class Predictor:
 
     # -- decode ------------------------------------------------------------------------------------------------
 
-    def decode(self, placement: Placement, context: int) -> Prediction:
-        """One step, with `context` tokens in each sequence's KV cache."""
+    def decode(self, placement: Placement, context: int, found: Sequence[Found] | None = None) -> Prediction:
+        """One step, with `context` tokens in each sequence's KV cache. found: by MoE layer, where it is known; by
+        default as the placement lets expect it."""
         gpu, n = self.machine.gpu, placement.n_sequence
         disk = self._from_disk(placement)
         if gpu is None or not placement.on_gpu:
@@ -105,13 +106,13 @@ class Predictor:
         kv_bytes = work.kv_bytes * context * n
         reads = kv_bytes / gpu.copy + _read_seconds(gpu, work.dense)
         beside = misses = fetched = n_missed = 0.0
-        for layer, found in zip(work.experts, self.found(placement), strict=True):
-            hits = found.hit_rate * per_choice * _read_seconds(gpu, layer.by_type)
-            reads += (1 - found.missed_layers) * hits
-            beside += found.missed_layers * (hits + HIT_KERNELS * gpu.kernel_seconds * (found.hit_rate > 0))
-            n_missed += found.missed_layers
-            misses += found.misses * layer.nbytes
-            fetched += found.missed_layers * layer.nbytes * (found.hit_rate > 0)
+        for layer, of in zip(work.experts, found or self.found(placement), strict=True):
+            hits = of.hit_rate * per_choice * _read_seconds(gpu, layer.by_type)
+            reads += (1 - of.missed_layers) * hits
+            beside += of.missed_layers * (hits + HIT_KERNELS * gpu.kernel_seconds * (of.hit_rate > 0))
+            n_missed += of.missed_layers
+            misses += of.misses * layer.nbytes
+            fetched += of.missed_layers * layer.nbytes * (of.hit_rate > 0)
         kernels = work.kernels + HIT_KERNELS * (len(work.experts) - n_missed)
         kernels += EXCHANGE_KERNELS * len(work.experts) * (n_missed > 0)
         if placement.fetches:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_engine.config import parse_size
 from moe_engine.errors import ConfigError
 from moe_engine.kernels.policy import FORESEEING, replay
 from moe_engine.policies.base import Admission, Policy
@@ -26,19 +27,21 @@ from moe_engine.stack_distance import lru_distances
 from moe_engine.traces import Trace
 
 BOUND = "belady-bypass"  # no policy has more hits
-Hits = NDArray[np.int64]
+Hits = NDArray[np.integer]  # [n_token, n_layer]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one policy did at one capacity. hits and accesses are per layer; capacity is in experts per layer."""
+    """What one policy did at one capacity, which is in experts per layer. Tuples are by layer."""
 
     policy: str
     capacity: int
     hits: tuple[int, ...]
     accesses: tuple[int, ...]
+    missed_steps: tuple[int, ...]  # tokens that missed at least one expert
+    n_token: int
     bound: int  # hits of `BOUND`, all layers
-    expert_bytes: int | None = None
+    expert_bytes: tuple[int, ...] | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -54,7 +57,7 @@ class Outcome:
         """Bytes of all misses: fetched, or computed elsewhere."""
         if self.expert_bytes is None:
             return None
-        return (sum(self.accesses) - sum(self.hits)) * self.expert_bytes
+        return sum((n - hits) * size for n, hits, size in zip(self.accesses, self.hits, self.expert_bytes, strict=True))
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -69,8 +72,15 @@ class Outcome:
         }
 
 
-def capacity_of(text: str, n_expert: int, top_k: int) -> int:
-    """Experts per layer from "25%" (rounded down) or "32"; at least top_k, at most n_expert. Raises ConfigError."""
+def capacity_of(text: str, n_expert: int, top_k: int, slot_bytes: int | None = None) -> int:
+    """Experts per layer from "25%" (rounded down) or "32"; at least top_k, at most n_expert. Raises ConfigError.
+
+    slot_bytes: of a slot in every layer; where it is known, sizes such as "6GiB" are understood too.
+    """
+    if text.strip().endswith("B"):
+        if slot_bytes is None:
+            raise ConfigError(f"capacity is '{text}', but the size of an expert is not known: give it, or the model")
+        return min(max(parse_size(text.strip()) // slot_bytes, top_k), n_expert)
     number = text.strip().removesuffix("%")
     if not number.isascii() or not number.replace(".", "", 1).isdigit() or (number == text.strip() and "." in number):
         raise ConfigError(f"capacity is '{text}', expected experts per layer such as 32, or a share such as 25%")
@@ -87,13 +97,13 @@ def simulate(
     warm: bool = False,
     shared: bool = False,
     profile: Trace | None = None,
-    expert_bytes: int | None = None,
+    expert_bytes: Sequence[int] | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """One outcome per policy and capacity (experts per layer), in this order.
 
-    `profile` is the earlier run that pinned-lru learns from. Raises ConfigError for unknown policies, capacities below
-    top_k or a profile of another model.
+    `profile` is the earlier run that pinned-lru learns from. expert_bytes: of an expert of each layer. Raises
+    ConfigError for unknown policies, capacities below top_k or a profile of another model.
     """
     specs = [policy_of(p) if isinstance(p, str) else p for p in policies]
     model = trace.model
@@ -106,15 +116,17 @@ def simulate(
     accesses = (trace.n_token * model.top_k,) * model.n_layer
 
     outcomes = []
-    bounds: dict[int, Hits] = {}
+    bounds: dict[int, int] = {}
+    sizes = None if expert_bytes is None else tuple(expert_bytes)
     for spec in specs:
         for capacity in capacities:
+            hits = replays.hits(spec, capacity)
             if capacity not in bounds:
-                bounds[capacity] = replays.hits(policy_of(BOUND), capacity)
-            hits = bounds[capacity] if spec.name == BOUND else replays.hits(spec, capacity)
-            total = int(bounds[capacity].sum())
-            by_layer = tuple(int(n) for n in hits)
-            outcomes.append(Outcome(spec.text, capacity, by_layer, accesses, total, expert_bytes))
+                best = hits if spec.name == BOUND else replays.hits(policy_of(BOUND), capacity)
+                bounds[capacity] = int(best.sum())
+            by_layer, missed = hits.sum(axis=0).tolist(), (hits < model.top_k).sum(axis=0).tolist()
+            found = (tuple(by_layer), accesses, tuple(missed), trace.n_token, bounds[capacity])
+            outcomes.append(Outcome(spec.text, capacity, *found, sizes))
             progress()
     return outcomes
 
@@ -135,11 +147,11 @@ class Replays:
         self._lru_distances: NDArray[np.int32] | None = None
 
     def hits(self, spec: PolicySpec, capacity: int) -> Hits:
-        """[n_layer]"""
-        if self._native and spec.name == "lru" and spec.admit == "always":
+        """Experts of each token that were hit, `[n_token, n_layer]`."""
+        if self._native and (spec.name, spec.admit, spec.floor) == ("lru", "always", 0):
             return self._hits_of_lru(capacity)
         model = self._trace.model
-        found = np.zeros(model.n_layer, np.int64)
+        found = np.zeros((self._trace.n_token, model.n_layer), np.int32)
         for layers in self._pools():
             slots = capacity * len(layers)
             keys = (
@@ -149,14 +161,13 @@ class Replays:
             served = slice(layers.start, layers.stop)
             if self._native and spec.name in (*NATIVE, *FORESEEING):
                 ids = self._trace.ids[:, served].astype(np.int32)
-                per_token = replay(spec, ids, layers, model.n_layer, model.n_expert, slots, residents)
-                found[served] = per_token.sum(axis=0)
+                found[:, served] = replay(spec, ids, layers, model.n_layer, model.n_expert, slots, residents)
             else:
-                found[served] = self._plainly(spec, layers, slots, residents)
+                found[:, served] = self._plainly(spec, layers, slots, residents)
         return found
 
     def _plainly(self, spec: PolicySpec, layers: range, slots: int, residents: Sequence[int]) -> Hits:
-        """Hits [len(layers)] of one pool."""
+        """Hits `[n_token, len(layers)]` of one pool."""
         model, served = self._trace.model, slice(layers.start, layers.stop)
         keys = self._keys[:, served]
         uses = _times_of_use(keys) if spec.foresees else None
@@ -187,7 +198,7 @@ class Replays:
             first = np.array(_by_expert(n_key, model.n_expert)) if self._warm else None
             streams = keys.reshape(-1, n_pool, model.top_k)
             self._lru_distances = lru_distances(streams, n_key, used_before=first).reshape(self._keys.shape)
-        hits: Hits = (self._lru_distances < slots).sum(axis=(0, 2), dtype=np.int64)
+        hits: Hits = (self._lru_distances < slots).sum(axis=2, dtype=np.int32)
         return hits
 
 
@@ -214,9 +225,9 @@ def _times_of_use(keys: NDArray[np.int64]) -> dict[int, list[int]]:
 def _replay(
     keys: NDArray[np.int64], weights: NDArray[Any] | None, policy: Policy[int], admission: Admission[int], slots: int
 ) -> Hits:
-    """Serves keys [n_token, n_layer, top_k] from one pool of `slots`; returns the hits [n_layer]."""
+    """Serves keys [n_token, n_layer, top_k] from one pool of `slots`; returns the hits [n_token, n_layer]."""
     n_token, n_layer, _ = keys.shape
-    hits = [0] * n_layer
+    hits = np.zeros((n_token, n_layer), np.int32)
     weight_of = dict[int, float]()
     for token in range(n_token):
         rows = keys[token].tolist()  # one token at a time: Python's integers take much more room
@@ -229,7 +240,7 @@ def _replay(
                 policy.touch(key, token, weight_of.get(key, 1.0))
                 admission.note(key, token)
                 if hit:
-                    hits[layer] += 1
+                    hits[token, layer] += 1
                 elif len(policy) < slots:
                     policy.insert(key)
                 else:
@@ -237,4 +248,4 @@ def _replay(
                     if candidate is not None and admission.admits(key, candidate):
                         policy.remove(candidate)
                         policy.insert(key)
-    return np.array(hits)
+    return hits

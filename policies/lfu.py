@@ -2,20 +2,28 @@
 
 from collections import Counter
 
+from cachetools import LFUCache
+
 from moe_engine.policies.base import Key
-from moe_engine.policies.ranked import Ranked
+from moe_engine.policies.on_cachetools import OnCachetools
 
 
-class LFU(Ranked[Key]):
-    """Evicts the key with the fewest uses since the beginning, in the cache or out of it.
-
-    Not `cachetools.LFUCache`: that one can neither pass over a pinned key without forgetting its count, nor count
-    uses of absent keys.
-    """
+class LFU(OnCachetools[Key]):
+    """Evicts the key with the fewest uses since the beginning, in the cache or out of it; among equals the one whose
+    last use is longest ago."""
 
     def __init__(self, capacity: int) -> None:
-        self._uses: Counter[Key] = Counter()
-        super().__init__(capacity, rank=self._uses.__getitem__)
+        super().__init__(LFUCache(capacity))
+        self._uses = Counter[Key]()
 
-    def note(self, key: Key, step: int, weight: float) -> None:
+    def insert(self, key: Key) -> None:
+        super().insert(key)
+        for _ in range(self._uses[key]):  # which the cache has not seen, or has forgotten
+            super().touch(key)
+
+    def touch(self, key: Key, step: int = 0, weight: float = 1.0) -> None:
         self._uses[key] += 1
+        super().touch(key)
+
+    def prefers(self, key: Key, other: Key) -> bool:
+        return self._uses[key] > self._uses[other]

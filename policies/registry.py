@@ -9,6 +9,7 @@ from moe_engine.policies.base import Admission, Policy
 from moe_engine.policies.belady import Belady, BeladyBypass, SoonerThanVictim
 from moe_engine.policies.blend import Blend
 from moe_engine.policies.class_lru import ClassLRU
+from moe_engine.policies.layer_floor import LayerFloor
 from moe_engine.policies.least_stale import LeastStale
 from moe_engine.policies.lfu import LFU
 from moe_engine.policies.lfu_decay import DecayedLFU
@@ -53,6 +54,7 @@ class _Option:
 
 
 _HALF_LIFE = _Option(64.0, 0.01, 1e9)
+_FLOOR = _Option(0, 0, 1 << 16)
 _Values = Mapping[str, float]
 
 
@@ -109,18 +111,22 @@ NATIVE = ("lru", "lfu", "lfu-decay", "class-lru", "least-stale", "blend")  # in 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A policy, an admission rule and their settings; `text` is how the user wrote it."""
+    """A policy, an admission rule and their settings; `text` is how the user wrote it. floor: slots that each of the
+    layers which share a pool keeps."""
 
     text: str
     name: str
     admit: str = "always"
     values: _Values = field(default_factory=dict)
+    floor: int = 0
 
     def build(self, pool: Pool) -> tuple[Policy[int], Admission[int]]:
         """Makes both for one pool. Raises ConfigError if `pool` lacks what they must know."""
         policy = _POLICIES[self.name][1](pool, self.values)
         if isinstance(policy, BeladyBypass):
             return policy, SoonerThanVictim(policy)
+        if self.floor:
+            policy = LayerFloor(policy, self.floor, pool.n_expert)
         return policy, _ADMISSIONS[self.admit][1](policy, self.values)
 
     @property
@@ -134,7 +140,10 @@ def policy_names() -> list[str]:
 
 
 def policy_of(text: str) -> PolicySpec:
-    """Parses NAME[:key=value,...]; `admit=` chooses the admission rule. Raises ConfigError saying what is known."""
+    """Parses NAME[:key=value,...]; `admit=` chooses the admission rule, `floor=` the layers' floor in a shared pool.
+
+    Raises ConfigError saying what is known.
+    """
     name, _, settings = text.partition(":")
     if name not in _POLICIES:
         raise ConfigError(f"unknown policy '{name}', expected one of: {', '.join(_POLICIES)}")
@@ -148,21 +157,22 @@ def policy_of(text: str) -> PolicySpec:
         given[key] = value
 
     known = dict(_POLICIES[name][0])
-    admit = "always"
+    admit, floor = "always", 0.0
     if name != "belady-bypass":  # which brings its own rule
         admit = given.pop("admit", admit)
         if admit not in _ADMISSIONS:
             raise ConfigError(f"policy '{text}': unknown admit={admit}, expected one of: {', '.join(_ADMISSIONS)}")
         known |= _ADMISSIONS[admit][0]
+        floor = _FLOOR.parse(f"policy '{text}': floor", given.pop("floor", "0"))
     for key in given:
         if key not in known:
-            names = [*known, *(["admit"] if name != "belady-bypass" else [])]
+            names = [*known, *(["admit", "floor"] if name != "belady-bypass" else [])]
             raise ConfigError(f"policy '{text}': unknown key '{key}', expected one of: {', '.join(names) or 'none'}")
     values = {
         key: option.parse(f"policy '{text}': {key}", given[key]) if key in given else option.default
         for key, option in known.items()
     }
-    return PolicySpec(text, name, admit, values)
+    return PolicySpec(text, name, admit, values, int(floor))
 
 
 def require_native(spec: PolicySpec) -> None:

@@ -14,7 +14,8 @@ from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
-from moe_engine.kernels.worker import RING, DecodeWorker, Mailbox, Mode, Rates, WorkerLayer
+from moe_engine.kernels.worker import LRU, RING, DecodeWorker, Mailbox, Mode, Rates, WorkerLayer
+from moe_engine.policies.registry import PolicySpec
 
 N_LAYER, N_EXPERT, TOP_K, MAX_BATCH, HIDDEN, N_FF = 3, 6, 2, 4, 256, 256
 
@@ -68,6 +69,8 @@ class FakeGpu:
         device: str = "cpu",
         threads: int = 2,
         lookahead_bytes: int | None = None,
+        policy: PolicySpec = LRU,
+        copy_rate: float | None = None,
     ) -> None:
         self.mode, self.meanwhile = mode, meanwhile
         self.ahead: Sequence[
@@ -94,6 +97,8 @@ class FakeGpu:
             stall_seconds=stall_seconds,
             copies=copies,
             lookahead_bytes=lookahead_bytes,
+            policy=policy,
+            copy_rate=copy_rate,
         )
 
     def seq(self, step: int, layer: int) -> int:

@@ -25,11 +25,11 @@ from moe_engine.benchmark.results import (
     slowest,
     timing,
 )
-from moe_engine.benchmark.routing import replayed
+from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.benchmark.tables import parse_rows, read_rows, render, to_json
 from moe_engine.benchmark.timeline import chrome_trace, events_of, packed, unpacked
 from moe_engine.cli import main
-from moe_engine.errors import CapacityError, ConfigError, MoeEngineError
+from moe_engine.errors import CapacityError, ConfigError, MoeEngineError, TraceFormatError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Bound
 from moe_engine.stats import PromptCounts, Stats
@@ -505,14 +505,21 @@ def trace(n_layer: int, n_expert: int, top_k: int, n_token: int = 2000) -> Trace
     return Trace(TraceModel("x", n_layer, n_expert, top_k), ids.astype(np.uint16), None, (n_token,))
 
 
-def test_routing_of_the_same_shape_is_followed_exactly() -> None:
-    recorded = trace(3, 8, 2)
-    assert np.array_equal(replayed(recorded, 3, 8, 2).numpy(), recorded.ids)
+def test_routing_of_the_same_shape_is_followed_exactly(tmp_path: Path) -> None:
+    recorded = trace(5, 8, 2)
+    ahead = np.random.default_rng(1).integers(8, size=(2, *recorded.ids.shape), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", ids=recorded.ids, ahead=ahead)
+    choices, predicted = RecordedRouting.load(tmp_path / "a.npz").mapped(5, 8, 2)
+    assert np.array_equal(choices.numpy(), recorded.ids)
+    assert predicted is not None
+    for distance in (1, 2):
+        assert np.array_equal(predicted[distance - 1, :, distance:].numpy(), ahead[distance - 1, :, distance:])
+    assert RecordedRouting(recorded).mapped(5, 8, 2)[1] is None
 
 
 @pytest.mark.parametrize(("n_layer", "n_expert", "top_k"), [(5, 16, 4), (3, 32, 4), (4, 8, 3)])
 def test_routing_for_another_shape(n_layer: int, n_expert: int, top_k: int) -> None:
-    found = replayed(trace(3, 8, 4), n_layer, n_expert, top_k).numpy()
+    found = RecordedRouting(trace(3, 8, 4)).mapped(n_layer, n_expert, top_k)[0].numpy()
     assert found.shape == (2000, n_layer, top_k)
     ordered = np.sort(found, axis=2)
     assert (ordered[..., 1:] > ordered[..., :-1]).all()  # no expert twice
@@ -522,7 +529,27 @@ def test_routing_for_another_shape(n_layer: int, n_expert: int, top_k: int) -> N
     assert used.max() < 1.2 * used.min()  # as evenly as recorded
 
 
-def test_routing_that_does_not_fit() -> None:
+def test_predictions_for_another_shape_are_as_good_as_recorded() -> None:
+    recorded = trace(5, 16, 4)
+    ids = recorded.ids.astype(np.int32)
+    ahead = np.stack([ids, ids])  # the best two of four are right, in layers that are not predicted from the first
+    ahead[..., 2:] = (ahead[..., 2:] + 1) % 16
+    ahead[0, :, :2] = ahead[1, :, :3] = 255
+    routing = RecordedRouting(recorded, ahead)
+    choices, predicted = (part.numpy() for part in routing.mapped(12, 32, 4) if part is not None)
+    assert predicted.shape == (2, 2000, 12, 4)
+    for distance in (1, 2):
+        found = (choices[:, :, :, None] == predicted[distance - 1][:, :, None]).any(3).mean((0, 2))
+        as_recorded = (ids[:, 4, :, None] == ahead[0, :, 4, None]).any(2).mean()
+        assert np.allclose(found[5:], as_recorded, atol=0.05), found
+
+
+def test_routing_that_does_not_fit(tmp_path: Path) -> None:
+    recorded = trace(3, 8, 4)
     for shape in ((3, 4, 2), (3, 12, 2), (3, 8, 5)):
         with pytest.raises(ConfigError, match="cannot stand for"):
-            replayed(trace(3, 8, 4), *shape)
+            RecordedRouting(recorded).mapped(*shape)
+    for ahead, message in (((2, 3), "array 'ahead' is int64"), ((2, 2000, 3, 4), "3 layers are too few")):
+        np.savez(tmp_path / "a.npz", ids=recorded.ids, ahead=np.zeros(ahead, np.int64))
+        with pytest.raises(TraceFormatError, match=message):
+            RecordedRouting.load(tmp_path / "a.npz")

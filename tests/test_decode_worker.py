@@ -6,12 +6,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from fake_gpu import IMAGES, LAYOUTS, MAX_BATCH, N_EXPERT, N_LAYER, TOP_K, FakeGpu, random_ids
+from fake_gpu import IMAGES, LAYOUTS, MAX_BATCH, N_EXPERT, N_LAYER, PACKED, SEPARATE, TOP_K, FakeGpu, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moe_engine.benchmark.engine_replay import simulated_hits
+from moe_engine.expert_cache import SlotPool
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.worker import MAX_AHEAD, RING, Mailbox, Mode, Rates
+from moe_engine.policies.registry import policy_of
 
 MODES: list[Mode] = ["cpu", "fetch", "auto", "exact"]
 IDS = random_ids(np.random.default_rng(0), 2)
@@ -425,3 +428,57 @@ def test_copies_are_timed_one_after_the_other() -> None:
     gpu.worker.reset_stats()
     assert len(gpu.worker.copies()) == 0
     gpu.worker.stop()
+
+
+def test_a_throttled_engine_tells_of_a_copy_only_when_a_slow_link_would_be_done() -> None:
+    source, target = torch.arange(100, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)
+
+    def parts(first: int) -> list[tuple[int, int, int]]:
+        return [(target[i:].data_ptr(), source[i:].data_ptr(), n) for i, n in ((first, 30), (first + 30, 20))]
+
+    never = _cpu.ThrottledCopyEngine(_cpu.HostCopyEngine(), 1e-3)
+    never.submit(parts(0))
+    for _ in range(20):
+        assert never.poll() is None
+        time.sleep(0.001)
+    assert not target[30:].any()
+    never.stop()
+
+    engine = _cpu.ThrottledCopyEngine(_cpu.HostCopyEngine(), 5000.0)
+    assert [engine.submit(parts(0)), engine.submit(parts(50))] == [1, 2]
+    begun = time.monotonic()
+    assert [wait(engine), wait(engine)] == pytest.approx([0.01, 0.01])
+    assert time.monotonic() - begun >= 0.018
+    assert torch.equal(target, source)
+    assert engine.poll() is None
+    with pytest.raises(ValueError, match="more than 0"):
+        _cpu.ThrottledCopyEngine(_cpu.HostCopyEngine(), 0.0)
+
+
+def test_a_slow_link_is_waited_for_or_left_alone() -> None:
+    """Steps are right with it, and what "auto" chooses to copy depends on it."""
+    rng = np.random.default_rng(3)
+    for mode in MODES:
+        gpu = FakeGpu(mode, (4, 4), copy_rate=50e6)
+        for step in range(1, 5):
+            gpu.step(step, random_ids(rng, 1))
+        gpu.worker.settle()
+        copied, stats = gpu.worker.copies(), gpu.worker.stats()
+        seconds = (copied["ended"] - copied["begun"]).sum() * 1e-9
+        assert seconds >= 0.99 * stats.copied_bytes / 50e6 > 0
+        gpu.worker.stop()
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfu-decay:half_life=3", "blend"])
+def test_hits_are_the_simulators(policy: str) -> None:
+    """Where every miss is fetched, however long the copies take and in whatever order they are made."""
+    spec, n_slot = policy_of(policy), (7, 3)
+    gpu, rng = FakeGpu("fetch", n_slot, policy=spec), np.random.default_rng(2)
+    ids = np.stack([random_ids(rng, 1) for _ in range(40)])  # [n_step, N_LAYER, 1, TOP_K]
+    for step, chosen in enumerate(ids, 1):
+        gpu.step(step, chosen)
+    pools = [SlotPool(SEPARATE, [0, 2], gpu.pools[0]), SlotPool(PACKED, [1], gpu.pools[1])]
+    hits = simulated_hits(pools, [{}] * N_LAYER, spec, ids[:, :, 0].astype(np.int32), N_EXPERT)
+    assert gpu.worker.stats().hits == hits.sum(axis=0).tolist()
+    assert (hits.mean(axis=0) > 0).all()
+    assert (hits.mean(axis=0) < TOP_K).all()

@@ -32,6 +32,7 @@ from moe_engine.planner import Plan, plan
 from moe_engine.predict import Placement, Predictor
 from moe_engine.prompt_split import Rates
 from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
+from moe_engine.simulated_speed import SimulatedModel
 from moe_engine.simulator import simulate
 from moe_engine.traces import Trace, TraceModel
 
@@ -181,6 +182,82 @@ def test_short_prompts_take_steps(busy: tuple[ModelWork, Placement]) -> None:
     assert predictor.prompt(replace(placement, fetches=True), 1) == predictor.streamed(placement, 1)
 
 
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit:
+        main(list(arguments))
+    return int(exit.value.code or 0), *capsys.readouterr()
+
+
+def routed_by_chance(n_token: int = 60, n_layer: int = 48) -> Trace:
+    """Of Qwen3-30B-A3B's shape; later layers have fewer favourites."""
+    likes = np.linspace(0, 3, 128) * np.linspace(0.5, 2, n_layer)[:, None]
+    noise = np.random.default_rng(0).gumbel(size=(n_token, n_layer, 128))
+    ids = np.argsort(-(likes + noise), axis=2)[..., :8].astype(np.uint16)
+    return Trace(TraceModel("qwen3moe", n_layer, 128, 8), ids, None, (n_token,))
+
+
+def test_speeds_from_simulated_hits(header: Callable[..., Path]) -> None:
+    file, trace = header("qwen3-30b-a3b"), routed_by_chance()
+    simulated, (outcome,) = SimulatedModel(file, trace, H200), simulate(trace, ["lru"], [32])
+    inspected = inspect_file(file)
+    assert sum(simulated.expert_bytes) * 128 == pytest.approx(inspected.routed_bytes, rel=0.01)
+    found = simulated.decode(outcome)
+    # By hand: the CPU reads what each layer has missed, and copies for later take the rest of the RAM's rate.
+    missed = [(n - hits) / 60 for n, hits in zip(outcome.accesses, outcome.hits, strict=True)]
+    nbytes = sum(n * size for n, size in zip(missed, simulated.expert_bytes, strict=True))
+    copied = sum(n / 60 * size for n, size in zip(outcome.missed_steps, simulated.expert_bytes, strict=True))
+    assert found.terms["misses"] == pytest.approx((nbytes + copied) / 149e9, rel=0.05)
+    assert found.terms["exchange"] == pytest.approx(sum(outcome.missed_steps) / 60 * 15e-6)
+    (all_in,) = simulate(trace, ["lru"], [128], warm=True)
+    assert simulated.decode(all_in).rate == pytest.approx(496, rel=0.2)  # as recorded with all experts in slots
+
+
+def test_simulate_command_predicts(
+    header: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hardware, file, model = tmp_path / "h200.msgpack", tmp_path / "a.trace", str(header("qwen3-30b-a3b"))
+    H200.save(hardware)
+    trace = routed_by_chance()
+    trace.save(file)
+    simulated = SimulatedModel(Path(model), trace, H200)
+    options = ("simulate", str(file), "--policy", "lru", "--capacity", "4GiB,50%", "--hardware", str(hardware))
+    code, out, err = run(capsys, "trace", *options, "-m", model, "--json", "--recommend")
+    assert code == 0, err
+    found = json.loads(out)
+    slot = sum(simulated.expert_bytes)
+    for result, capacity in zip(found["results"], (4 * GIB // slot, 64), strict=True):
+        (outcome,) = simulate(trace, ["lru"], [capacity], expert_bytes=simulated.expert_bytes)
+        assert result["capacity"] == capacity
+        assert result["bytes"] == outcome.bytes
+        assert result["tokens_per_second"] == pytest.approx(simulated.decode(outcome).rate)
+    for step, result in zip(found["steps"], found["results"], strict=True):
+        (more,) = simulate(trace, ["lru"], [step["capacity"] + GIB // slot])
+        assert step["rate"] == pytest.approx(result["tokens_per_second"])
+        assert step["rate_with_another_gib"] == pytest.approx(simulated.decode(more).rate)
+    code, out, err = run(capsys, "trace", *options, "-m", model, "--recommend")
+    assert code == 0, err
+    assert "predicted tok/s" in out
+    assert "tok/s instead of" in out
+
+    small = tmp_path / "small.msgpack"
+    assert H200.gpu is not None
+    replace(H200, gpu=replace(H200.gpu, vram_bytes=5 * GIB)).save(small)
+    cpu_only, other = tmp_path / "cpu.msgpack", tmp_path / "other.trace"
+    replace(H200, gpu=None).save(cpu_only)
+    routed_by_chance(4, 3).save(other)
+    for arguments, error in (
+        (options, "give its file with -m"),
+        ((*options, "-m", model, "--expert-bytes", "1MiB"), "give one of them"),
+        ((*options[:-1], str(cpu_only), "-m", model), "has no GPU"),
+        (("simulate", str(other), "-m", model), "3 MoE layers with 8 of 128 experts"),
+        ((*options[:-1], str(small), "-m", model, "--recommend"), "no capacity to recommend"),
+    ):
+        code, _, err = run(capsys, "trace", *arguments)
+        assert code == 1
+        assert error in err
+        assert len(err.splitlines()) == 1
+
+
 # -- routing ---------------------------------------------------------------------------------------------------
 
 
@@ -317,12 +394,6 @@ def test_what_does_not_fit_says_what_would(header: Callable[..., Path]) -> None:
 
 
 # -- the command line ------------------------------------------------------------------------------------------
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as exit:
-        main(list(arguments))
-    return int(exit.value.code or 0), *capsys.readouterr()
 
 
 def test_plan_command(header: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

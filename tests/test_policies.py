@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moe_engine.errors import ConfigError
 from moe_engine.policies.admission import BetterThanVictim, Outranks, SecondTouch
 from moe_engine.policies.least_stale import LeastStale
+from moe_engine.policies.lfu import LFU
 from moe_engine.policies.lfu_decay import DecayedLFU
 from moe_engine.policies.lru import LRU
 from moe_engine.policies.pinned_lru import PinnedLRU
@@ -19,7 +20,7 @@ N_LAYER, N_EXPERT = 2, 5
 KEYS = st.integers(0, N_LAYER * N_EXPERT - 1)
 
 
-@pytest.mark.parametrize("name", policy_names())
+@pytest.mark.parametrize("name", [*policy_names(), "lru:floor=1", "pinned-lru:floor=2"])
 @settings(max_examples=40)
 @given(
     capacity=st.integers(1, 6),
@@ -48,7 +49,7 @@ def test_contract(name: str, capacity: int, uses: list[tuple[int, float, set[int
                     if victim is not None and not admission.admits(key, victim):
                         continue
                 if victim is None:
-                    assert name == "pinned-lru" or resident <= pinned
+                    assert name.startswith("pinned-lru") or resident <= pinned
                     continue
                 if peek:
                     policy.remove(victim)
@@ -82,6 +83,32 @@ def test_lru_evicts_the_longest_unused_key_that_is_not_pinned(capacity: int, use
             order.append(key)
         assert len(policy) == len(order)
         assert all(k in policy for k in order)
+
+
+@given(
+    capacity=st.integers(1, 6),
+    uses=st.lists(st.tuples(st.integers(0, 9), st.sets(st.integers(0, 9), max_size=3), st.booleans()), max_size=60),
+)
+def test_lfu_counts_all_uses_and_breaks_ties_by_the_last(capacity: int, uses: list[tuple[int, set[int], bool]]) -> None:
+    policy, order, counts = LFU[int](capacity), list[int](), Counter[int]()  # order: oldest use first
+    for key, pinned, admitted in uses:
+        policy.touch(key)
+        counts[key] += 1
+        if key in order:
+            order.remove(key)
+        elif not admitted:  # used, but not loaded
+            continue
+        elif len(order) == capacity:
+            victim = policy.victim(pinned)
+            assert victim == min((k for k in order if k not in pinned), key=lambda k: counts[k], default=None)
+            if victim is None:
+                continue
+            order.remove(victim)
+            policy.insert(key)
+        else:
+            policy.insert(key)
+        order.append(key)
+        assert all(policy.prefers(key, other) == (counts[key] > counts[other]) for other in order)
 
 
 def test_lru_of_pinned_keys_has_no_victim_and_keeps_them() -> None:
@@ -217,6 +244,7 @@ def test_specification() -> None:
         ("lfu-decay:half_life=nan", "half_life is 'nan', expected a number from 0.01"),
         ("random:seed=1.5", "seed is '1.5', expected an integer"),
         ("random:seed=1,seed=2", "'seed' is given twice"),
+        ("lru:floor=-1", "floor is '-1', expected an integer from 0"),
         ("lru:admit=never", "unknown admit=never, expected one of: always, second-touch"),
         ("belady-bypass:admit=always", "unknown key 'admit', expected one of: none"),
     ],
@@ -228,6 +256,18 @@ def test_wrong_specifications_say_what_is_known(text: str, message: str | None) 
     with pytest.raises(ConfigError) as error:
         policy_of(text)
     assert message in str(error.value)
+
+
+def test_a_layer_keeps_its_floor_while_others_have_more() -> None:
+    policy, _ = policy_of("lru:floor=1").build(Pool(4, N_LAYER, N_EXPERT))
+    for key in (0, 5, 6, 7):  # layer 0 has one key, the oldest
+        policy.touch(key)
+        policy.insert(key)
+    assert policy.candidate(()) == 5
+    assert policy.candidate({5, 6, 7}) == 0, "there is nothing else"
+    policy.touch(0)
+    assert policy.candidate({5, 6, 7}) == 0, "a layer may evict its own"
+    assert policy_of("lru").floor == 0
 
 
 def test_what_a_policy_must_know_is_asked_for() -> None:

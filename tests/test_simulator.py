@@ -110,13 +110,22 @@ RULES = ("always", "second-touch", "better-than-victim", "outranks")
 @pytest.mark.parametrize("name", [*NATIVE, "belady", "belady-bypass"])
 @pytest.mark.parametrize("shared", [False, True])
 def test_native_replay_is_that_of_the_classes(name: str, shared: bool) -> None:
-    for rule in RULES if name != "belady-bypass" else ("",):
-        spec = policy_of(f"{name}:admit={rule}" if rule else name)
+    rules = [f":admit={rule}" for rule in RULES] + [":floor=2", ":floor=4,admit=outranks"]
+    for rule in rules if name != "belady-bypass" else ("",):
+        spec = policy_of(name + rule)
         for seed, warm, capacity in ((0, False, 2), (1, True, 5)):
             trace = synthetic(120, seed)
             found = Replays(trace, warm, shared, None)
             plainly = Replays(trace, warm, shared, None, native=False)
             assert found.hits(spec, capacity).tolist() == plainly.hits(spec, capacity).tolist(), spec.text
+
+
+@pytest.mark.parametrize("name", ["lru", "lfu", "blend"])
+def test_a_floor_of_all_slots_is_a_pool_for_each_layer(name: str) -> None:
+    trace = synthetic(120)
+    (alone,) = simulate(trace, [name], [4], warm=True)
+    floors = [simulate(trace, [f"{name}:floor={n}"], [4], warm=True, shared=True)[0] for n in (0, 4)]
+    assert floors[1].hits == alone.hits != floors[0].hits
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
@@ -135,9 +144,14 @@ def test_nothing_beats_the_bound(shared: bool, warm: bool) -> None:
     trace = synthetic(150)
     names = [name for name in policy_names() if name != BOUND]
     policies = [f"{name}:admit={rule}" for name in names for rule in RULES]
-    for outcome in simulate(trace, policies, [3, N_EXPERT], warm=warm, shared=shared, profile=trace, expert_bytes=10):
+    sizes = [10, 20, 30]
+    for outcome in simulate(
+        trace, policies, [3, N_EXPERT], warm=warm, shared=shared, profile=trace, expert_bytes=sizes
+    ):
         assert outcome.to_belady >= 0
-        assert outcome.bytes == 10 * (sum(outcome.accesses) - sum(outcome.hits))
+        missed = [n - hits for n, hits in zip(outcome.accesses, outcome.hits, strict=True)]
+        assert outcome.bytes == 10 * missed[0] + 20 * missed[1] + 30 * missed[2]
+        assert all(n / TOP_K <= steps <= min(n, 150) for n, steps in zip(missed, outcome.missed_steps, strict=True))
         if outcome.capacity == N_EXPERT and warm:
             assert outcome.hit_rate == 1
 
@@ -149,6 +163,9 @@ def test_capacities() -> None:
     for text in ("", "%", "-1", "2.5", "x", "nan%"):
         with pytest.raises(ConfigError, match="expected experts per layer"):
             capacity_of(text, 64, 8)
+    assert [capacity_of(text, 64, 8, 1 << 20) for text in ("20MiB", "1kB", "1GiB")] == [20, 8, 64]
+    with pytest.raises(ConfigError, match="size of an expert is not known"):
+        capacity_of("1GiB", 64, 8)
     with pytest.raises(ConfigError, match="capacity is 1"):
         simulate(synthetic(3), ["lru"], [1])
 
@@ -204,7 +221,7 @@ def test_the_advice_is_what_the_simulation_says(
     assert "recommended: " in run(capsys, *options, "--expert-bytes", "256MiB", "--recommend")
     with pytest.raises(SystemExit):
         main(["trace", *options, "--recommend"])
-    assert "give --expert-bytes" in capsys.readouterr().err
+    assert "give -m MODEL or --expert-bytes" in capsys.readouterr().err
 
 
 def test_plot(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ SETTINGS = {
 RULES = ["always", "second-touch,window=3", "better-than-victim,admit_half_life=2", "outranks"]
 SPECS = [f"{name}:admit={rule}" for name in NATIVE for rule in RULES]
 SPECS += [f"{name}:{settings},admit=outranks" for settings, names in SETTINGS.items() for name in sorted(names)]
+SPECS += [f"{name}:floor={floor},admit=outranks" for name in NATIVE for floor in (1, 2)]
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Model:
     in_flight: dict[int, int] = field(default_factory=dict)  # slot by key
     resident: dict[int, int] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
+    used: list[int] = field(default_factory=list)
     step: int = 1
 
     def __post_init__(self) -> None:
@@ -54,11 +56,20 @@ class Model:
         return [k for k in (*self.in_flight, *self.resident) if SLOT_CLASS[k // N_EXPERT] == slot_class]
 
     def begin(self, layer: int, experts: list[int]) -> None:
-        used = [layer * N_EXPERT + expert for expert in experts if expert >= 0]
-        self.pinned = set(used)
-        for key in used:
+        self.end()
+        self.used = [layer * N_EXPERT + expert for expert in experts if expert >= 0]
+        self.pinned = set(self.used)
+        for key in self.used:
             self.policy(key).touch(key, self.step)
             self.admission(key).note(key, self.step)
+
+    def end(self) -> None:
+        """What was used stands in the order of its uses, as if a copy took no time."""
+        for key in self.used:
+            if key in self.resident:
+                self.policy(key).remove(key)
+                self.policy(key).insert(key)
+        self.used, self.pinned = [], set()
 
     def victim(self, key: int, evict: str) -> int | None:
         """Whom a reservation should evict: -1 for nobody, None if there is no room."""
@@ -121,7 +132,7 @@ def apply(cache: SlotCache, model: Model, name: str, arguments: list[Any]) -> No
         model.begin(layer, experts)
     elif name == "end":
         cache.end_layer_step()
-        model.pinned = set()
+        model.end()
     elif name == "keep":
         cache.keep(arguments[0])
         model.pinned.add(arguments[0])

@@ -112,6 +112,8 @@ void bind_copy_engines(nb::module_& m) {
     nb::class_<moe::HostCopyEngine, moe::CopyEngine>(m, "HostCopyEngine")
         .def(nb::init<bool>(), "held"_a = false)
         .def("release", &moe::HostCopyEngine::release, "n_batch"_a);
+    nb::class_<moe::ThrottledCopyEngine, moe::CopyEngine>(m, "ThrottledCopyEngine")
+        .def(nb::init<moe::CopyEngine&, double>(), "engine"_a, "bytes_per_second"_a, nb::keep_alive<1, 2>());
     nb::class_<moe::CudaCopyEngine, moe::CopyEngine>(m, "CudaCopyEngine").def(nb::init<int>(), "device"_a);
 }
 

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
@@ -72,6 +73,52 @@ void HostCopyEngine::run() {
         lock.lock();
         finished_.push_back(seconds);
     }
+}
+
+ThrottledCopyEngine::ThrottledCopyEngine(CopyEngine& engine, double bytes_per_second)
+    : engine_(engine), bytes_per_second_(bytes_per_second) {
+    if (!(bytes_per_second > 0)) throw std::invalid_argument("a link's bytes per second are more than 0");
+}
+
+int64_t ThrottledCopyEngine::submit(const std::vector<Copy>& copies) {
+    batches_.push_back({copies, Clock::now()});
+    if (batches_.size() == 1) begin();
+    return ++submitted_;
+}
+
+void ThrottledCopyEngine::begin() {
+    const std::vector<Copy>& copies = batches_.front().copies;
+    int64_t n_bytes = 0;
+    for (const Copy& copy : copies) n_bytes += copy.n_bytes;
+    // The link is busy without a pause, however late poll() is called.
+    begun_ = std::max(batches_.front().submitted, due_);
+    due_ = begun_ + std::chrono::duration_cast<Clock::duration>(
+                        std::chrono::duration<double>(static_cast<double>(n_bytes) / bytes_per_second_));
+    engine_.submit({copies.begin(), copies.end() - 1});
+    copied_ = telling_ = false;
+}
+
+std::optional<double> ThrottledCopyEngine::poll() {
+    if (batches_.empty()) return std::nullopt;
+    const bool ended = engine_.poll().has_value();
+    if (telling_) {
+        if (!ended) return std::nullopt;
+        const double seconds = std::chrono::duration<double>(due_ - begun_).count();
+        batches_.pop_front();
+        if (!batches_.empty()) begin();
+        return seconds;
+    }
+    copied_ = copied_ || ended;
+    if (copied_ && Clock::now() >= due_) {
+        engine_.submit({batches_.front().copies.back()});
+        telling_ = true;
+    }
+    return std::nullopt;
+}
+
+void ThrottledCopyEngine::stop() {
+    batches_.clear();
+    engine_.stop();
 }
 
 // The functions of libcuda.so.1 that are needed, with the types of cuda.h: handles are pointers, results int.

@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -58,6 +59,31 @@ class HostCopyEngine final : public CopyEngine {
 // on_device: in the order of `stream`, a CUDA stream of the current context; otherwise at once.
 int64_t copy_rows(uint8_t* to, const uint8_t* from, int64_t row_bytes, const std::vector<int64_t>& rows,
                   int64_t rows_at_once, bool on_device, void* stream);
+
+// Makes another engine's copies take as long as over a slower link, to imitate one: a batch's last copy, which tells
+// others of the rest, waits for that. Nobody else may use the other engine.
+class ThrottledCopyEngine final : public CopyEngine {
+ public:
+    ThrottledCopyEngine(CopyEngine& engine, double bytes_per_second);
+    int64_t submit(const std::vector<Copy>& copies) override;
+    std::optional<double> poll() override;
+    void stop() override;
+
+ private:
+    using Clock = std::chrono::steady_clock;
+    struct Batch {
+        std::vector<Copy> copies;
+        Clock::time_point submitted;
+    };
+    void begin();
+
+    CopyEngine& engine_;
+    const double bytes_per_second_;
+    std::deque<Batch> batches_;  // the first one runs
+    bool copied_ = false, telling_ = false;  // of the first one: all but the last copy; the last one runs
+    Clock::time_point begun_{}, due_{};      // likewise
+    int64_t submitted_ = 0;
+};
 
 class CudaDriver;
 

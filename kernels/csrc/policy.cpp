@@ -43,7 +43,8 @@ PolicySettings::PolicySettings(const std::string& name, const std::string& admit
                                                    {"fast", &fast},
                                                    {"share", &share},
                                                    {"window", &window},
-                                                   {"admit_half_life", &admit_half_life}};
+                                                   {"admit_half_life", &admit_half_life},
+                                                   {"floor", &floor}};
     for (const auto& [key, value] : values) *choice_of<double*>(places, key) = value;
 }
 
@@ -140,10 +141,21 @@ void Policy::remove(ExpertKey key) {
     forget_lowest(key);
 }
 
+void Policy::refresh(ExpertKey key) {
+    last_[static_cast<size_t>(key)] = ++clock_;
+    forget_lowest(key);
+}
+
 ExpertKey Policy::candidate() {
+    const ExpertKey found = candidate(settings_.floor);
+    return found < 0 && settings_.floor > 0 ? candidate(0) : found;
+}
+
+ExpertKey Policy::candidate(double floor) {
     Place best;
     for (int layer = 0; layer < n_layer_; ++layer) {
-        if (n_resident_[static_cast<size_t>(layer)] == 0) continue;
+        const int32_t n = n_resident_[static_cast<size_t>(layer)];
+        if (n == 0 || (layer != layer_ && n <= floor)) continue;
         Place& lowest = lowest_[static_cast<size_t>(layer)];
         if (lowest.key < 0) lowest = lowest_of(layer);
         if (lowest.key < 0) continue;

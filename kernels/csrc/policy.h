@@ -27,6 +27,7 @@ struct PolicySettings {
     enum class Admit { always, second_touch, better_than_victim, outranks } admit = Admit::always;
     double half_life = 1, fast = 1, share = 0;  // of the rank
     double window = 0, admit_half_life = 1;     // of the admission
+    double floor = 0;  // residents of a layer that others do not evict while they find anything else
 };
 
 // Sums whose terms lose half their value every half_life steps: terms grow instead, until all are scaled down.
@@ -55,10 +56,13 @@ class Policy {
     void foresee(ExpertKey key, int64_t next_use);              // for belady, after each use
     void insert(ExpertKey key);                                 // not resident
     void remove(ExpertKey key);                                 // resident
+    void refresh(ExpertKey key);                                // as remove() and insert() in one
     bool contains(ExpertKey key) const { return resident_[static_cast<size_t>(key)] != 0; }
     int64_t size() const { return size_; }
 
-    ExpertKey candidate();  // the resident key to evict next, -1 if there is none
+    // The resident key to evict next, -1 if there is none: of the layer served last and those with more residents than
+    // the floor, or if that is none of any layer.
+    ExpertKey candidate();
 
     // Whether a key that was just used is worth evicting the victim for.
     bool admits(ExpertKey key, ExpertKey victim) const;
@@ -83,6 +87,7 @@ class Policy {
     double rank(ExpertKey key, const Factors& factors) const;
     double offset(int layer) const;  // between layers
 
+    ExpertKey candidate(double floor);
     Place lowest_of(int layer) const;
     template <typename RankOf>
     Place lowest_by(ExpertKey first, const RankOf& rank_of) const;

@@ -9,6 +9,7 @@ SlotCache::SlotCache(int n_expert, std::vector<int> slot_class, const std::vecto
                      const PolicySettings& policy)
     : n_expert_(n_expert), slot_class_(std::move(slot_class)) {
     states_.resize(slot_class_.size() * static_cast<size_t>(n_expert));
+    used_.reserve(states_.size());
     for (int index : slot_class_)
         if (index < 0 || index >= static_cast<int>(n_slot.size()))
             throw std::logic_error("a layer of no class of slots");
@@ -40,10 +41,14 @@ void SlotCache::begin_layer_step(int layer, const int32_t* experts, int64_t n, i
         const ExpertKey chosen = key(layer, experts[i]);
         class_of(chosen).policy.pin(chosen);
         class_of(chosen).policy.note(chosen, step);
+        used_.push_back(chosen);
     }
 }
 
 void SlotCache::end_layer_step() {
+    for (ExpertKey key : used_)
+        if (resident(key)) class_of(key).policy.refresh(key);
+    used_.clear();
     for (SlotClass& slots : classes_) slots.policy.unpin();
 }
 

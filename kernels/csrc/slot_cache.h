@@ -31,7 +31,8 @@ class SlotCache {
     int32_t slot(ExpertKey key) const { return state(key).slot; }  // of residents and those in flight, else -1
 
     // From here to end_layer_step() these experts are never evicted. The policy notes their use in this order, in a
-    // step (numbers never fall); ids of -1 are skipped.
+    // step (numbers never fall); ids of -1 are skipped. In the end those that are resident stand in this order too,
+    // whether they were there before or have come meanwhile.
     void begin_layer_step(int layer, const int32_t* experts, int64_t n, int64_t step);
     void end_layer_step();
 
@@ -85,6 +86,7 @@ class SlotCache {
     int n_expert_;
     std::vector<int> slot_class_;
     std::vector<State> states_;  // by key
+    std::vector<ExpertKey> used_;  // in the layer step at hand
     std::vector<SlotClass> classes_;
 };
 

@@ -22,14 +22,13 @@ from moe_engine.benchmark.results import (
     prompt_costs,
     slowest,
 )
-from moe_engine.benchmark.routing import load_trace, replayed
+from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import EngineConfig
 from moe_engine.decoder import GraphDecoder
 from moe_engine.engine import Engine
 from moe_engine.errors import ConfigError
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.generation import Result
-from moe_engine.traces import Trace
 
 MODEL_FIELDS = ("model_filename", "model_type", "model_size", "model_n_params", "model_fingerprint")
 
@@ -43,8 +42,8 @@ FEW_TOKENS = 8  # choices per expert below which a prompt need not touch every e
 class Ours:
     """The engine on a file, loaded in one way.
 
-    routing: a trace whose choices are followed in decoding. with_timeline: rows of generated tokens get the events of
-    a step. progress: see `Engine.load`.
+    routing: a recording whose choices are followed in decoding. with_timeline: rows of generated tokens get the events
+    of a step. progress: see `Engine.load`.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Ours:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path, self.facts, self.load, self.machine = path, facts, load, machine
-        self.routing = None if routing is None else load_trace(routing)
+        self.routing = None if routing is None else RecordedRouting.load(routing)
         self.routing_name = "own" if routing is None else f"recorded, {routing.name}"
         self.with_timeline, self.progress = with_timeline, progress
         self.name = load.name or "moe_engine"
@@ -100,13 +99,11 @@ class Ours:
             few = Test(min(test.n_prompt, 32), min(test.n_gen, 4))
             self.run(test if self.machine.accelerated else few, -1)
 
-    def _follow(self, trace: Trace) -> None:
+    def _follow(self, routing: RecordedRouting) -> None:
         decoder = self.engine.decoder
         if not isinstance(decoder, GraphDecoder):
             raise ConfigError("--routing needs the decode path of a GPU: it cannot be used with device 'cpu' or eager")
-        n_layer, n_expert = decoder.step.experts.slot_table.shape
-        top_k = self.engine.model.router.top_k
-        decoder.step.replay = replayed(trace, n_layer, n_expert, top_k).to(self.engine.device)
+        routing.follow(decoder.step)
 
     def _note_slots(self) -> None:
         engine, experts = self.engine, self.engine.experts

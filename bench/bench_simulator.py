@@ -1,0 +1,132 @@
+"""The simulator against the engine: hits and tokens/s of the same choices, policy and slots, on a CUDA machine.
+
+    python bench/bench_simulator.py --work /tmp/models --out bench/results/simulator.json [--tiny]
+
+Random models of the real shapes follow recorded routing (benchmark/routing.py). With miss=fetch every miss has its slot
+before the step goes on, as in the simulator: hits must be equal, or the row fails. With miss=auto what is in the slots
+depends on times as well: then the simulator's hits are only shown beside the engine's. Speeds are predicted from the
+simulated hits by what `moe-engine calibrate` has kept. `--tiny` is a dry run on the simulated device with few layers.
+"""
+
+import argparse
+import gc
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_decode import LITE, QWEN, ROUTING, vram_budget
+from prediction import predicted
+
+from moe_engine import Engine
+from moe_engine.benchmark.engine_replay import simulated_hits
+from moe_engine.benchmark.random_model import write_model
+from moe_engine.benchmark.routing import RecordedRouting
+from moe_engine.config import DEFAULT_POLICY
+from moe_engine.decoder import GraphDecoder
+from moe_engine.expert_cache import CachedExperts
+from moe_engine.policies.registry import policy_of
+from moe_engine.routing_estimate import Found
+
+
+@dataclass(frozen=True)
+class Row:
+    model: str
+    share: float  # of the experts in VRAM
+    policy: str
+    miss: str = "fetch"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.share:.0%} {self.policy} miss={self.miss}"
+
+
+ROWS = [
+    Row(QWEN, 0.25, "lru"),
+    Row(QWEN, 0.25, "blend"),
+    Row(QWEN, 0.25, DEFAULT_POLICY, "auto"),
+    Row(QWEN, 0.5, "lfu-decay"),
+    Row(QWEN, 0.5, DEFAULT_POLICY, "auto"),
+    Row(LITE, 0.25, "lru"),
+    Row(LITE, 0.25, "blend"),
+    Row(LITE, 0.25, DEFAULT_POLICY, "auto"),
+]
+
+
+def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict[str, Any]:
+    """Decodes twice (the first time kernels compile) and compares the second one with the simulator."""
+    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": n_prompt + n_decode + 8, "miss": row.miss}
+    budget = vram_budget(path, row.share, **options)
+    ways: dict[str, Any] = {"policy": row.policy, "lookahead": False, "prefetch": "off"}
+    with Engine.load(path, vram_budget=budget, profile=False, **ways, **options) as engine:
+        decoder, experts = engine.decoder, engine.experts
+        assert isinstance(decoder, GraphDecoder)
+        assert isinstance(experts, CachedExperts)
+        assert decoder.launched == 0
+        RecordedRouting.load(ROUTING).follow(decoder.step)
+        choices = decoder.step.replay
+        assert choices is not None
+        residents = [decoder.worker.residents(layer) for layer in range(choices.shape[1])]
+        prompt = [i * 7919 % 400 for i in range(n_prompt)]
+        for _ in range(2):
+            stats = engine.generate(prompt, temperature=0, max_tokens=n_decode, ignore_eos=True).stats
+        decoder.worker.settle()
+        decoder.worker.check_integrity()
+        steps = np.arange(1, decoder.launched + 1) % len(choices)  # the first one is number 1
+        top_k, served, pools = choices.shape[2], choices.cpu().numpy()[steps], experts.pools.values()
+        hits = simulated_hits(pools, residents, policy_of(row.policy), served, experts.n_expert)[-stats.steps :]
+        del decoder, experts, pools
+    expected = hits.sum(axis=0).tolist()
+    found: dict[str, Any] = {
+        "row": row.name,
+        "steps": len(hits),
+        "hits": stats.expert_hits,
+        "simulated_hits": sum(expected),
+        "hit_rate": stats.hit_rate,
+        "simulated_hit_rate": sum(expected) / (hits.size * top_k),
+        "equal": stats.layer_hits == expected,
+        "tokens_per_second": stats.decode_rate,
+    }
+    print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+    if row.miss == "fetch" and not found["equal"]:
+        raise SystemExit(f"{row.name}: the engine's hits by layer are {stats.layer_hits}, simulated {expected}")
+    missed = (hits < top_k).mean(axis=0)
+    by_layer = [
+        Found(n / top_k, share, top_k - n) for n, share in zip(hits.mean(axis=0).tolist(), missed.tolist(), strict=True)
+    ]
+    context = n_prompt + n_decode // 2
+    rate = stats.decode_rate or 0.0
+    found["predicted"] = predicted(path, decode=rate, found=by_layer, context=context, vram_budget=budget, **options)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", action="append", help="rows whose name contains this")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in ROWS if not options.only or any(part in row.name for part in options.only)]
+    gpu = "none" if options.tiny else torch.cuda.get_device_name()
+    results: dict[str, Any] = {"command": "python bench/bench_simulator.py", "gpu": gpu, "rows": []}
+    for model in dict.fromkeys(row.model for row in rows):
+        path = options.work / f"{model}.gguf"
+        if not path.exists():
+            write_model(model, path, layers=2 if options.tiny else None, skew=0.35)
+        for row in rows:
+            if row.model == model:
+                sizes = (4, 3) if options.tiny else (512, options.tokens)
+                results["rows"].append(run(path, row, "simulated" if options.tiny else "cuda", *sizes))
+                gc.collect()
+                if options.out:
+                    options.out.write_text(json.dumps(results, indent=1) + "\n")
+        path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Decode speeds of a model on a machine, from what a simulation says its cache would hit."""
+
+from pathlib import Path
+
+from moe_engine.calibration import Calibration
+from moe_engine.errors import ConfigError
+from moe_engine.planner import DECODE_CONTEXT, plan
+from moe_engine.predict import Prediction
+from moe_engine.routing_estimate import Found
+from moe_engine.simulator import Outcome
+from moe_engine.traces import Trace
+
+
+class SimulatedModel:
+    """Sizes and speeds of the model that a trace is of; the latter as `moe-engine plan` predicts them, but with the
+    simulated hits of each layer in place of estimated ones."""
+
+    def __init__(self, model: Path, trace: Trace, machine: Calibration | None) -> None:
+        """model: the GGUF file that the trace is of, or one of its shape; only its header is read. machine: without
+        one sizes are known, but no speeds. Raises `ConfigError` if they do not go together, and as `plan`."""
+        if machine is not None and machine.gpu is None:
+            raise ConfigError("the machine of the hardware file has no GPU: there is no cache whose speed to predict")
+        self._plan = plan(model, device="cpu") if machine is None else plan(model, machine=machine, elsewhere=True)
+        work, recorded = self._plan.work, trace.model
+        has = len(work.experts), work.top_k, work.n_expert
+        given = recorded.n_layer, recorded.top_k, recorded.n_expert
+        if has != given:
+            texts = ["{} MoE layers with {} of {} experts a token".format(*shape) for shape in (given, has)]
+            raise ConfigError(f"the trace is of {texts[0]}, but {model} has {texts[1]}")
+
+    @property
+    def expert_bytes(self) -> tuple[int, ...]:
+        """Of a slot, by MoE layer."""
+        return tuple(layer.nbytes for layer in self._plan.work.experts)
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of slots that the machine's VRAM has room for; None without a machine."""
+        return None if self._plan.vram is None else self._plan.vram.slots
+
+    def decode(self, outcome: Outcome) -> Prediction:
+        """Of one sequence with `DECODE_CONTEXT` tokens of context. There must be a machine."""
+        predictor, context = self._plan.predictor, min(DECODE_CONTEXT, self._plan.ctx)
+        assert predictor is not None
+        found = [
+            Found(hits / n, missed / outcome.n_token, (n - hits) / outcome.n_token)
+            for hits, n, missed in zip(outcome.hits, outcome.accesses, outcome.missed_steps, strict=True)
+        ]
+        return predictor.decode(self._plan.placement, context, found)
