@@ -23,8 +23,9 @@ def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: boo
     few = n_row < FEW_ROWS
     if n_token > 1:
         # One warp a program: tokens and rows then stay in a lane's registers. 151936x2048 and 4 tokens, 8 or 4 rows:
-        # Q6_K 115 or 133 us, Q4_K (16-byte loads) 89 or 70. Few rows and five tokens or more: not tuned.
-        n = 4 if align == 16 or (few and n_token > 4) else 8
+        # Q6_K 115 or 133 us, Q4_K (16-byte loads) 89 or 70. Q, k and v of Qwen3, 4, 8 and 16 tokens: 5.4, 8.1 and
+        # 12.6 us with 4 rows, 6.0 (4 tokens) with 8, 6.2, 10.0 and 16.7 with 2; 8 tokens a program 9.7, 9.8 and 13.5.
+        n = 4 if align == 16 or (few and n_token > 2) else 8
         rows = {"ROWS": 16, "num_warps": 2} if quantize else {"ROWS": n, "num_warps": 1}
         prefetch = few or (align == 16 and not quantize)
         return rows | {"TOKENS": 2 if n_token == 2 else 4, "LANES": 32, "UNROLL": 1, "PREFETCH": prefetch}
@@ -70,13 +71,14 @@ def gate_up_tile() -> dict[str, Any]:
 
 def down_tile(n_token: int, top_k: int, n_unit: int) -> dict[str, Any]:
     """WIDTH: see `down_kernel`."""
-    if n_token >= 5 and top_k > 1 and n_unit % 64:
+    if n_token >= 4 and top_k > 1 and n_unit % 64:
         width = 8 if n_unit % 8 == 0 else 4
         lanes = width * (1 << (top_k - 1).bit_length())
         if _is_interpreted():
             return _INTERPRETER_TILE | {"LANES": lanes, "WIDTH": width}
-        # Not tuned: chosen by the number of instructions, for 2048x768 Q4_K half of what the long row below takes
-        return {"WIDTH": width, "ROWS": 8, "LANES": lanes, "UNROLL": 3, "num_warps": max(1, lanes // 8)}
+        # Whole product of 8 of 128 experts for 4, 8 and 16 tokens: Q4_K 32.5, 54.7 and 93 us, Q6_K 47, 83 and 152;
+        # with twice the warps 33.9, 58 and 101, 50, 90 and 167; the long row below 33.8, 58 and 104, 51, 89 and 159.
+        return {"WIDTH": width, "ROWS": 8, "LANES": lanes, "UNROLL": 3, "num_warps": max(1, lanes // 16)}
     if _is_interpreted():
         return _INTERPRETER_TILE | {"WIDTH": 0}
     if n_unit % 64 and n_unit % 32 == 0:  # lanes of one expert then, which is faster. Not tuned further

@@ -1,6 +1,7 @@
 // What the worker's thread does with one message: see decode_worker.h.
 
 #include <algorithm>
+#include <functional>
 #include <stdexcept>
 
 #include "decode_worker.h"
@@ -21,7 +22,8 @@ void DecodeWorker::handle(const Step& step, int layer) {
     ++progress_;
     note_message(layer);
     score_prefetches(layer);
-    look_ahead(step, layer, message);
+    look_ahead(step, layer, message);  // by other threads, which need not wait for the driver
+    start_background();
 }
 
 void DecodeWorker::note_message(int layer) {
@@ -116,6 +118,7 @@ void DecodeWorker::note_use(ExpertKey key) {
 void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& message) {
     const Mailbox& mailbox = spec_.mailbox;
     n_evicted_ = 0;
+    beside_.clear();
     prefetch_next(step, layer, message);
     read_ahead(layer);
     divide(step, layer);
@@ -137,10 +140,14 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     entry_.answered = now();
     store_release(header, entry_.seq);
 
-    // The GPU runs again. Victims of these were part of the answer.
+}
+
+// The GPU runs again. Victims of these were part of the answer.
+void DecodeWorker::start_background() {
     for (ExpertKey key : background_) start_fetch(key);
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_.fetched_background += static_cast<int64_t>(background_.size());
+    background_.clear();
 }
 
 // What the next layers will probably choose is not evicted now.
@@ -158,8 +165,8 @@ bool DecodeWorker::can_come(ExpertKey key) const {
     return cache_.absent(key) && std::find(evicted, evicted + n_evicted_, key) == evicted + n_evicted_;
 }
 
-// Starts to fetch, beside the CPU's work on this layer, what the next one will probably miss and what can be there when
-// it comes. The GPU looks nothing up before it has the answer and with it the victims, and what it reads meanwhile is not
+// Reserves slots for what the next layer will probably miss and what can be there when it comes; the copies begin
+// beside the CPU's work on this layer. The GPU looks nothing up before it has the answer and with it the victims, and what it reads meanwhile is not
 // among them.
 void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Message& message) {
     const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
@@ -167,7 +174,6 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
     if (!divides || !in_memory || message.header[Mailbox::kAhead] != Mailbox::kMaxAhead) return;
     const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
     keep_foreseen(step, layer, message);
-    int64_t n_started = 0;
     double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
     for (const Flight& flight : in_flight_) room -= static_cast<double>(flight.n_bytes);
     if (room < static_cast<double>(n_bytes) || !worth_prefetching(layer + 1)) return;
@@ -177,14 +183,13 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
             if (expert < 0 || room < static_cast<double>(n_bytes) || n_evicted_ == n_pair) continue;
             const ExpertKey key = cache_.key(layer + 1, expert);
             if (!can_come(key) || !reserve(key, SlotCache::Evict::any)) continue;
-            start_fetch(key);
+            beside_.push_back(key);
             prefetches_.push_back(key);
             room -= static_cast<double>(n_bytes);
-            ++n_started;
         }
     passed_over_[static_cast<size_t>(layer) + 1] = 0;
     std::lock_guard<std::mutex> lock(stats_mutex_);
-    stats_.fetched_background += n_started;
+    stats_.fetched_background += static_cast<int64_t>(beside_.size());
 }
 
 // Where not all experts are in RAM: all reads of the layer begin together, whoever waits for them.
@@ -247,7 +252,12 @@ void DecodeWorker::divide(const Step& step, int layer) {
 }
 
 void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& message) {
-    if (entry_.n_cpu == 0) return;
+    // The driver takes microseconds for each: meanwhile the other threads compute.
+    const std::function<void()> start_copies = [this] {
+        for (ExpertKey key : beside_) start_fetch(key);
+        beside_.clear();
+    };
+    if (entry_.n_cpu == 0) return start_copies();
     const Mailbox& mailbox = spec_.mailbox;
     activity_ = "computes experts of layer";
     token_.clear();
@@ -260,12 +270,12 @@ void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& 
         expert_.push_back(expert);
         weight_.push_back(message.weights[pair]);
     }
-    const bool beside_copies = !in_flight_.empty();
-    for (Flight& flight : in_flight_) flight.beside_cpu = true;
+    const bool beside_copies = !in_flight_.empty() || !beside_.empty();
     const int64_t start = now();
     expert_ffn(pool_, spec_.layers[static_cast<size_t>(layer)].experts,
                {mailbox.x, step.n_token, token_.data(), expert_.data(), weight_.data(),
-                static_cast<int64_t>(token_.size()), mailbox.y, spec_.float_activations});
+                static_cast<int64_t>(token_.size()), mailbox.y, spec_.float_activations, &start_copies});
+    for (Flight& flight : in_flight_) flight.beside_cpu = true;
     const int64_t ns = now() - start, n_bytes = entry_.n_cpu * expert_bytes_[static_cast<size_t>(layer)];
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_.cpu_experts += entry_.n_cpu;

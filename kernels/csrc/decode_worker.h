@@ -173,6 +173,7 @@ class DecodeWorker {
     void keep_foreseen(const Step& step, int layer, const Mailbox::Message& message);
     bool can_come(ExpertKey key) const;
     void prefetch_next(const Step& step, int layer, const Mailbox::Message& message);
+    void start_background();
     void read_ahead(int layer);
     void divide(const Step& step, int layer);
     void compute(const Step& step, int layer, const Mailbox::Message& message);
@@ -230,7 +231,7 @@ class DecodeWorker {
     std::vector<Fate> fate_;         // by expert
     std::vector<bool> chosen_;       // by expert
     std::vector<ExpertKey> missed_;  // distinct, those used most lately first
-    std::vector<ExpertKey> fetches_, background_;
+    std::vector<ExpertKey> fetches_, beside_, background_;
     std::vector<int32_t> token_, expert_;  // what the CPU computes
     std::vector<float> weight_;
     int64_t n_hit_ = 0, n_missed_ = 0, n_evicted_ = 0;

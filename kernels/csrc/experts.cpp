@@ -303,7 +303,8 @@ void Call::run() {
     pool_.run({Loop(x_records_ != nullptr ? job_.n_tokens * parts : 0, quantize),
                Loop(any_many() ? routing_.n_active : 0, pack),
                Loop(routing_.n_active * tiles, gate_up, fetch_gate_up),
-               Loop((hidden_ + out_tile - 1) / out_tile, down, fetch_down)});
+               Loop((hidden_ + out_tile - 1) / out_tile, down, fetch_down)},
+              job_.beside);
 }
 
 }  // namespace

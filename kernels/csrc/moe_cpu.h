@@ -28,6 +28,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -94,6 +95,7 @@ struct ExpertFfn {
     int64_t n_pairs;
     float* out;
     bool float_activations;
+    const std::function<void()>* beside = nullptr;  // the caller's thread does this while the others begin
 };
 void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job);
 

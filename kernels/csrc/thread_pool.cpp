@@ -75,7 +75,7 @@ void ThreadPool::stop() {
     for (auto& thread : workers_) thread.join();
 }
 
-void ThreadPool::run(std::initializer_list<Loop> loops) {
+void ThreadPool::run(std::initializer_list<Loop> loops, const std::function<void()>* beside) {
     n_loops_ = 0;
     bool is_shared = false;
     for (const Loop& loop : loops) {
@@ -93,6 +93,14 @@ void ThreadPool::run(std::initializer_list<Loop> loops) {
     ticket_ += kLoops;
     loops_done_.store(0, std::memory_order_relaxed);
     if (is_shared) open();
+    if (beside != nullptr) {
+        try {
+            (*beside)();
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(error_mutex_);
+            error_ = std::current_exception();
+        }
+    }
     work(0);
     if (is_shared) close();
     if (error_) {

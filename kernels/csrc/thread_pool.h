@@ -17,6 +17,7 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <initializer_list>
 #include <mutex>
 #include <thread>
@@ -93,8 +94,8 @@ class ThreadPool {
 
     // Runs the loops, at most kLoops, one after the other: a loop begins when all units of the last one are
     // done, and sees what they wrote. Returns when all are done. The first exception thrown by a body is
-    // thrown again here, after all other units have run.
-    void run(std::initializer_list<Loop> loops);
+    // thrown again here, after all other units have run. beside: the caller does this first, while the others begin.
+    void run(std::initializer_list<Loop> loops, const std::function<void()>* beside = nullptr);
     template <typename Body>
     void run(int64_t n_units, const Body& body) {
         run({Loop(n_units, body)});
