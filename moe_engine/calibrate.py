@@ -22,9 +22,11 @@ CPU_TYPES = ("Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4")
 GPU_TYPES = ("Q4_K", "Q6_K", "Q8_0")
 HIDDEN, N_FF, TOP_K = 2048, 768, 8  # of Qwen3-30B-A3B; other models' experts are larger
 FEW_TOKENS, MANY_TOKENS = 64, 4096  # of the GPU's products for prompts
+FEW = 2  # experts, beside TOP_K
 CPU_TOKENS, MANY_CALLS = 64, 4  # of each expert, for the CPU's products of many tokens
 BYTE = 0x11  # what the CPU's weights are filled with: scales in half precision are then small and normal
 POOL_BYTES = 1 << 30  # of experts, far larger than a last-level cache
+LEAST = 1e-7  # seconds: what is shorter cannot be told from noise
 DISK_BYTES, DISK_READERS, DISK_CHUNK = 2 << 30, 4, 8 << 20
 
 Progress = Callable[[str], None]
@@ -39,10 +41,12 @@ def calibrate(
     progress("RAM")
     dram = _dram_rates(threads)
     cpu = CpuKernels(threads)
-    experts = {}
+    experts, fixed = {}, []
     for type in CPU_TYPES:
         progress(f"CPU experts, {type}")
-        experts[type] = _cpu_product(cpu, type)
+        experts[type], seconds = _cpu_product(cpu, type)
+        fixed.append(seconds)
+    call = max(statistics.median(fixed), LEAST)
     disk = None
     if file is not None:
         progress("disk")
@@ -52,13 +56,13 @@ def calibrate(
     if device.type == "cuda":
         from moe_engine.calibrate_gpu import measure_gpu
 
-        gpu = measure_gpu(device, threads, experts, progress)
-    return Calibration(processor_name(), threads, ram_bytes, dram, experts, disk, gpu)
+        gpu = measure_gpu(device, threads, experts, call, progress)
+    return Calibration(processor_name(), threads, ram_bytes, dram, experts, call, disk, gpu)
 
 
 def n_steps(device: torch.device, with_disk: bool) -> int:
     """How often `calibrate` calls progress."""
-    return 1 + len(CPU_TYPES) + with_disk + (7 + len(GPU_TYPES) if device.type == "cuda" else 0)
+    return 1 + len(CPU_TYPES) + with_disk + (6 + len(GPU_TYPES) if device.type == "cuda" else 0)
 
 
 def _dram_rates(threads: int) -> dict[int, float]:
@@ -84,8 +88,8 @@ def down_type(type: str) -> str:
     return type if N_FF % BY_NAME[type].block_size == 0 else "Q8_0"
 
 
-def _cpu_product(cpu: CpuKernels, type: str) -> Product:
-    """From 1 token and from many, with other experts at every call."""
+def _cpu_product(cpu: CpuKernels, type: str) -> tuple[Product, float]:
+    """From 1 token and from many, with other experts at every call; and seconds of a call besides."""
     one = 3 * HIDDEN * N_FF // BY_NAME[type].block_size * BY_NAME[type].block_bytes
     n_expert = max(2 * TOP_K, min(hardware.RAM_SAMPLE_BYTES, POOL_BYTES) // one)
     gate, up = (filled(type, n_expert, N_FF, HIDDEN, make=_host_bytes) for _ in range(2))
@@ -95,11 +99,13 @@ def _cpu_product(cpu: CpuKernels, type: str) -> Product:
     turns = [torch.arange(i, i + TOP_K)[None] for i in range(0, n_expert - TOP_K + 1, TOP_K)]
     nbytes = TOP_K * sum(w.nbytes for w in (handle.gate, handle.up, handle.down)) / n_expert
     few = _median([partial(cpu.expert_ffn, handle, x, ids, weights) for ids in turns])
+    fewer = _median([partial(cpu.expert_ffn, handle, x, ids[:, :FEW], weights[:, :FEW]) for ids in turns])
+    fixed = max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW))
     rows, share = x.expand(CPU_TOKENS, HIDDEN).contiguous(), weights.expand(CPU_TOKENS, TOP_K).contiguous()
     chosen = [ids.expand(CPU_TOKENS, TOP_K).contiguous() for ids in turns[:MANY_CALLS]]
     many = _median([partial(cpu.expert_ffn, handle, rows, ids, share) for ids in chosen])
     operations = 6.0 * HIDDEN * N_FF * TOP_K
-    return Product.through(nbytes, (operations, few), (CPU_TOKENS * operations, many))
+    return Product.through(nbytes, (operations, few - fixed), (CPU_TOKENS * operations, many - fixed)), fixed
 
 
 def _median(calls: list[Callable[[], object]]) -> float:

@@ -4,12 +4,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_engine.calibrate import FEW_TOKENS, GPU_TYPES, HIDDEN, MANY_TOKENS, N_FF, TOP_K, down_type, filled
+from moe_engine.benchmark.random_model import write_model
+from moe_engine.calibrate import FEW_TOKENS, GPU_TYPES, HIDDEN, LEAST, MANY_TOKENS, N_FF, TOP_K, down_type, filled
 from moe_engine.calibration import Gpu, Product, closest
 from moe_engine.decoder import PROMPT_SIZES, GraphDecoder
 from moe_engine.engine import Engine
@@ -29,19 +32,22 @@ COPY_SIZES = tuple(1 << shift for shift in range(16, 27))  # 64 KiB to 64 MiB
 N_EXPERT = 128
 FINITE = 0x77  # bits of random weights that leave scales in half precision finite
 ATTENTION_TOKENS, N_HEAD, N_KV_HEAD, HEAD_DIM = 4096, 32, 4, 128  # of Qwen3-30B-A3B
-STEPS = 96  # of the bundled model
+MODEL, LAYERS, STEPS = "qwen3-30b-a3b", 4, 128  # for decode steps
 STREAM_SLOTS, STREAM_CHUNKS = 4, 5  # cached experts of each size, and chunks that a layer's others come in
 PROMPTS = 9  # of the bundled model, each way
-LEAST = 1e-7  # seconds: what is shorter cannot be told from noise
 
 Call = Callable[[], object]
 
 
 @torch.inference_mode()
 def measure_gpu(
-    device: torch.device, threads: int, cpu_experts: Mapping[str, Product], progress: Callable[[str], None]
+    device: torch.device,
+    threads: int,
+    cpu_experts: Mapping[str, Product],
+    cpu_call_seconds: float,
+    progress: Callable[[str], None],
 ) -> Gpu:
-    """cpu_experts: as measured. Raises `CalibrationError` for rates that cannot be."""
+    """cpu_experts, cpu_call_seconds: as measured. Raises `CalibrationError` for rates that cannot be."""
     torch.cuda.set_device(device)
     progress("PCIe")
     target = torch.empty(256 << 20, dtype=torch.uint8, device=device)
@@ -63,11 +69,7 @@ def measure_gpu(
         out = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
         expand[type] = weight.nbytes / graph_seconds([partial(dequantize, weight, out)])
     progress("decode steps")
-    seconds, work = _bundled_steps(device, threads, "cache")
-    kernel = max(seconds / (work.kernels + HIT_KERNELS * len(work.experts)), LEAST)
-    progress("decode steps with misses")
-    seconds, work = _bundled_steps(device, threads, "cpu")
-    exchange = (seconds - _cpu_seconds(work, cpu_experts) - work.kernels * kernel) / len(work.experts)
+    kernel, exchange = _decode_costs(device, threads, decode, cpu_experts, cpu_call_seconds)
     progress("prompts")
     steps, layer = _bundled_prompts(device, threads)
     facts = torch.cuda.get_device_properties(device)
@@ -77,7 +79,7 @@ def measure_gpu(
         copy=copy,
         pcie=pcie,
         kernel_seconds=kernel,
-        exchange_seconds=max(exchange - EXCHANGE_KERNELS * kernel, LEAST),
+        exchange_seconds=exchange,
         step_seconds=steps,
         layer_seconds=layer,
         stream_seconds=_bundled_stream(device, threads),
@@ -155,19 +157,37 @@ def _attention_rate(device: torch.device) -> float:
     return 4 * HEAD_DIM * N_HEAD * n * (n + 1) / 2 / seconds
 
 
-# -- the bundled model, whose bytes take next to no time -------------------------------------------------------
+# -- a few layers of a large model -----------------------------------------------------------------------------
 
 
-def _bundled(device: torch.device, threads: int, **options: Any) -> Engine:
-    common: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": 512, "ubatch": 64, "profile": False}
-    return Engine.load(**common | options)
+def _decode_costs(
+    device: torch.device,
+    threads: int,
+    decode: Mapping[str, float],
+    cpu_experts: Mapping[str, Product],
+    cpu_call_seconds: float,
+) -> tuple[float, float]:
+    """Seconds of a kernel, and of an exchange, besides what is read: from steps without and with misses alone."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_model(MODEL, path, layers=LAYERS)
+        (in_vram, work), (missed, _) = (_step_seconds(path, device, threads, experts) for experts in ("cache", "cpu"))
+    n_layer = len(work.experts)
+    dense = sum(nbytes / closest(decode, type) for type, nbytes in work.dense.items())
+    by_type = [item for layer in work.experts for item in layer.by_type.items()]
+    hits = sum(work.top_k * nbytes / closest(decode, type) for type, nbytes in by_type)
+    kernel = max((in_vram - dense - hits) / (work.kernels + HIT_KERNELS * n_layer), LEAST)
+    cpu = n_layer * cpu_call_seconds + _cpu_seconds(work, cpu_experts)
+    exchange = (missed - dense - cpu - (work.kernels + EXCHANGE_KERNELS * n_layer) * kernel) / n_layer
+    return kernel, max(exchange, LEAST)
 
 
-def _bundled_steps(device: torch.device, threads: int, experts: str) -> tuple[float, ModelWork]:
-    """Seconds of a decode step."""
-    with _bundled(device, threads, experts=experts) as engine:
+def _step_seconds(path: Path, device: torch.device, threads: int, experts: str) -> tuple[float, ModelWork]:
+    """Of drawn tokens: greedy ones soon choose the same experts again and again, which caches hold."""
+    options: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": 512, "profile": False}
+    with Engine.load(path, experts=experts, **options) as engine:
         for _ in range(2):  # the first one compiles and captures
-            stats = engine.generate("Once upon a time", max_tokens=STEPS, temperature=0, stop=()).stats
+            stats = engine.generate([1], max_tokens=STEPS, temperature=1.0, ignore_eos=True, seed=1).stats
         return stats.decode_seconds / max(stats.steps, stats.decode_tokens, 1), _work(engine)
 
 
@@ -179,6 +199,14 @@ def _cpu_seconds(work: ModelWork, rates: Mapping[str, Product]) -> float:
     """What the CPU would take to read the experts of a decode step."""
     by_type = [item for layer in work.experts for item in layer.by_type.items()]
     return sum(work.top_k * nbytes / closest(rates, type).weights for type, nbytes in by_type)
+
+
+# -- the bundled model, whose bytes take next to no time -------------------------------------------------------
+
+
+def _bundled(device: torch.device, threads: int, **options: Any) -> Engine:
+    common: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": 512, "ubatch": 64, "profile": False}
+    return Engine.load(**common | options)
 
 
 def _bundled_prompts(device: torch.device, threads: int) -> tuple[dict[int, float], float]:

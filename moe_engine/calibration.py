@@ -19,7 +19,7 @@ from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.prompt_split import Rates
 
-MAGIC, VERSION = "moe_engine calibration", 2
+MAGIC, VERSION = "moe_engine calibration", 3
 _LARGEST_FILE = 1 << 20
 _LARGEST_NUMBER = 1e30
 
@@ -91,6 +91,7 @@ class Calibration:
     ram_bytes: int
     dram: dict[int, float]
     cpu_experts: dict[str, Product]
+    cpu_call_seconds: float  # what a call of the CPU's experts takes besides reading weights: threads meet, some idle
     disk: float | None
     gpu: Gpu | None
 
@@ -113,7 +114,7 @@ class Calibration:
             dram=self.ram,
             cpu=closest(self.cpu_experts, type).operations,
             gpu=closest(self.gpu.prompt, type).operations,
-            step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds,
+            step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds + self.cpu_call_seconds,
             stream_layer=self.gpu.stream_seconds,
         )
 

@@ -123,6 +123,7 @@ def _rows(found: "Calibration") -> Iterator[tuple[str, str]]:
         "CPU experts, many tokens, TFLOP/s",
         ", ".join(f"{t} {p.operations * 1e-12:.3g}" for t, p in found.cpu_experts.items()),
     )
+    yield "a call besides, us", f"{found.cpu_call_seconds * 1e6:.1f}"
     if found.disk is not None:
         yield "disk, GB/s", _gb(found.disk)
     gpu = found.gpu

@@ -122,6 +122,7 @@ class Predictor:
             alone = miss_seconds(misses, 0, cpu=cpu, ram=self.machine.ram)
             fetched = min(fetched, misses, alone * max(gpu.pcie.values()))
             seconds = miss_seconds(misses, fetched, cpu=cpu, ram=self.machine.ram)
+            seconds += n_missed * self.machine.cpu_call_seconds
         costs = StepCosts(kernels * gpu.kernel_seconds, reads, beside, seconds, n_missed * gpu.exchange_seconds)
         return Prediction(n, costs.terms | {"disk": disk}, costs.seconds + disk)
 
@@ -151,7 +152,7 @@ class Predictor:
         work = self.work
         reads = (sum(work.dense.values()) + work.kv_bytes * context * n) / self.machine.ram
         experts = sum(self._cpu_product(layer, work.top_k * n, work.top_k * n) for layer in work.experts)
-        return reads + experts
+        return reads + experts + len(work.experts) * self.machine.cpu_call_seconds
 
     def _cpu_product(self, layer: ExpertLayer, n_used: float, n_pair: float) -> float:
         """Seconds of n_used experts with n_pair (token, expert) pairs."""
@@ -192,7 +193,7 @@ class Predictor:
             hits = share * n_used * _read_seconds(gpu, layer.by_type)
             misses = max(self._cpu_product(layer, n_missing, n_pair), n_missing * layer.nbytes / self.machine.ram)
             terms["misses" if misses > hits else "reads"] += max(hits, misses)
-            terms["exchange"] += gpu.exchange_seconds * (share < 1)
+            terms["exchange"] += (gpu.exchange_seconds + self.machine.cpu_call_seconds) * (share < 1)
             if self.machine.disk is not None:
                 terms["disk"] += n_missing * (1 - placement.ram_share) * layer.nbytes / self.machine.disk
         return terms

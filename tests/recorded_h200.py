@@ -26,6 +26,7 @@ H200 = Calibration(
         "Q6_K": Product(213e9, 1.90e12),
         "Q8_0": Product(210e9, 2.37e12),
     },
+    cpu_call_seconds=1e-7,  # it is within the rates of calls of 8 experts, and the exchange
     disk=2.4e9,
     gpu=Gpu(
         name="NVIDIA H200",
@@ -64,6 +65,7 @@ BUSY_H200 = Calibration(
         "IQ4_XS": Product(88.7e9, 3.46e12),
         "MXFP4": Product(89.1e9, 3.9e12),
     },
+    cpu_call_seconds=1e-7,  # as above
     disk=None,
     gpu=Gpu(
         name="NVIDIA H200",
