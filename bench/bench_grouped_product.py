@@ -84,6 +84,16 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
         label, types = f"{name}, {n_token} tokens", f"{layout.gate.type}/{layout.down.type}"
         if type == "Q4_K":
             report.add("sort", "", label, [partial(gp.sort_by_expert, ids, len(slots))], error=0.0)
+            product = gp.PromptProduct(x, ids, weights, len(slots), layout)
+
+            def of_sorted(product: gp.PromptProduct = product) -> Tensor:
+                product.add(pool, slots)
+                return product.sum(slots)
+
+            exact = gp.moe_prompt(x, ids, weights, slots, pool, layout)
+            assert torch.equal(of_sorted(), exact)
+            operations = 6 * shape.n_embd * shape.n_ff * ids.numel()
+            report.add("prompt experts, sorted before", types, label, [of_sorted], error=0.0, operations=operations)
         for method in METHODS:
             report.add(
                 f"prompt experts, {method}",

@@ -100,7 +100,7 @@ def packed(**changes: Any) -> bytes:
     ("changes", "message"),
     [
         ({"magic": "x"}, "no file of"),
-        ({"version": 99}, "has version 99, expected 2: run"),
+        ({"version": 99}, "has version 99, expected 3: run"),
         ({"dram": {}}, "'dram'"),
         ({"dram": {0: 1.0}}, "'dram'"),
         ({"dram": {1: float("nan")}}, r"'dram\.1'"),
