@@ -21,6 +21,7 @@ from typing import Any, Self
 import torch
 
 from moe_engine import Engine
+from moe_engine.benchmark.environment import gpu_id
 from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.decoder import GraphDecoder
@@ -41,7 +42,7 @@ class MemoryWatch:
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def used(self) -> int:
-        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", f"--id={gpu_id('cuda')}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
 
     def _watch(self) -> None:
