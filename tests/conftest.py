@@ -9,6 +9,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    from quick_interpreter import make_quick
+
+    make_quick()
 
 # What the engine keeps between runs is not the user's, and not another test's.
 os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/moe-engine-tests-{os.getpid()}"
