@@ -1,6 +1,9 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be known before they are imported."""
 
 import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run side by side, not what numpy does in each
+
 import tempfile
 from pathlib import Path
 
@@ -12,6 +15,7 @@ if not torch.cuda.is_available():
     from quick_interpreter import make_quick
 
     make_quick()
+    torch.set_num_threads(1)
 
 # What the engine keeps between runs is not the user's, and not another test's.
 os.environ["XDG_CACHE_HOME"] = f"{tempfile.gettempdir()}/moe-engine-tests-{os.getpid()}"
