@@ -230,7 +230,6 @@ def test_groups_without_a_slot_are_left_alone() -> None:
     assert error(h[3:7], torch.nn.functional.silu(gate) * up) < 1e-2
 
 
-@pytest.mark.gpu
 @given(
     counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
     launch=st.lists(st.integers(-1, 3), min_size=9, max_size=9),
@@ -252,6 +251,7 @@ def test_tiles_that_the_host_makes(counts: list[int], launch: list[int], block_m
     assert (start, len(ends)) == (tiles.shape[1], by.max() + 1)
 
 
+@pytest.mark.gpu
 def test_large_groups_on_the_gpu() -> None:
     layout = layout_of(("Q4_K", "Q4_K", "Q6_K"), 2048, 768)
     pool = random_pool(layout, 8, seed=9)
