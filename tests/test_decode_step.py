@@ -82,8 +82,15 @@ def test_exact_is_the_reference_bit_for_bit(
         assert all(map(torch.equal, kept(engine), tensors))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", [{"experts": "cpu"}, {"miss": "fetch", "cache_slots": 3}], ids=["cpu", "fetch"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3moe/plain", {"experts": "cpu"}),
+        ("qwen3moe/plain", {"miss": "fetch", "cache_slots": 3}),
+        ("deepseek2/v3", {"experts": "cpu"}),
+    ],
+    ids=["qwen3moe-cpu", "qwen3moe-fetch", "deepseek2-cpu"],
+)
 def test_tokens_do_not_depend_on_who_computes_a_miss(
     path_of: Callable[[str], Path],
     eager: Callable[[str], tuple[list[int], list[Tensor]]],
@@ -146,8 +153,8 @@ def test_prefetch_changes_no_token(tmp_path: Path) -> None:
 
 
 def test_a_batch_gives_what_its_sequences_give_alone(path_of: Callable[[str], Path]) -> None:
-    path, prompts = path_of("qwen3moe/plain"), [PROMPT, [9, 8], [30, 31, 32]]
-    with load(path, n_sequence=3, miss="cpu", cache_slots=6) as engine:
+    path, prompts = path_of("qwen3moe/plain"), [PROMPT, [9, 8]]
+    with load(path, n_sequence=2, miss="cpu", cache_slots=6) as engine:
         results = engine.generate_batch(prompts, temperature=0, max_tokens=2)
         assert isinstance(engine.decoder, GraphDecoder)
         engine.decoder.worker.settle()
@@ -157,8 +164,8 @@ def test_a_batch_gives_what_its_sequences_give_alone(path_of: Callable[[str], Pa
     with load(path, experts="cpu") as engine:
         assert [result.tokens for result in results] == [greedy(engine, 2, prompt) for prompt in prompts]
     stats = results[0].stats
-    assert (stats.steps, stats.decode_tokens) == (2, 6)
-    choices = 6 * N_LAYER * TOP_K
+    assert (stats.steps, stats.decode_tokens) == (2, 4)
+    choices = 4 * N_LAYER * TOP_K
     assert stats.expert_hits + stats.expert_misses == sum(stats.layer_hits) + sum(stats.layer_misses) == choices
 
 
@@ -173,19 +180,19 @@ def test_a_known_prefix_is_not_computed_again(path_of: Callable[[str], Path]) ->
     with load(path_of("qwen3moe/plain"), experts="cpu") as engine:
         first = engine.generate(PROMPT, temperature=0, max_tokens=2)
         again = engine.generate([*PROMPT, *first.tokens], temperature=0, max_tokens=1)
-        other = engine.generate(changed, temperature=0, max_tokens=2)
-        same = engine.generate(PROMPT, temperature=0, max_tokens=2)
+        other = engine.generate(changed, temperature=0, max_tokens=1)
+        same = engine.generate(PROMPT, temperature=0, max_tokens=1)
     assert [result.stats.reused_tokens for result in (first, again, other, same)] == [0, 4, 2, 2]
-    assert same.tokens == first.tokens
+    assert same.tokens == first.tokens[:1]
     with load(path_of("qwen3moe/plain"), experts="cpu") as engine:
-        assert greedy(engine, 2, changed) == other.tokens
+        assert greedy(engine, 1, changed) == other.tokens
 
 
 def test_statistics_add_up(path_of: Callable[[str], Path]) -> None:
     with load(path_of("qwen3moe/plain"), miss="cpu", cache_slots=5) as engine:
-        stats = engine.generate(PROMPT, temperature=0, max_tokens=3).stats
-    assert (stats.steps, stats.decode_tokens) == (3, 3)
-    assert stats.expert_hits + stats.expert_misses == 3 * N_LAYER * TOP_K
+        stats = engine.generate(PROMPT, temperature=0, max_tokens=2).stats
+    assert (stats.steps, stats.decode_tokens) == (2, 2)
+    assert stats.expert_hits + stats.expert_misses == 2 * N_LAYER * TOP_K
     assert stats.miss_bytes == stats.cpu_bytes > 0
     assert stats.fetched_now == 0
     assert stats.pcie_bytes > 0
@@ -210,13 +217,13 @@ def test_slots_for_a_whole_step_are_needed_to_be_exact(path_of: Callable[[str], 
 def test_sampling_follows_its_seed(path_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path, options = path_of("qwen3moe/plain"), {"seed": 3, "temperature": 2.0, "top_k": 8}
     with load(path, experts="cpu") as engine:
-        first = engine.generate(PROMPT, max_tokens=3, **options).tokens
-        assert engine.generate(PROMPT, max_tokens=2, **options).tokens == first[:2]
+        first = engine.generate(PROMPT, max_tokens=2, **options).tokens
+        assert engine.generate(PROMPT, max_tokens=2, **options).tokens == first
     monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
     with load(path) as engine:
         assert isinstance(engine.decoder, EagerDecoder)  # draws on the CPU
-        assert engine.generate(PROMPT, max_tokens=3, **options).tokens == first
-        assert greedy(engine, 3) != first
+        assert engine.generate(PROMPT, max_tokens=2, **options).tokens == first
+        assert greedy(engine, 2) != first
 
 
 def test_without_kernels_decoding_is_eager(path_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +237,7 @@ def test_without_kernels_decoding_is_eager(path_of: Callable[[str], Path], monke
 @pytest.mark.parametrize("name", MODELS)
 def test_prompts_in_steps_fill_the_kv_cache_as_micro_batches_do(path_of: Callable[[str], Path], name: str) -> None:
     """One step for few tokens, padded; then one that continues."""
-    prompt = [1, 2, 3, 4, 5, 6, 7, 8]
+    prompt = [1, 2, 3, 4, 5]
     with load(path_of(name), miss="cpu", kv_dtype="f32") as engine:
         decoder = engine.decoder
         assert isinstance(decoder, GraphDecoder)
