@@ -233,8 +233,7 @@ def test_embedding(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["F32", "Q8_0", "Q5_K", "IQ4_XS"])
-@pytest.mark.parametrize("rows_at_once", [1, 4, 7, 100])
-@pytest.mark.parametrize("n_token", [1, 5])
+@pytest.mark.parametrize(("rows_at_once", "n_token"), [(1, 5), (4, 1), (7, 5), (100, 1)])
 def test_linear(name: str, rows_at_once: int, n_token: int) -> None:
     data, type, n_in = random_weight(name, 7, 3)
     weight = QuantTensor(place(data, 1), type, n_in)
@@ -245,21 +244,21 @@ def test_linear(name: str, rows_at_once: int, n_token: int) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-6 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("room", [256 * 400, 256 * 150, 256 * 3])
+@pytest.mark.parametrize("room", [256 * 100, 256 * 40, 256 * 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_linear(room: int, dtype: torch.dtype) -> None:
     """Matrices of three types side by side, whatever slices of them the scratch holds at once."""
     weights, values = [], []
-    for name, n_rows in (("Q4_K", 40), ("Q8_0", 100), ("Q6_K", 13)):
+    for name, n_rows in (("Q4_K", 10), ("Q8_0", 25), ("Q6_K", 8)):
         data, type, n_in = random_weight(name, n_rows, 256 // max(BY_NAME[name].block_size, 32))
         weights.append(QuantTensor(place(data, 0), type, n_in))
         values.append(expected(data, type))
     w = torch.cat(values).to(dtype).double()
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     scratch, exact = torch.empty(room // 2, device=DEVICE), x.double() @ w.T  # room for `room` halves
-    out = dequantize.half_linear(x, weights, scratch, torch.empty(5, 153, device=DEVICE))
+    out = dequantize.half_linear(x, weights, scratch, torch.empty(5, 43, device=DEVICE))
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
-    rounded = dequantize.half_linear(x, weights, scratch, torch.empty(5, 153, device=DEVICE, dtype=dtype))
+    rounded = dequantize.half_linear(x, weights, scratch, torch.empty(5, 43, device=DEVICE, dtype=dtype))
     torch.testing.assert_close(rounded.double(), exact, rtol=2**-7, atol=1e-2 * float(exact.abs().max()))
     total = dequantize.half_linear(x, weights, scratch, out.clone(), add=True)
     torch.testing.assert_close(total, out + out, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
