@@ -196,8 +196,9 @@ def wait_kernel(
             if program == 0:
                 if (flags & 2) != 0:
                     fetched = tl.load(answer_fields + LATE_AT // 4 + pair, mask=real, other=-1, volatile=True)
-                gone_expert = pair < tl.load(answer + 2, volatile=True)
-                index = tl.load(answer_fields + EVICTED_AT // 4 + pair, mask=gone_expert, other=0, volatile=True)
+                place = tl.arange(0, 2 * PAIRS)
+                gone_expert = place < tl.load(answer + 2, volatile=True)
+                index = tl.load(answer_fields + EVICTED_AT // 4 + place, mask=gone_expert, other=0, volatile=True)
                 tl.store(table + index, -1, mask=gone_expert)
         if ON_GPU and program == 0:
             tl.store(waited + layer, tl.load(waited + layer) + _nanoseconds(ON_GPU) - start)

@@ -76,7 +76,7 @@ class Mailbox:
             messages=zeros(RING * n_layer, _whole_lines(HEADER_BYTES + (12 + 4 * MAX_AHEAD) * max_batch * top_k)),
             tokens=zeros(RING, HEADER_BYTES + _whole_lines(4 * max_batch)),
             x=zeros(max_batch, hidden, dtype=torch.float32),
-            answer=zeros(HEADER_BYTES + 2 * pairs),
+            answer=zeros(HEADER_BYTES + pairs + _whole_lines(8 * max_batch * top_k)),
             y=zeros(max_batch, hidden, dtype=torch.float32),
             control=zeros(8, dtype=torch.int64),
         )
@@ -114,7 +114,7 @@ class Mailbox:
 
     @property
     def evicted_offset(self) -> int:
-        """In the answer: int32 `[n_evicted]`."""
+        """In the answer: int32 `[n_evicted]`, at most two for each pair."""
         return HEADER_BYTES + _whole_lines(4 * self.max_batch * self.top_k)
 
     def native(self) -> _cpu.Mailbox:

@@ -192,6 +192,7 @@ class FakeGpu:
             assert not box.control[0], "aborted"
             self.meanwhile()
             time.sleep(0.0001)
+        assert header[2] <= 2 * n_token * TOP_K, "the GPU looks at no more evictions"
         late = np.full((n_token, TOP_K), -1, np.int32)
         if header[1] & 2:
             late = record[box.late_offset :].view(np.int32)[: late.size].reshape(late.shape).copy()

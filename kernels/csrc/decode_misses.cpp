@@ -126,6 +126,8 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     await_late();
     admit(step, layer, message);
 
+    if (n_evicted_ > mailbox.max_evicted(step.n_token))
+        throw std::runtime_error("an answer evicts " + std::to_string(n_evicted_) + " experts");
     int64_t* header = mailbox.answer_header();
     header[Mailbox::kFlags] = 0;
     if (entry_.n_cpu > 0) header[Mailbox::kFlags] |= Mailbox::kAddY;
@@ -180,7 +182,8 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
     for (int64_t choice = 0; choice < spec_.mailbox.top_k; ++choice)
         for (int64_t token = 0; token < step.n_token; ++token) {
             const int32_t expert = message.ahead[0][token * spec_.mailbox.top_k + choice];
-            if (expert < 0 || room < static_cast<double>(n_bytes) || n_evicted_ == n_pair) continue;
+            if (expert < 0 || room < static_cast<double>(n_bytes)) continue;
+            if (n_evicted_ >= n_pair) continue;  // every missed expert may need one too
             const ExpertKey key = cache_.key(layer + 1, expert);
             if (!can_come(key) || !reserve(key, SlotCache::Evict::any)) continue;
             beside_.push_back(key);
@@ -303,9 +306,9 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
     keep_foreseen(step, layer, message);
     background_.clear();
     const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_ahead = message.header[Mailbox::kAhead];
-    const auto is_room = [&] {  // the GPU looks at no more evictions than there are pairs
+    const auto is_room = [&] {
         return static_cast<int64_t>(in_flight_.size() + background_.size()) < spec_.max_background &&
-               n_evicted_ < n_pair;
+               n_evicted_ < spec_.mailbox.max_evicted(step.n_token);
     };
     const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait
     if (in_memory && n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {

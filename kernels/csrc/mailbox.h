@@ -37,7 +37,10 @@ struct Mailbox {
     int64_t max_pairs() const { return max_batch * top_k; }
     int64_t message_bytes() const { return whole_lines(kHeaderBytes + (12 + 4 * kMaxAhead) * max_pairs()); }
     int64_t token_bytes() const { return kHeaderBytes + whole_lines(4 * max_batch); }
-    int64_t answer_bytes() const { return kHeaderBytes + 2 * whole_lines(4 * max_pairs()); }
+    int64_t max_evicted(int64_t n_token) const { return 2 * n_token * top_k; }  // that the GPU looks at
+    int64_t answer_bytes() const {
+        return kHeaderBytes + whole_lines(4 * max_pairs()) + whole_lines(4 * max_evicted(max_batch));
+    }
     int64_t seq(int64_t step, int64_t layer) const { return step * (n_layer + 1) + layer; }
 
     struct Message {
