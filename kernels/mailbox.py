@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, wait_kernel
+from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, replay_kernel, wait_kernel
 from moe_engine.kernels.router_kernel import Routing
 from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, Mailbox
 
@@ -62,6 +62,14 @@ def post(
     if replay is not None:
         assert replay_ahead is None or replay_ahead.shape == (MAX_AHEAD, *replay.shape), replay_ahead.shape
         n_ahead, ahead = 0 if replay_ahead is None else n_ahead, replay_ahead
+        replay_kernel[(1,)](
+            *(step, routing.ids, routing.slots, replay, slot_table, len(replay), layer),
+            N_EXPERT=mailbox.n_expert,
+            N_LAYER=mailbox.n_layer,
+            N_PAIR=n_token * top_k,
+            TOP_K=top_k,
+            PAIRS=triton.next_power_of_2(n_token * top_k),
+        )
     block = min(_BLOCK, triton.next_power_of_2(x.numel()))
     post_kernel[triton.cdiv(x.numel(), block),](
         mailbox.messages.view(-1).view(step.dtype),
@@ -73,13 +81,10 @@ def post(
         arrived,
         *(routing.ids, routing.weights, routing.slots),
         x,
-        slot_table if replay is None else replay,
         slot_table if ahead is None else ahead,
-        slot_table,
         1 if replay is None else len(replay),
         step if stamps is None else stamps,
         layer,
-        N_EXPERT=mailbox.n_expert,
         REPLAY=replay is not None,
         AHEAD=n_ahead,
         AHEAD_BYTES=4 * mailbox.max_batch * top_k,

@@ -26,6 +26,23 @@ def _nanoseconds(ON_GPU: tl.constexpr):
 
 
 @triton.jit
+def replay_kernel(
+    step, ids, slots, replay, slot_table, n_replay, layer,
+    N_EXPERT: tl.constexpr, N_LAYER: tl.constexpr, N_PAIR: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Puts recorded choices, of step `step + 97 * token` of `replay`, and their slots in the place of the router's.
+
+    A kernel of one program: a copy may enter an expert in the table at any time, and all that follows must agree.
+    """
+    pair = tl.arange(0, PAIRS)
+    real = pair < N_PAIR
+    source = (tl.load(step) + pair // TOP_K * 97) % n_replay * N_LAYER + layer
+    expert = tl.load(replay + source * TOP_K + pair % TOP_K, mask=real, other=0)
+    tl.store(ids + pair, expert, mask=real)
+    tl.store(slots + pair, tl.load(slot_table + layer * N_EXPERT + expert, mask=real, other=-1), mask=real)
+
+
+@triton.jit
 def post_kernel(
     headers,
     fields,
@@ -38,13 +55,10 @@ def post_kernel(
     weights,
     slots,
     x,
-    replay,
     ahead,
-    slot_table,
     n_replay,
     stamps,
     layer,
-    N_EXPERT: tl.constexpr,
     REPLAY: tl.constexpr,
     AHEAD: tl.constexpr,
     TIMED: tl.constexpr,
@@ -65,9 +79,8 @@ def post_kernel(
 ):
     """Program i copies block i of x where something is missed; the last one to arrive publishes the message.
 
-    AHEAD: of how many next layers guesses are sent. REPLAY: the experts are those of step `step + 97 * token` of
-    `replay`, `[n_replay, N_LAYER, TOP_K]`, and what was guessed of each layer is in `ahead`, `[*, n_replay, N_LAYER,
-    TOP_K]`.
+    AHEAD: of how many next layers guesses are sent. REPLAY: what was guessed is in `ahead`, `[*, n_replay, N_LAYER,
+    TOP_K]`, by steps as for `replay_kernel`.
     """
     program, n_program = tl.program_id(0), tl.num_programs(0)
     s = tl.load(step)
@@ -75,15 +88,8 @@ def post_kernel(
     pair = tl.arange(0, PAIRS)
     real = pair < N_TOKEN * TOP_K
     active = real & (tl.load(positions + pair // TOP_K, mask=real, other=-1) >= 0)
-    if REPLAY:
-        source = (s + pair // TOP_K * 97) % n_replay * N_LAYER + layer
-        expert = tl.load(replay + source * TOP_K + pair % TOP_K, mask=real, other=0)
-        slot = tl.load(slot_table + layer * N_EXPERT + expert, mask=real, other=-1)
-    else:
-        expert = tl.load(ids + pair, mask=real, other=-1)
-        slot = tl.load(slots + pair, mask=real, other=-1)
-    expert = tl.where(active, expert, -1)
-    slot = tl.where(active, slot, -1)
+    expert = tl.where(active, tl.load(ids + pair, mask=real, other=-1), -1)
+    slot = tl.where(active, tl.load(slots + pair, mask=real, other=-1), -1)
     n_missed = tl.sum((active & (slot < 0)).to(tl.int32), 0)
     if program == 0:
         tl.store(ids + pair, expert, mask=real)
@@ -94,6 +100,7 @@ def post_kernel(
         tl.store(fields + first + SLOTS_AT // 4, slot, mask=real)
         for i in tl.static_range(AHEAD):
             if REPLAY:
+                source = (s + pair // TOP_K * 97) % n_replay * N_LAYER + layer
                 guessed = ahead + (i * n_replay * N_LAYER + source + i + 1) * TOP_K + pair % TOP_K
             else:
                 guessed = ahead + i * N_TOKEN * TOP_K + pair

@@ -224,14 +224,17 @@ class DecodeWorker:
         self.stop = weakref.finalize(self, self._worker.stop)
         """Ends the thread, also in the middle of a step (then abort is set), and all copies. May be called again."""
 
-    def expect(self, step: int, n_token: int, allow_late: bool, posted: bool = True, pull: bool = True) -> None:
+    def expect(
+        self, step: int, n_token: int, allow_late: bool, posted: bool = True, pull: bool = True, idle: bool = False
+    ) -> None:
         """Announces a step, just before its launch; the first is 1. Step `step - 2` must be complete.
 
         allow_late: the graph can compute experts that are fetched while it waits. posted: its layers send messages;
         False where all experts are in slots. pull: what a message predicts of the next layer is pulled into the CPU's
-        caches. (Where a message predicts the one after that too, experts for it are fetched into slots.)
+        caches. (Where a message predicts the one after that too, experts for both are fetched into slots.) idle: no
+        token is real, and nothing is counted.
         """
-        self._worker.expect(step, n_token, allow_late, posted, pull)
+        self._worker.expect(step, n_token, allow_late, posted, pull, idle)
 
     def wait_tokens(self, step: int, timeout: float = math.inf) -> _cpu.StepTokens | None:
         """The step's tokens; None if they have not come within `timeout` seconds. Of the last RING steps only.

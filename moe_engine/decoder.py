@@ -218,7 +218,7 @@ class GraphDecoder:
         return tokens
 
     def _ahead(self) -> int:
-        """A form's first step runs alone, and is captured then."""
+        """A form is captured while nothing else runs."""
         return STEPS_AHEAD if self._next_form() in self._graphs else 1
 
     def _next_form(self) -> StepForm:
@@ -252,11 +252,30 @@ class GraphDecoder:
         return len(self._graphs) == n_graph
 
     def _launch(self, form: StepForm) -> None:
+        if self._pool is not None and form not in self._graphs:
+            self._load(form)
+        self._start(form)
+
+    def _load(self, form: StepForm) -> None:
+        """Compiles, loads and captures a form's kernels, in a step in which every sequence is idle.
+
+        Loading a kernel may wait for the GPU. In a step that misses something the GPU may then wait for the worker, the
+        worker for the driver, and the driver for the loading.
+        """
+        positions = self.step.positions if form.prompt_of is None else self.step.prompt_positions
+        kept = positions.clone()
+        positions.fill_(-1)
+        self._start(form, idle=True)
+        self._take()
+        positions.copy_(kept)
+        self._last += 1  # that one was nobody's
+
+    def _start(self, form: StepForm, idle: bool = False) -> None:
         step = self.launched + 1
         with _decode_errors():
             late, posted = form.misses in ("late", "merge"), form.misses != "none"
             pull = self.lookahead and form.prompt_of is None
-            self.worker.expect(step, form.n_token, late, posted, pull=pull)
+            self.worker.expect(step, form.n_token, late, posted, pull=pull, idle=idle)
         graph = self._graphs.get(form)
         if graph is not None:
             graph.replay()
@@ -296,7 +315,7 @@ class GraphDecoder:
             self._fetch_share += 0.25 * (fetched / missed - self._fetch_share)
 
     def _capture(self, form: StepForm) -> None:
-        """Once a step of this form has run, which compiled its kernels."""
+        """Once a step of this form has run, which loaded its kernels."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self.step.run(form)

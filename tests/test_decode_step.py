@@ -122,6 +122,46 @@ def test_auto_tries_to_fetch_now_and_then(
     assert forms == ["cpu", "late"]
 
 
+class Played:
+    """Stands for a captured graph."""
+
+    def __init__(self, decoder: GraphDecoder, form: StepForm) -> None:
+        self.decoder, self.form = decoder, form
+
+    def replay(self) -> None:
+        self.decoder.step.run(self.form)
+
+
+@pytest.mark.parametrize("options", [{"exact": True, "kv_dtype": "f32"}, {"miss": "cpu"}], ids=["exact", "cpu"])
+def test_kernels_are_loaded_in_a_step_that_changes_nothing(
+    path_of: Callable[[str], Path],
+    eager: Callable[[str], tuple[list[int], list[Tensor]]],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    """As where steps are captured: each form runs idle first, and nothing of that is counted."""
+    with load(path_of("qwen3moe/plain"), cache_slots=3, **options) as engine:
+        decoder = engine.decoder
+        assert isinstance(decoder, GraphDecoder)
+        decoder._pool = (0, 0)
+        loaded: list[StepForm] = []
+
+        def capture(form: StepForm) -> None:
+            loaded.append(form)
+            decoder._graphs[form] = Played(decoder, form)  # type: ignore[assignment]
+
+        monkeypatch.setattr(decoder, "_capture", capture)
+        result = engine.generate(PROMPT, temperature=0, max_tokens=2)
+        assert result.tokens == eager("qwen3moe/plain")[0]
+        assert len(loaded) == 1
+        assert (result.stats.steps, decoder.taken) == (2, 3)
+        assert result.stats.expert_hits + result.stats.expert_misses == 2 * 2 * engine.model.router.top_k
+        if engine.config.exact:
+            assert all(map(torch.equal, kept(engine), eager("qwen3moe/plain")[1]))
+        decoder.worker.settle()
+        decoder.worker.check_integrity()
+
+
 def test_looking_ahead_changes_no_bit(path_of: Callable[[str], Path]) -> None:
     found = []
     for lookahead in (True, False):

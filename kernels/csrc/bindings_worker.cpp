@@ -212,7 +212,7 @@ void bind_worker(nb::module_& m) {
             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def("stop", &DecodeWorker::stop, no_gil)
         .def("expect", &DecodeWorker::expect, "step"_a, "n_token"_a, "allow_late"_a, "posted"_a,
-             "pull"_a, no_gil)
+             "pull"_a, "idle"_a, no_gil)
         .def("wait_tokens", &DecodeWorker::wait_tokens, "step"_a, "seconds"_a, no_gil)
         .def("settle", &DecodeWorker::settle, "seconds"_a, no_gil)
         .def(

@@ -141,7 +141,6 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     }
     entry_.answered = now();
     store_release(header, entry_.seq);
-
 }
 
 // The GPU runs again. Victims of these were part of the answer.
@@ -168,8 +167,8 @@ bool DecodeWorker::can_come(ExpertKey key) const {
 }
 
 // Reserves slots for what the next layer will probably miss and what can be there when it comes; the copies begin
-// beside the CPU's work on this layer. The GPU looks nothing up before it has the answer and with it the victims, and what it reads meanwhile is not
-// among them.
+// beside the CPU's work on this layer. The GPU looks nothing up before it has the answer and with it the victims, and
+// what it reads meanwhile is not among them.
 void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Message& message) {
     const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
     const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait

@@ -107,7 +107,9 @@ void DecodeWorker::run() {
     } catch (const Stopped&) {
     } catch (const std::exception& error) {
         std::lock_guard<std::mutex> lock(mutex_);
-        fail(error.what());
+        // What comes after a wait that was given up makes no sense.
+        const bool gave_up = load_acquire(spec_.mailbox.control + Mailbox::kGpuError) != 0;
+        fail((gave_up ? "the GPU got no answer in time; then: " : "") + std::string(error.what()));
     }
 }
 
@@ -136,15 +138,15 @@ void DecodeWorker::publish(const Step& step) {
                                  std::to_string(step.n_token));
     {
         std::lock_guard<std::mutex> lock(stats_mutex_);
-        ++stats_.steps;
+        stats_.steps += !step.idle;
         const int64_t before = published_;
         published_ = now();
-        if (follows_) {
+        if (follows_ && !step.idle) {
             ++stats_.timed_steps[step_prefetches_];
             stats_.timed_ns[step_prefetches_] += published_ - before;
         }
         step_prefetches_ = false;
-        if (!step.posted)
+        if (!step.posted && !step.idle)
             for (int64_t& hits : stats_.hits) hits += step.n_token * spec_.mailbox.top_k;
     }
     std::lock_guard<std::mutex> lock(mutex_);
@@ -207,7 +209,7 @@ void DecodeWorker::poll_copies() {
     }
 }
 
-void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool posted, bool pull) {
+void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool posted, bool pull, bool idle) {
     std::lock_guard<std::mutex> lock(mutex_);
     require_alive();
     if (step != last_expected_ + 1)
@@ -220,7 +222,7 @@ void DecodeWorker::expect(int64_t step, int64_t n_token, bool allow_late, bool p
     if (n_token < 1 || n_token > spec_.mailbox.max_batch)
         throw std::logic_error("a step of " + std::to_string(n_token) + " tokens, at most " +
                                std::to_string(spec_.mailbox.max_batch) + " are possible");
-    pending_.push_back({step, n_token, allow_late, posted, pull});
+    pending_.push_back({step, n_token, allow_late, posted, pull, idle});
     last_expected_ = step;
     wake_.notify_all();
 }

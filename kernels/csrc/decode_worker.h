@@ -124,8 +124,9 @@ class DecodeWorker {
     void stop();
 
     // posted: the layers send messages; false if all experts are in slots and nothing is to be learnt.
-    // pull: into the CPU's caches what is predicted.
-    void expect(int64_t step, int64_t n_token, bool allow_late, bool posted = true, bool pull = true);
+    // pull: into the CPU's caches what is predicted. idle: none of the tokens is real, so that nothing is counted.
+    void expect(int64_t step, int64_t n_token, bool allow_late, bool posted = true, bool pull = true,
+                bool idle = false);
     // Nothing if the tokens do not come within the time. Standstills are counted in the time spent here.
     std::optional<StepTokens> wait_tokens(int64_t step, double seconds);
 
@@ -150,7 +151,7 @@ class DecodeWorker {
  private:
     struct Step {
         int64_t number, n_token;
-        bool allow_late, posted, pull;
+        bool allow_late, posted, pull, idle;
     };
     struct Flight {
         ExpertKey key;
