@@ -74,7 +74,7 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict
             stats = engine.generate(prompt, temperature=0, max_tokens=n_decode, ignore_eos=True).stats
         decoder.worker.settle()
         decoder.worker.check_integrity()
-        steps = np.arange(1, decoder.launched + 1) % len(choices)  # the first one is number 1
+        steps = np.setdiff1d(np.arange(1, decoder.launched + 1), decoder.idle_steps) % len(choices)
         top_k, served, pools = choices.shape[2], choices.cpu().numpy()[steps], experts.pools.values()
         hits = simulated_hits(pools, residents, policy_of(row.policy), served, experts.n_expert)[-stats.steps :]
         del decoder, experts, pools

@@ -151,6 +151,7 @@ class GraphDecoder:
         step.recorded = recorder is not None
         self.launched = self.taken = 0  # the last step of each
         self._last = 0  # that `next` can ask for
+        self.idle_steps: list[int] = []  # that have loaded a form
         self._form = StepForm(1, misses[0], "greedy")
         self._launched_forms: dict[int, StepForm] = {}
         self._graphs: dict[StepForm, torch.cuda.CUDAGraph] = {}
@@ -267,6 +268,7 @@ class GraphDecoder:
         positions.fill_(-1)
         self._start(form, idle=True)
         self._take()
+        self.idle_steps.append(self.taken)
         positions.copy_(kept)
         self._last += 1  # that one was nobody's
 

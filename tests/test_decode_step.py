@@ -154,7 +154,7 @@ def test_kernels_are_loaded_in_a_step_that_changes_nothing(
         result = engine.generate(PROMPT, temperature=0, max_tokens=2)
         assert result.tokens == eager("qwen3moe/plain")[0]
         assert len(loaded) == 1
-        assert (result.stats.steps, decoder.taken) == (2, 3)
+        assert (result.stats.steps, decoder.taken, decoder.idle_steps) == (2, 3, [1])
         assert result.stats.expert_hits + result.stats.expert_misses == 2 * 2 * engine.model.router.top_k
         if engine.config.exact:
             assert all(map(torch.equal, kept(engine), eager("qwen3moe/plain")[1]))
