@@ -143,7 +143,7 @@ def test_kernels_are_loaded_in_a_step_that_changes_nothing(
     with load(path_of("qwen3moe/plain"), cache_slots=3, **options) as engine:
         decoder = engine.decoder
         assert isinstance(decoder, GraphDecoder)
-        decoder._pool = (0, 0)
+        decoder._pool = (0, 0)  # type: ignore[assignment]
         loaded: list[StepForm] = []
 
         def capture(form: StepForm) -> None:
