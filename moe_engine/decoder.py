@@ -263,9 +263,11 @@ class GraphDecoder:
         Loading a kernel may wait for the GPU. In a step that misses something the GPU may then wait for the worker, the
         worker for the driver, and the driver for the loading.
         """
-        positions = self.step.positions if form.prompt_of is None else self.step.prompt_positions
+        # A prompt's tokens stand one behind the other from the first one's position on.
+        of_prompt = form.prompt_of is not None
+        positions = self.step.prompt_positions if of_prompt else self.step.positions
         kept = positions.clone()
-        positions.fill_(-1)
+        positions.fill_(-form.n_token if of_prompt else -1)
         self._start(form, idle=True)
         self._take()
         self.idle_steps.append(self.taken)

@@ -158,6 +158,12 @@ def test_kernels_are_loaded_in_a_step_that_changes_nothing(
         assert result.stats.expert_hits + result.stats.expert_misses == 2 * 2 * engine.model.router.top_k
         if engine.config.exact:
             assert all(map(torch.equal, kept(engine), eager("qwen3moe/plain")[1]))
+        else:
+            before, positions = kept(engine), decoder.step.prompt_positions.clone()
+            with torch.inference_mode():
+                decoder._load(StepForm(4, "late", "greedy", prompt_of=0))
+            assert all(map(torch.equal, kept(engine), before))
+            assert torch.equal(decoder.step.prompt_positions, positions)
         decoder.worker.settle()
         decoder.worker.check_integrity()
 
