@@ -11,9 +11,6 @@ and prefetch into slots, in turn.
 hosts. `--tiny` is a dry run on the simulated device with few layers.
 """
 
-import argparse
-import gc
-import json
 import platform
 import statistics
 import time
@@ -27,10 +24,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from check_gpu import MemoryWatch
+from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from prediction import predicted
 
 from moe_engine import Engine
-from moe_engine.benchmark.random_model import write_model
 from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import PrefetchMode, format_size
 from moe_engine.decoder import GraphDecoder
@@ -53,7 +50,6 @@ class Row:
     routing: str  # "own" or "trace"
     target: float | None = None  # tokens/s
     batch: int = 1
-    layers: int | None = None
     miss: str = "auto"
     compare: bool = False
 
@@ -62,7 +58,6 @@ class Row:
         return f"{self.model} {self.share:.0%} {self.routing} batch {self.batch} {self.miss}"
 
 
-QWEN, LITE, V3 = "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3"
 ROWS = [
     Row(QWEN, 0.0, "own", 80),
     Row(QWEN, 0.25, "trace", 135, compare=True),
@@ -83,7 +78,7 @@ ROWS = [
     Row(LITE, 1.0, "own", 460),
     Row(LITE, 0.25, "trace", batch=4),
     Row(LITE, 0.25, "trace", batch=8),
-    Row(V3, 0.0, "own", 105, layers=7),
+    Row(V3, 0.0, "own", 105),
 ]
 
 
@@ -250,52 +245,29 @@ def timeline_of(decoder: GraphDecoder) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", action="append", help="rows whose name contains this")
+    parser = options_of(__doc__)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of random prompts on a small cache at the end")
     parser.add_argument("--link", type=float, help="share of the PCIe rate for the worker's copies")
-    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     device = "simulated" if options.tiny else "cuda"
-    rows = [row for row in ROWS if not options.only or any(part in row.name for part in options.only)]
-    results: dict[str, Any] = {
-        "command": "python bench/bench_decode.py",
-        "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "link": options.link,
-        "rows": [],
-    }
+    results = begun("python bench/bench_decode.py", options)
+    results |= {"python": platform.python_version(), "link": options.link}
     if options.link:
         patch("moe_engine.decoder.DecodeWorker", limited_worker(device, options.link)).start()
-    for model in dict.fromkeys(row.model for row in rows):
-        path = options.work / f"{model}.gguf"
-        mine = [row for row in rows if row.model == model]
-        if not path.exists():
-            started = time.perf_counter()
-            write_model(model, path, layers=2 if options.tiny else mine[0].layers, skew=0.35)
-            print(
-                f"wrote {path.name} ({format_size(path.stat().st_size)}) in {time.perf_counter() - started:.0f} s",
-                flush=True,
-            )
-        for row in mine:
+    for path, rows in by_model(ROWS, options):
+        for row in rows:
             try:
                 sizes = (4, 3, 1) if options.tiny else (512, options.tokens, options.repeats)
                 results["rows"].append(run(path, row, device, *sizes))
             except Exception as error:  # the other rows are still worth having
                 traceback.print_exc(limit=-4)
                 results["rows"].append({"row": row.name, "error": f"{type(error).__name__}: {error}"})
-            gc.collect()
-            if options.out:
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
-        if options.soak and model == QWEN:
+            keep(results, options.out)
+        if options.soak and rows[0].model == QWEN:
             results["soak"] = soak(path, options.soak)
-        path.unlink()
+            keep(results, options.out)
 
 
 if __name__ == "__main__":

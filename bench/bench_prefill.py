@@ -8,9 +8,6 @@ matrix product), both rates measured in the run. `--profile N` adds where the GP
 `--tiny` is a dry run on the simulated device.
 """
 
-import argparse
-import gc
-import json
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -19,10 +16,10 @@ from typing import Any
 
 import torch
 from check_gpu import MemoryWatch
+from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from prediction import predicted
 
 from moe_engine import Engine
-from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.inspection import inspect_file
@@ -33,7 +30,6 @@ class Setting:
     model: str
     cache: float | str  # share of the experts, or bytes as text
     targets: dict[int, float | None]  # tokens/s by prompt length
-    layers: int | None = None
 
     @property
     def name(self) -> str:
@@ -41,7 +37,6 @@ class Setting:
         return f"{self.model} {cached} cached"
 
 
-QWEN, LITE, V3 = "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3"
 CURVE: dict[int, float | None] = dict.fromkeys([1, 2, 4, 16, 32, 64, 128, 256, 1024])
 TARGETS: dict[int, float | None] = {8: 150, 31: 350, 512: 1850, 2048: 6500, 4096: 12500, 8192: 22000, 16384: 28000}
 SETTINGS = [
@@ -50,7 +45,7 @@ SETTINGS = [
     Setting(QWEN, 1.0, {512: None, 2048: 20000, 8192: None}),
     Setting(LITE, 0.0, {8: None, 512: None, 2048: 9000, 8192: None}),
     Setting(LITE, 1.0, {512: None, 2048: 22000, 8192: None}),
-    Setting(V3, "1GiB", {8: None, 31: None, 512: None, 2048: None, 4096: None, 8192: None, 16384: None}, layers=7),
+    Setting(V3, "1GiB", {8: None, 31: None, 512: None, 2048: None, 4096: None, 8192: None, 16384: None}),
 ]
 
 
@@ -195,42 +190,23 @@ def where_time_goes(engine: Engine, n: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", action="append", help="rows whose name contains this")
+    parser = options_of(__doc__)
     parser.add_argument("--lengths", help="only these prompt lengths, with commas")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", type=int)
-    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     device = "simulated" if options.tiny else "cuda"
-    settings = [one for one in SETTINGS if not options.only or any(part in one.name for part in options.only)]
-    results: dict[str, Any] = {
-        "command": "python bench/bench_prefill.py",
-        "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "checks": {},
-        "rows": [],
-    }
-    for model in dict.fromkeys(setting.model for setting in settings):
-        path = options.work / f"{model}.gguf"
-        mine = [setting for setting in settings if setting.model == model]
-        if not path.exists():
-            write_model(model, path, layers=2 if options.tiny else mine[0].layers, skew=0.35)
+    results = begun("python bench/bench_prefill.py", options) | {"checks": {}}
+    for path, settings in by_model(SETTINGS, options):
+        model = settings[0].model
         results["checks"][model] = check(path, device, 3 if options.tiny else 40)
         print(f"{model}: logits differ by {results['checks'][model]:.2%} from f32", flush=True)
-        for setting in mine:
+        for setting in settings:
             wanted = {int(n) for n in options.lengths.split(",")} if options.lengths else set(setting.targets)
             targets = {n: t for n, t in setting.targets.items() if n in wanted}
-            targets = dict.fromkeys([2]) if options.tiny else targets
-            one = Setting(setting.model, setting.cache, targets, setting.layers)
+            one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
             results["rows"] += measure(path, one, device, options.repeats, options.profile)
-            gc.collect()
-            if options.out:
-                options.out.write_text(json.dumps(results, indent=1) + "\n")
-        path.unlink()
+            keep(results, options.out)
 
 
 if __name__ == "__main__":

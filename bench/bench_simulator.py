@@ -8,21 +8,17 @@ depends on times as well: then the simulator's hits are only shown beside the en
 simulated hits by what `moe-engine calibrate` has kept. `--tiny` is a dry run on the simulated device with few layers.
 """
 
-import argparse
-import gc
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from bench_decode import LITE, QWEN, ROUTING, vram_budget
+from bench_decode import ROUTING, vram_budget
+from full_size import LITE, QWEN, begun, by_model, keep, options_of
 from prediction import predicted
 
 from moe_engine import Engine
 from moe_engine.benchmark.engine_replay import simulated_hits
-from moe_engine.benchmark.random_model import write_model
 from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import DEFAULT_POLICY
 from moe_engine.decoder import GraphDecoder
@@ -103,29 +99,15 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", action="append", help="rows whose name contains this")
+    parser = options_of(__doc__)
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in ROWS if not options.only or any(part in row.name for part in options.only)]
-    gpu = "none" if options.tiny else torch.cuda.get_device_name()
-    results: dict[str, Any] = {"command": "python bench/bench_simulator.py", "gpu": gpu, "rows": []}
-    for model in dict.fromkeys(row.model for row in rows):
-        path = options.work / f"{model}.gguf"
-        if not path.exists():
-            write_model(model, path, layers=2 if options.tiny else None, skew=0.35)
+    results = begun("python bench/bench_simulator.py", options)
+    sizes = (4, 3) if options.tiny else (512, options.tokens)
+    for path, rows in by_model(ROWS, options):
         for row in rows:
-            if row.model == model:
-                sizes = (4, 3) if options.tiny else (512, options.tokens)
-                results["rows"].append(run(path, row, "simulated" if options.tiny else "cuda", *sizes))
-                gc.collect()
-                if options.out:
-                    options.out.write_text(json.dumps(results, indent=1) + "\n")
-        path.unlink()
+            results["rows"].append(run(path, row, "simulated" if options.tiny else "cuda", *sizes))
+            keep(results, options.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Products of few tokens (1 to 16) with quantized weights, read where they lie: routed experts and dense matrices.
+"""Products of few tokens (1 to 32) with quantized weights, read where they lie: routed experts and dense matrices.
 
 Types with a fast path multiply in 8-bit integers: activations are rounded to int8 in runs of 16 with an f32 scale,
 which puts the result 0.5 % from the exact product for a matrix of random weights, and 0.5 to 0.8 % for an expert (its
@@ -30,7 +30,8 @@ __all__ = ["DECODE_TOKENS", "Activations", "MoeBuffers", "is_fast", "matvec", "m
 _PLANES = 2
 
 
-# The most tokens these kernels are for: they decode a weight again for each token, except in small groups.
+# Of a prompt outside of decode steps: more go through the tensor cores. These kernels decode a weight again for each
+# token, except in small groups.
 DECODE_TOKENS = 16
 
 

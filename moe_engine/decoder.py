@@ -271,6 +271,7 @@ class GraphDecoder:
         self._start(form, idle=True)
         self._take()
         self.idle_steps.append(self.taken)
+        self._capture(form)
         positions.copy_(kept)
         self._last += 1  # that one was nobody's
 
@@ -302,8 +303,6 @@ class GraphDecoder:
         form = self._launched_forms.pop(step)
         if form.misses == "late" and len(self.misses) > 1:
             self._note_fetches()
-        if self._pool is not None and form not in self._graphs and self.launched == self.taken:
-            self._capture(form)
         return found.tokens
 
     def _note_fetches(self) -> None:
@@ -319,7 +318,6 @@ class GraphDecoder:
             self._fetch_share += 0.25 * (fetched / missed - self._fetch_share)
 
     def _capture(self, form: StepForm) -> None:
-        """Once a step of this form has run, which loaded its kernels."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             self.step.run(form)

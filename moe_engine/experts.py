@@ -23,7 +23,7 @@ class Experts(Protocol):
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
 
-        x: f32 `[n_token, hidden]`. expert_ids: int64, weights: f32, both `[n_token, top_k]`. Returns f32
+        x: f32 `[n_token, hidden]`. expert_ids: int32 or int64, weights: f32, both `[n_token, top_k]`. Returns f32
         `[n_token, hidden]` on x's device.
         """
         ...

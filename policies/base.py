@@ -1,7 +1,7 @@
 """What a replacement policy and an admission rule must offer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, MutableMapping, Sequence
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -47,6 +47,28 @@ class Policy(ABC, Generic[Key]):
         if key is not None:
             self.remove(key)
         return key
+
+
+class Resident(Policy[Key]):
+    """The part that policies share which keep the resident keys in a mapping."""
+
+    def __init__(self, capacity: float, resident: MutableMapping[Key, None]) -> None:
+        """resident: empty; its values mean nothing."""
+        self._capacity, self._resident = capacity, resident
+
+    def __len__(self) -> int:
+        return len(self._resident)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._resident
+
+    def insert(self, key: Key) -> None:
+        assert key not in self._resident
+        assert len(self._resident) < self._capacity
+        self._resident[key] = None
+
+    def remove(self, key: Key) -> None:
+        del self._resident[key]
 
 
 class Admission(ABC, Generic[Key]):

@@ -5,10 +5,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection
 from typing import Any
 
-from moe_engine.policies.base import Key, Policy
+from moe_engine.policies.base import Key, Resident
 
 
-class Ranked(Policy[Key]):
+class Ranked(Resident[Key]):
     """Evicts the key of the lowest rank; among equals the one whose last use is longest ago.
 
     A victim is found by looking at all residents: a pool has at most some hundred.
@@ -16,24 +16,13 @@ class Ranked(Policy[Key]):
 
     def __init__(self, capacity: int, rank: Callable[[Key], Any]) -> None:
         """`rank` gives something to compare resident keys by."""
-        self._capacity = capacity
-        self._rank = rank
         self._resident: OrderedDict[Key, None] = OrderedDict()  # oldest use first
+        super().__init__(capacity, self._resident)
+        self._rank = rank
 
     @abstractmethod
     def note(self, key: Key, step: int, weight: float) -> None:
         """Learns from a use of any key."""
-
-    def __len__(self) -> int:
-        return len(self._resident)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._resident
-
-    def insert(self, key: Key) -> None:
-        assert key not in self._resident
-        assert len(self._resident) < self._capacity
-        self._resident[key] = None
 
     def touch(self, key: Key, step: int = 0, weight: float = 1.0) -> None:
         if key in self._resident:
@@ -45,6 +34,3 @@ class Ranked(Policy[Key]):
 
     def prefers(self, key: Key, other: Key) -> bool:
         return bool(self._rank(key) > self._rank(other))
-
-    def remove(self, key: Key) -> None:
-        del self._resident[key]

@@ -166,13 +166,18 @@ bool DecodeWorker::can_come(ExpertKey key) const {
     return cache_.absent(key) && std::find(evicted, evicted + n_evicted_, key) == evicted + n_evicted_;
 }
 
+// Whether the step prefetches, and what it does comes from memory: a read of the disk would be waited for.
+bool DecodeWorker::may_prefetch(int layer, const Mailbox::Message& message) const {
+    return message.header[Mailbox::kAhead] == Mailbox::kMaxAhead &&
+           spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;
+}
+
 // Reserves slots for what the next layer will probably miss and what can be there when it comes; the copies begin
 // beside the CPU's work on this layer. The GPU looks nothing up before it has the answer and with it the victims, and
 // what it reads meanwhile is not among them.
 void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Message& message) {
     const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
-    const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait
-    if (!divides || !in_memory || message.header[Mailbox::kAhead] != Mailbox::kMaxAhead) return;
+    if (!divides || !may_prefetch(layer, message)) return;
     const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
     keep_foreseen(step, layer, message);
     double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
@@ -181,8 +186,8 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
     for (int64_t choice = 0; choice < spec_.mailbox.top_k; ++choice)
         for (int64_t token = 0; token < step.n_token; ++token) {
             const int32_t expert = message.ahead[0][token * spec_.mailbox.top_k + choice];
-            if (expert < 0 || room < static_cast<double>(n_bytes)) continue;
-            if (n_evicted_ >= n_pair) continue;  // every missed expert may need one too
+            // Every missed expert may evict one too.
+            if (expert < 0 || room < static_cast<double>(n_bytes) || n_evicted_ >= n_pair) continue;
             const ExpertKey key = cache_.key(layer + 1, expert);
             if (!can_come(key) || !reserve(key, SlotCache::Evict::any)) continue;
             beside_.push_back(key);
@@ -304,13 +309,11 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
     poll_copies();
     keep_foreseen(step, layer, message);
     background_.clear();
-    const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_ahead = message.header[Mailbox::kAhead];
     const auto is_room = [&] {
         return static_cast<int64_t>(in_flight_.size() + background_.size()) < spec_.max_background &&
                n_evicted_ < spec_.mailbox.max_evicted(step.n_token);
     };
-    const bool in_memory = spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;  // or it would wait
-    if (in_memory && n_ahead == Mailbox::kMaxAhead && is_room() && worth_prefetching(layer + 2)) {
+    if (may_prefetch(layer, message) && is_room() && worth_prefetching(layer + 2)) {
         // The better half of the choices: the others are wrong too often to evict an expert for.
         for (int64_t choice = 0; choice < (spec_.mailbox.top_k + 1) / 2; ++choice)
             for (int64_t token = 0; token < step.n_token; ++token) {

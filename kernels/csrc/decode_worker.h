@@ -173,6 +173,7 @@ class DecodeWorker {
     void answer(const Step& step, int layer, const Mailbox::Message& message);
     void keep_foreseen(const Step& step, int layer, const Mailbox::Message& message);
     bool can_come(ExpertKey key) const;
+    bool may_prefetch(int layer, const Mailbox::Message& message) const;
     void prefetch_next(const Step& step, int layer, const Mailbox::Message& message);
     void start_background();
     void read_ahead(int layer);

@@ -1,0 +1,61 @@
+"""What benches of full-size random models share: options, the models' files, and results that are kept row by row."""
+
+import argparse
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from moe_engine.benchmark.random_model import write_model
+
+QWEN, LITE, V3 = "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3"
+LAYERS = {V3: 7}  # of models of which only the first ones are written
+
+
+class Row(Protocol):
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def options_of(doc: str | None) -> argparse.ArgumentParser:
+    """With the options that all have: `work`, `out`, `only`, `tiny`."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("/tmp/moe_engine_bench"))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", action="append", help="rows whose name contains this")
+    parser.add_argument("--tiny", action="store_true")
+    return parser
+
+
+def begun(command: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Results without rows."""
+    gpu = "none" if options.tiny else torch.cuda.get_device_name()
+    return {"command": command, "gpu": gpu, "torch": torch.__version__, "rows": []}
+
+
+def by_model(rows: Sequence[AnyRow], options: argparse.Namespace) -> Iterator[tuple[Path, list[AnyRow]]]:
+    """The chosen rows with their model's file, which is written if it is missing, and removed behind them."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if not options.only or any(part in row.name for part in options.only)]
+    for model in dict.fromkeys(row.model for row in rows):
+        path = options.work / f"{model}.gguf"
+        if not path.exists():
+            write_model(model, path, layers=2 if options.tiny else LAYERS.get(model), skew=0.35)
+        yield path, [row for row in rows if row.model == model]
+        path.unlink()
+
+
+def keep(results: dict[str, Any], out: Path | None) -> None:
+    """After each row, so that the ones before are there if the next one fails."""
+    gc.collect()
+    if out is not None:
+        out.write_text(json.dumps(results, indent=1) + "\n")
