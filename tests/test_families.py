@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from filled_slots import empty_slots, fill_slots
-from tiny_models import EOS, VARIANTS, WRITABLE, TinyModel, TypeOf, in_turn, make, wide
+from tiny_models import WRITABLE, TinyModel, TypeOf, in_turn, make, wide
+from tiny_variants import EOS, VARIANTS
 
 from moe_engine import Engine
 from moe_engine.decoder import StagedDecoder

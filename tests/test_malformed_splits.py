@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 from gguf_images import SMALL, U32, Image, caught_from, error_of, run
-from tiny_models import FileOptions, make
+from tiny_models import make
+from tiny_variants import FileOptions
 
 
 @pytest.fixture(scope="module")

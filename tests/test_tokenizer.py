@@ -1,88 +1,32 @@
-"""Tokenizers against recorded ids, independent reimplementations, other libraries and damaged metadata."""
+"""Tokenizers against recorded ids, independent reimplementations and other libraries."""
 
-import json
-import math
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vocabularies import (
+    CASES,
+    DATA,
+    TEXTS,
+    Metadata,
+    T,
+    build,
+    byte_alphabet,
+    byte_level_metadata,
+    gemma_metadata,
+    score_metadata,
+    stories,
+    stories_metadata,
+)
 
-from moe_engine.errors import ConfigError, ModelFormatError, UnsupportedModelError
+from moe_engine.errors import ConfigError, UnsupportedModelError
 from moe_engine.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from moe_engine.tokenizer import Tokenizer
-
-DATA = Path(__file__).parent / "data"
-MODEL = Path(__file__).parents[1] / "moe_engine" / "data" / "stories-deepseek-Q4_K_M.gguf"
-CASES = json.loads((DATA / "tokenizer_cases.json").read_text(encoding="utf-8"))
-TEXTS = [case["text"] for case in CASES] + [
-    "МирHello хелло HELLOworld don't DON'T we'Ve",
-    "हिन्दी cafe\u0301 1234567 12,345.678 ១២៣",
-    "漢字かなカナ한국어, abc中文def ไทย ‘q’",
-    "a/b\n/c  \r\n\r\n\t x\u3000y $x+=1; `z` ~|^",
-]
-Metadata = dict[str, Any]
-T = "tokenizer.ggml."
-
-
-@cache
-def stories_metadata() -> Metadata:
-    fields = gguf.GGUFReader(MODEL).fields.items()
-    return {key: field.contents() for key, field in fields if key.startswith("tokenizer.")}
-
-
-@cache
-def stories() -> Tokenizer:
-    return Tokenizer.from_metadata(stories_metadata(), MODEL.name)
-
-
-def byte_alphabet() -> list[str]:
-    """The character for each byte, from the published definition."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-@cache
-def trained_merges() -> tuple[str, ...]:
-    """Merges that a small byte-level trainer learns, across words too, so that splitting matters."""
-    from tokenizers import Tokenizer as Core
-    from tokenizers import models, pre_tokenizers, trainers
-
-    core = Core(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = trainers.BpeTrainer(vocab_size=900, show_progress=False, initial_alphabet=byte_alphabet())
-    corpus = (DATA / "heldout-4k.txt").read_text(encoding="utf-8")
-    lines = [corpus[start : start + 60] for start in range(0, len(corpus), 60)]
-    core.train_from_iterator(lines + TEXTS * 3, trainer)
-    return tuple(" ".join(pair) for pair in json.loads(core.to_str())["model"]["merges"])
-
-
-def byte_level_metadata(pre: str = "qwen2", control: tuple[str, ...] = ("<|endoftext|>",)) -> Metadata:
-    merges = list(trained_merges())
-    plain = byte_alphabet() + [merge.replace(" ", "") for merge in merges]
-    plain = list(dict.fromkeys(plain))
-    tokens = [*plain, *control]
-    return {
-        T + "model": "gpt2",
-        T + "pre": pre,
-        T + "tokens": tokens,
-        T + "token_type": [1] * len(plain) + [3] * len(control),
-        T + "merges": merges,
-        T + "eos_token_id": len(plain),
-    }
-
-
-def build(metadata: Metadata, **changes: Any) -> Tokenizer:
-    return Tokenizer.from_metadata(metadata | {T + key: value for key, value in changes.items()}, "m.gguf")
-
 
 # Recorded ids.
 
@@ -274,24 +218,6 @@ def scored() -> Tokenizer:
     return build(score_metadata())
 
 
-@cache
-def score_metadata(seed: int = 0) -> Metadata:
-    """Frequent substrings of a text as pieces, in an order that `seed` shuffles."""
-    import random
-
-    corpus = (DATA / "heldout-4k.txt").read_text(encoding="utf-8")[:6000].replace(" ", "\u2581")
-    pieces = sorted({corpus[i : i + size] for size in range(2, 7) for i in range(0, len(corpus), 3)})
-    random.Random(seed).shuffle(pieces)
-    pieces = sorted(set(corpus) | {"\u2581"}) + pieces[:3000]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    return {
-        T + "model": "llama",
-        T + "tokens": tokens,
-        T + "token_type": [2, 3, 3] + [6] * 256 + [1] * len(pieces),
-        T + "scores": [0.0] * 259 + [-float(rank) for rank in range(len(pieces))],
-    }
-
-
 def reference_score_ids(metadata: Metadata, text: str) -> list[int]:
     """Join the adjacent pair that makes the best-scored piece, leftmost first, until none is left."""
     ids = {token: i for i, token in enumerate(metadata[T + "tokens"])}
@@ -371,31 +297,6 @@ def test_characters_without_byte_tokens_are_unknown() -> None:
 
 
 # Merges over raw text (Gemma 4).
-
-
-@cache
-def gemma_metadata() -> Metadata:
-    from tokenizers import Tokenizer as Core
-    from tokenizers import models, trainers
-
-    core = Core(models.BPE())
-    corpus = (DATA / "heldout-4k.txt").read_text(encoding="utf-8").replace(" ", "\u2581")
-    lines = [line[start : start + 50] for line in corpus.splitlines() for start in range(0, len(line), 50)]
-    core.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=700, show_progress=False))
-    model = json.loads(core.to_str())["model"]
-    pieces = [*sorted(model["vocab"], key=model["vocab"].__getitem__), "\n", "\n\n"]
-    merges = [" ".join(pair) for pair in model["merges"]] + ["\n \n"]
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    return {
-        T + "model": "gemma4",
-        T + "tokens": tokens,
-        T + "token_type": [3, 3, 3, 2] + [6] * 256 + [1] * len(pieces),
-        T + "merges": merges,
-        T + "bos_token_id": 2,
-        T + "eos_token_id": 1,
-        T + "unknown_token_id": 3,
-        T + "add_bos_token": False,
-    }
 
 
 def test_gemma() -> None:
@@ -545,146 +446,3 @@ def test_padding_and_repeated_tokens() -> None:
     assert tokenizer.encode("a") == [ord("a")]  # the first of the two
     assert tokenizer.decode([n_plain, n_plain + 1]) == "a"
     assert build(metadata, suppress_tokens=[3, 5]).suppress_ids == (3, 5)
-
-
-# Damage.
-
-
-def without(key: str) -> Callable[[Metadata], Metadata]:
-    return lambda metadata: {name: value for name, value in metadata.items() if name != T + key}
-
-
-def with_values(**changes: Any) -> Callable[[Metadata], Metadata]:
-    return lambda metadata: metadata | {T + key: value for key, value in changes.items()}
-
-
-def with_item(key: str, index: int, item: Any) -> Callable[[Metadata], Metadata]:
-    def change(metadata: Metadata) -> Metadata:
-        items = list(metadata[T + key])
-        items[index] = item
-        return metadata | {T + key: items}
-
-    return change
-
-
-DAMAGE: list[tuple[Callable[[Metadata], Metadata], str]] = [
-    (without("model"), "model"),
-    (without("tokens"), "tokens"),
-    (without("merges"), "merges"),
-    (with_values(model=7), "model"),
-    (with_values(model=["gpt2"]), "model"),
-    (with_values(pre=1.5), "pre"),
-    (with_values(tokens=[]), "tokens"),
-    (with_values(tokens="abc"), "tokens"),
-    (with_values(tokens={"a": 0}), "tokens"),
-    (with_item("tokens", 3, 3), "tokens.*index 3"),
-    (with_item("tokens", 3, b"a"), "tokens.*index 3"),
-    (with_item("tokens", 3, None), "tokens.*index 3"),
-    (with_item("tokens", 3, "\ud800"), "tokens"),
-    (with_item("tokens", 3, "x" * 100_000), "tokens.*100000 characters"),
-    (lambda m: m | {T + "tokens": ["a"] * len(m[T + "tokens"])}, "tokens.*differ"),
-    (with_values(token_type=[1, 1]), "token_type"),
-    (with_values(token_type=1), "token_type"),
-    (with_item("token_type", 0, 99), "token_type"),
-    (with_item("token_type", 0, True), "token_type"),
-    (with_item("token_type", 0, 1.0), "token_type"),
-    (with_values(merges="a b"), "merges"),
-    (with_values(merges=[["a", "b"]]), "merges"),
-    (with_item("merges", 2, "nospace"), "merges.*index 2"),
-    (with_item("merges", 2, ""), "merges.*index 2"),
-    (with_item("merges", 2, "a "), "merges.*index 2"),
-    (with_item("merges", 2, " b"), "merges.*index 2"),
-    (with_item("merges", 2, "a unknown-token"), "merges.*index 2"),
-    (with_item("merges", 2, "z ~"), "merges.*index 2"),
-    (with_values(eos_token_id=10**6), "eos_token_id.*1000000"),
-    (with_values(bos_token_id=-1), "bos_token_id"),
-    (with_values(bos_token_id="1"), "bos_token_id"),
-    (with_values(eot_token_id=True), "eot_token_id"),
-    (with_values(fim_pad_token_id=2**32 - 1), "fim_pad_token_id"),
-    (with_values(add_bos_token=1), "add_bos_token"),
-    (with_values(suppress_tokens=[10**6]), "suppress_tokens"),
-    (with_values(suppress_tokens="x"), "suppress_tokens"),
-    (lambda m: m | {"tokenizer.chat_template": 3}, "chat_template"),
-    (lambda m: m | {"tokenizer.huggingface.json": 3}, "huggingface"),
-    (lambda m: m | {"tokenizer.huggingface.json": "{"}, "huggingface"),
-    (lambda m: m | {"tokenizer.huggingface.json": '{"model": {}}'}, "huggingface"),
-]
-
-SCORE_DAMAGE: list[tuple[Callable[[Metadata], Metadata], str]] = [
-    (without("scores"), "scores"),
-    (with_values(scores=[0.0]), "scores"),
-    (with_item("scores", 300, math.nan), "scores"),
-    (with_item("scores", 300, "1"), "scores.*index 300"),
-    (with_item("tokens", 5, "<0xZZ>"), "tokens.*index 5"),
-    (with_values(add_space_prefix="yes"), "add_space_prefix"),
-]
-
-
-@pytest.mark.parametrize(("damage", "match"), DAMAGE)
-def test_damaged_metadata(damage: Callable[[Metadata], Metadata], match: str) -> None:
-    with pytest.raises(ModelFormatError, match=f"m.gguf: tokenizer.*{match}.*expected"):
-        build(damage(byte_level_metadata()))
-
-
-@pytest.mark.parametrize(("damage", "match"), SCORE_DAMAGE)
-def test_damaged_score_metadata(damage: Callable[[Metadata], Metadata], match: str) -> None:
-    with pytest.raises(ModelFormatError, match=f"m.gguf: tokenizer.*{match}.*expected"):
-        build(damage(score_metadata()))
-
-
-def test_json_with_too_many_tokens() -> None:
-    metadata = byte_level_metadata()
-    text = build(metadata)._cores[False].to_str()
-    few = {T + "tokens": ["a", "b"], T + "token_type": [1, 1], T + "eos_token_id": 1}
-    with pytest.raises(ModelFormatError, match="ids below 2"):
-        build(metadata | few | {"tokenizer.huggingface.json": text})
-
-
-@pytest.mark.parametrize("model", ["bert", "t5", "rwkv", "none", "GPT2"])
-def test_other_tokenizer_models(model: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"m.gguf: tokenizer.ggml.model = '{model}'.*gpt2"):
-        build(byte_level_metadata(), model=model)
-
-
-ANY_KEYS = ("model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "add_bos_token")
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.dictionaries(
-        st.sampled_from([T + key for key in ANY_KEYS]),
-        st.one_of(
-            st.none(),
-            st.integers(),
-            st.text(),
-            st.floats(),
-            st.lists(st.one_of(st.text(), st.integers(), st.floats()), max_size=5),
-            st.sampled_from(["gpt2", "llama", "gemma4"]),
-        ),
-        max_size=4,
-    )
-)
-def test_arbitrary_metadata_raises_only_our_errors(changes: Metadata) -> None:
-    small: Metadata = {T + "model": "gpt2", T + "pre": "qwen2", T + "tokens": ["a", "b", "ab"]}
-    small |= {T + "merges": ["a b"], T + "scores": [0.0, 1.0, 2.0]}
-    try:
-        tokenizer = Tokenizer.from_metadata(small | changes, "m.gguf")
-    except ModelFormatError:
-        return
-    tokenizer.decode(tokenizer.encode("ab <unk>", parse_special=True))
-
-
-def test_bad_arguments() -> None:
-    for bad in (-1, 8192):
-        with pytest.raises(ConfigError, match=f"no token {bad}; ids go from 0 to 8191"):
-            stories().decode([bad])
-        with pytest.raises(ConfigError, match="no token"):
-            stories().token_text(bad)
-    with pytest.raises(ConfigError, match="not valid Unicode"):
-        stories().encode("a\ud800")
-
-
-def test_text_that_the_splitter_gives_up_on(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="cannot tokenize this text of 11000000 characters"):
-        stories().encode(" " * 11_000_000)
-    capfd.readouterr()  # the library reports its panic on stderr
