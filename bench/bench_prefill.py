@@ -204,6 +204,8 @@ def main() -> None:
         for setting in settings:
             wanted = {int(n) for n in options.lengths.split(",")} if options.lengths else set(setting.targets)
             targets = {n: t for n, t in setting.targets.items() if n in wanted}
+            if not targets:
+                continue
             one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
             results["rows"] += measure(path, one, device, options.repeats, options.profile)
             keep(results, options.out)

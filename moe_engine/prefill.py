@@ -15,6 +15,7 @@ from moe_engine.model import Transformer
 from moe_engine.prompt_split import PromptWay, Rates
 from moe_engine.recording import Recorder
 from moe_engine.rope import Rope
+from moe_engine.routing_estimate import estimate
 
 
 class Prefill:
@@ -52,7 +53,9 @@ class Prefill:
         n_layer, n_expert = experts.slot_table.shape
         mean_bytes = sum(layout.slot_bytes for layout in experts.layouts) / n_layer
         missing = 1 - experts.n_slot / (n_layer * n_expert)
-        return PromptWay(n_layer, n_expert, self.model.router.top_k, mean_bytes, missing, PROMPT_TOKENS)
+        top_k = self.model.router.top_k
+        routing = estimate(None, n_expert, top_k, n_sequence=1)
+        return PromptWay(n_layer, n_expert, top_k, mean_bytes, missing, PROMPT_TOKENS, routing)
 
     def __call__(self, ids: Sequence[int], first: int = 0, index: int = 0) -> None:
         """Brings `ids[first:]` into the KV cache of sequence `index`; returns when it is done."""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from moe_engine.routing_estimate import RoutingEstimate
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -20,7 +22,7 @@ class Rates:
     cpu_factor: float = 1.0  # what the CPU's work takes, by the seconds that follow from the above
     hand_over: float = 150e-6  # seconds: tokens to the CPU and its sums back
     step_layer: float = 70e-6  # seconds of a layer of a step with some prompt tokens, beside the bytes it reads
-    stream_layer: float = 2e-3  # seconds of the host for a streamed layer, mostly launches
+    stream_layer: float = 2.5e-3  # seconds of the host for a streamed layer, mostly launches
 
 
 def cpu_seconds(n_token: int, nbytes: int, operations: int, rates: Rates) -> float:
@@ -57,6 +59,7 @@ class PromptWay:
     expert_bytes: float  # of one
     missing: float  # share of the experts that are in no slot
     tokens_per_step: int
+    routing: RoutingEstimate
     step_factor: float = 1.0  # seconds, by those that follow from the rates
     stream_factor: float = 1.0
 
@@ -74,8 +77,8 @@ class PromptWay:
             self.stream_factor += NEWEST * (measured - self.stream_factor)
 
     def _missed_bytes(self, n_token: int) -> float:
-        """Of a layer, were all experts equally liked."""
-        used = self.n_expert * (1 - (1 - self.top_k / self.n_expert) ** n_token)
+        """Of a layer."""
+        used = len(self.routing.counts(n_token, self.n_expert, self.top_k)) if n_token else 0
         return self.missing * used * self.expert_bytes
 
     def _step_seconds(self, n_token: int, rates: Rates) -> float:

@@ -1,0 +1,40 @@
+"""The choice between decode steps and streaming for short prompts."""
+
+from dataclasses import replace
+
+import pytest
+
+from moe_engine.prompt_split import PromptWay, Rates
+from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
+
+RATES = Rates(pcie=50e9, dram=110e9, step_layer=70e-6, stream_layer=2.5e-3)
+
+
+@pytest.fixture(scope="module")
+def way() -> PromptWay:
+    """Qwen3-30B-A3B with few experts in VRAM."""
+    return PromptWay(48, 128, 8, 2.4e6, 0.95, 32, RoutingEstimate(bundled_trace()))
+
+
+def test_short_prompts_go_in_steps_and_long_ones_are_streamed(way: PromptWay) -> None:
+    found = [way.in_steps(n, RATES) for n in (1, 8, 31, 512, 4096)]
+    assert found == [True, True, True, False, False]
+
+
+def test_where_nothing_is_missing_the_fixed_times_decide(way: PromptWay) -> None:
+    in_vram = replace(way, missing=0.0)
+    assert in_vram.in_steps(32 * 35, RATES)  # 35 steps of 70 us a layer against 2.5 ms
+    assert not in_vram.in_steps(32 * 36, RATES)
+
+
+def test_what_prompts_take_changes_the_choice(way: PromptWay) -> None:
+    way = replace(way)
+    while way.in_steps(8, RATES):
+        before = way.step_factor
+        way.note(8, in_steps=True, seconds=1.0, rates=RATES)
+        assert before < way.step_factor <= 3
+    assert way.stream_factor == 1
+    for _ in range(99):
+        way.note(8, in_steps=False, seconds=9.0, rates=RATES)
+    assert way.in_steps(8, RATES)
+    assert way.stream_factor == pytest.approx(3)  # more is not believed: the first of a length compiles kernels
