@@ -197,16 +197,20 @@ def wait_kernel(
                 tl.store(control + 1, gone)
         if seen == want:
             _fence(ON_GPU)
+            # All that may be needed is asked for at once: each load takes a trip over the bus.
             flags = tl.load(answer + 1, volatile=True)
-            if not MERGE and (flags & 1) != 0:
-                total += tl.load(y + lane, mask=inside, other=0.0, cache_modifier=".cv")
+            n_evicted = tl.load(answer + 2, volatile=True)
+            place = tl.arange(0, 2 * PAIRS)
+            index = tl.load(
+                answer_fields + EVICTED_AT // 4 + place, mask=place < 2 * N_TOKEN * TOP_K, other=0, volatile=True
+            )
+            fetched = tl.load(answer_fields + LATE_AT // 4 + pair, mask=real, other=-1, volatile=True)
+            if not MERGE:
+                computed = tl.load(y + lane, mask=inside, other=0.0, cache_modifier=".cv")
+                total += tl.where((flags & 1) != 0, computed, 0.0)
+            fetched = tl.where((flags & 2) != 0, fetched, -1)
             if program == 0:
-                if (flags & 2) != 0:
-                    fetched = tl.load(answer_fields + LATE_AT // 4 + pair, mask=real, other=-1, volatile=True)
-                place = tl.arange(0, 2 * PAIRS)
-                gone_expert = place < tl.load(answer + 2, volatile=True)
-                index = tl.load(answer_fields + EVICTED_AT // 4 + place, mask=gone_expert, other=0, volatile=True)
-                tl.store(table + index, -1, mask=gone_expert)
+                tl.store(table + index, -1, mask=place < n_evicted)
         if ON_GPU and program == 0:
             tl.store(waited + layer, tl.load(waited + layer) + _nanoseconds(ON_GPU) - start)
     if TIMED and program == 0:

@@ -85,12 +85,15 @@ int64_t DecodeWorker::now() {
 
 void DecodeWorker::run() {
     Step step;
-    struct EndLookahead {
+    struct AtTheEnd {
         DecodeWorker* worker;
-        ~EndLookahead() { worker->lookahead_.end(); }
+        ~AtTheEnd() {
+            worker->lookahead_.end();
+            worker->pool_.stay_awake(false);
+        }
     };
     try {
-        const EndLookahead at_the_end{this};
+        const AtTheEnd at_the_end{this};
         while (next_step(&step)) {
             const int n_layer = step.posted ? static_cast<int>(spec_.layers.size()) : 0;
             for (int layer = 0; layer < n_layer; ++layer) {
@@ -117,6 +120,7 @@ bool DecodeWorker::next_step(Step* step) {
     std::unique_lock<std::mutex> lock(mutex_);
     while (pending_.empty()) {
         if (stop_) return false;
+        pool_.stay_awake(false);
         activity_ = "sleeps after layer";
         if (in_flight_.empty()) {
             wake_.wait(lock);
@@ -127,6 +131,7 @@ bool DecodeWorker::next_step(Step* step) {
         if (in_flight_.empty()) arrived_.notify_all();
     }
     *step = pending_.front();
+    pool_.stay_awake(step->posted);
     return true;
 }
 

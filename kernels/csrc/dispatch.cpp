@@ -131,9 +131,13 @@ void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_i
     kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first,
                               s + 2 * first);
     uint8_t* turned = record + turned_offset(n_pad);
-    for (int64_t b = first; b < first + n_blocks; ++b)
+    float* pairs = reinterpret_cast<float*>(record + pairs_offset(n_pad));
+    for (int64_t b = first; b < first + n_blocks; ++b) {
         for (int64_t k = 0; k < 8; ++k)
             std::memcpy(turned_place(turned, b, k), record + 32 * b + 4 * k, 4);
+        pairs[b / 8 * 16 + b % 8] = d[b];
+        pairs[b / 8 * 16 + 8 + b % 8] = s[2 * b] + s[2 * b + 1];
+    }
 }
 
 void clear_padding(int64_t n_in, uint8_t* record) {
@@ -143,9 +147,12 @@ void clear_padding(int64_t n_in, uint8_t* record) {
     std::fill(record + n_in, record + n_pad, uint8_t{0});
     std::fill(d + n_in / 32, d + n_pad / 32, 0.0f);
     std::fill(s + n_in / 16, s + n_pad / 16, 0.0f);
-    for (int64_t b = n_in / 32; b < n_pad / 32; ++b)
+    float* pairs = reinterpret_cast<float*>(record + pairs_offset(n_pad));
+    for (int64_t b = n_in / 32; b < n_pad / 32; ++b) {
         for (int64_t k = 0; k < 8; ++k)
             std::fill_n(turned_place(record + turned_offset(n_pad), b, k), 4, uint8_t{0});
+        pairs[b / 8 * 16 + b % 8] = pairs[b / 8 * 16 + 8 + b % 8] = 0.0f;
+    }
 }
 
 void quantize_activations(const float* x, int64_t n_in, uint8_t* record) {
@@ -153,19 +160,18 @@ void quantize_activations(const float* x, int64_t n_in, uint8_t* record) {
     clear_padding(n_in, record);
 }
 
-void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t n_rows,
-                  const Activations& acts, const int32_t* tokens, int64_t n, bool float_activations,
-                  uint8_t* scratch, float* products) {
+void row_products(int type_id, const Rows& rows, const Activations& acts, const int32_t* tokens, int64_t n,
+                  bool float_activations, uint8_t* scratch, float* products) {
     const TierKernels& tier = kernels();
     const TypeKernels& kernel = tier.types[type_id];
-    const int64_t n_in = acts.n_in;
+    const int64_t n_in = rows.n_in;
     if (uses_integers(type_id, float_activations)) {
         for (int64_t start = 0; start < n; start += kTokenGroup) {
             const int64_t count = std::min(n - start, kTokenGroup);
             const uint8_t* group[kTokenGroup];
             for (int64_t t = 0; t < count; ++t)
                 group[t] = acts.quantized + (tokens ? tokens[start + t] : start + t) * activation_bytes(n_in);
-            kernel.dot(rows, row_stride, n_rows, n_in, group, count, products + start, n);
+            kernel.dot(rows, group, count, products + start, n);
         }
         return;
     }
@@ -173,11 +179,11 @@ void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t 
     const bool as_they_are = kernel.dot_floats != nullptr && n <= kFloatRows;
     const DotFloatsFn dot_floats = (as_they_are ? kernel : tier.types[F32]).dot_floats;
     const int64_t at_once = n >= kFloatRows ? kFloatRows : 1;
-    for (int64_t r = 0; r < n_rows; r += at_once) {
-        const int64_t n_here = std::min(n_rows - r, at_once);
+    for (int64_t r = 0; r < rows.n_rows; r += at_once) {
+        const int64_t n_here = std::min(rows.n_rows - r, at_once);
         const uint8_t* weights[kFloatRows];
         for (int64_t i = 0; i < n_here; ++i) {
-            weights[i] = rows + (r + i) * row_stride;
+            weights[i] = rows.data + (r + i) * rows.stride;
             if (as_they_are || type_id == F32) continue;
             float* decoded = reinterpret_cast<float*>(scratch) + i * n_in;
             kernel.dequantize(weights[i], n_in, decoded);

@@ -13,7 +13,6 @@ const TierKernels& kernels();  // of the current tier
 struct Activations {
     const float* x;            // [n, n_in]
     const uint8_t* quantized;  // [n, activation_bytes(n_in)] or null
-    int64_t n_in;
 };
 
 inline int64_t row_bytes(int type_id, int64_t n_in) {
@@ -47,10 +46,8 @@ constexpr int64_t kTokenGroup = 32;
 // Scratch bytes of row_products for rows of n_in elements: decoded rows.
 inline int64_t row_scratch_bytes(int64_t n_in) { return (kFloatRows * n_in * 4 + 63) / 64 * 64; }
 
-// products[r * n + t] = weight row r . activation row tokens[t] (row t where tokens is null), r in [0,
-// n_rows).
-void row_products(int type_id, const uint8_t* rows, int64_t row_stride, int64_t n_rows,
-                  const Activations& acts, const int32_t* tokens, int64_t n, bool float_activations,
-                  uint8_t* scratch, float* products);
+// products[r * n + t] = weight row r . activation row tokens[t] (row t where tokens is null).
+void row_products(int type_id, const Rows& rows, const Activations& acts, const int32_t* tokens, int64_t n,
+                  bool float_activations, uint8_t* scratch, float* products);
 
 }  // namespace moe

@@ -49,13 +49,14 @@ class Call {
     void find_memory();
     void pack_unit(int64_t index);
 
-    // Each takes the place among the active experts and a range of the product's rows.
-    void gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread);
-    void gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
+    // Each takes the place among the active experts and a range of the product's rows; next: what the thread will
+    // probably read after them.
+    void gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread, const uint8_t* next);
+    void gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
     void put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, const float* values);
-    void down_unit(int64_t first, int64_t n_rows, int thread);
-    void down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
+    void down_unit(int64_t first, int64_t n_rows, int thread, const uint8_t* next);
+    void down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void down_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
 
     bool integers(const ExpertStack& stack) const {
@@ -142,20 +143,22 @@ void Call::put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, c
     }
 }
 
-void Call::gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch) {
+void Call::gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next) {
     float* gate = reinterpret_cast<float*>(scratch + row_scratch_bytes(hidden_));
     float* up = gate + kPairsAtOnce * n_rows;
     float* gate_column = up + kPairsAtOnce * n_rows;
     float *up_column = gate_column + n_rows, *h = up_column + n_rows;
-    const Activations x = {job_.x, x_records_, hidden_};
+    const Activations x = {job_.x, x_records_};
+    const auto part = [&](const ExpertStack& stack, const uint8_t* after) {
+        return Rows{rows(stack, index, first, hidden_), row_bytes(stack.type_id, hidden_), n_rows, hidden_, after};
+    };
+    const Rows gate_part = part(layer_.gate, rows(layer_.up, index, first, hidden_));
+    const Rows up_part = part(layer_.up, next);
     for (int64_t t0 = 0; t0 < n_tokens(index); t0 += kPairsAtOnce) {
         const int64_t n = std::min<int64_t>(kPairsAtOnce, n_tokens(index) - t0);
         const int32_t* tokens = routing_.token + routing_.start[index] + t0;
-        for (const bool is_up : {false, true}) {
-            const ExpertStack& stack = is_up ? layer_.up : layer_.gate;
-            row_products(stack.type_id, rows(stack, index, first, hidden_), row_bytes(stack.type_id, hidden_),
-                         n_rows, x, tokens, n, job_.float_activations, scratch, is_up ? up : gate);
-        }
+        row_products(layer_.gate.type_id, gate_part, x, tokens, n, job_.float_activations, scratch, gate);
+        row_products(layer_.up.type_id, up_part, x, tokens, n, job_.float_activations, scratch, up);
         for (int64_t t = 0; t < n; ++t) {
             for (int64_t r = 0; r < n_rows; ++r) {
                 gate_column[r] = gate[r * n + t];
@@ -192,15 +195,15 @@ void Call::gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* s
     }
 }
 
-void Call::down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch) {
+void Call::down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next) {
     float* products = reinterpret_cast<float*>(scratch + row_scratch_bytes(n_ff_));
-    const uint8_t* weights = rows(layer_.down, index, first, n_ff_);
+    const Rows weights = {rows(layer_.down, index, first, n_ff_), row_bytes(layer_.down.type_id, n_ff_), n_rows,
+                          n_ff_, next};
     for (int64_t pair = routing_.start[index]; pair < routing_.start[index + 1]; pair += kPairsAtOnce) {
         const int64_t n = std::min<int64_t>(kPairsAtOnce, routing_.start[index + 1] - pair);
         const Activations h = {h_ ? h_ + pair * n_ff_ : nullptr,
-                               h_records_ ? h_records_ + pair * activation_bytes(n_ff_) : nullptr, n_ff_};
-        row_products(layer_.down.type_id, weights, row_bytes(layer_.down.type_id, n_ff_), n_rows, h, nullptr,
-                     n, job_.float_activations, scratch, products);
+                               h_records_ ? h_records_ + pair * activation_bytes(n_ff_) : nullptr};
+        row_products(layer_.down.type_id, weights, h, nullptr, n, job_.float_activations, scratch, products);
         for (int64_t t = 0; t < n; ++t) {
             float* out = job_.out + routing_.token[pair + t] * hidden_ + first;
             for (int64_t r = 0; r < n_rows; ++r) out[r] += routing_.weight[pair + t] * products[r * n + t];
@@ -229,23 +232,26 @@ void Call::down_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scra
     }
 }
 
-void Call::gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread) {
+void Call::gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread, const uint8_t* next) {
     const bool many = many_up(index);
     const int64_t scratch_bytes = many ? 2 * tiles_bytes(n_rows, hidden_) : row_scratch_bytes(hidden_);
     const int64_t columns = many ? 2 * kManyStride + kPairsAtOnce : 2 * kPairsAtOnce + 3;
     uint8_t* scratch = pool_.local(thread, scratch_bytes + columns * round_up(n_rows, kTileRows) * 4);
-    many ? gate_up_many(index, first, n_rows, scratch) : gate_up_few(index, first, n_rows, scratch);
+    many ? gate_up_many(index, first, n_rows, scratch) : gate_up_few(index, first, n_rows, scratch, next);
 }
 
-void Call::down_unit(int64_t first, int64_t n_rows, int thread) {
+void Call::down_unit(int64_t first, int64_t n_rows, int thread, const uint8_t* next) {
     for (int64_t t = 0; t < job_.n_tokens; ++t) std::fill_n(job_.out + t * hidden_ + first, n_rows, 0.0f);
     const int64_t few_bytes = row_scratch_bytes(n_ff_) + kPairsAtOnce * n_rows * 4;
     const int64_t many_bytes = tiles_bytes(n_rows, n_ff_) +
                                (kManyStride + kPairsAtOnce) * round_up(n_rows, kTileRows) * 4;
     uint8_t* scratch = pool_.local(thread, any_many() ? std::max(few_bytes, many_bytes) : few_bytes);
-    for (int64_t index = 0; index < routing_.n_active; ++index)
+    for (int64_t index = 0; index < routing_.n_active; ++index) {
+        const bool last = index + 1 == routing_.n_active;
         many_down(index) ? down_many(index, first, n_rows, scratch)
-                         : down_few(index, first, n_rows, scratch);
+                         : down_few(index, first, n_rows, scratch,
+                                    last ? next : rows(layer_.down, index + 1, first, n_ff_));
+    }
 }
 
 void Call::run() {
@@ -274,9 +280,20 @@ void Call::run() {
     const auto place = [&](int64_t unit) {
         return any_many() ? std::pair(unit / tiles, unit % tiles) : std::pair(unit % n_active, unit / n_active);
     };
+    // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
+    const int64_t out_tile =
+        any_many() ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
+                 : down_rows(layer_, n_threads);
+    const int64_t n_up = n_active * tiles, n_down = (hidden_ + out_tile - 1) / out_tile;
     const auto gate_up = [&](int64_t unit, int thread) {
         const auto [index, first] = std::pair(place(unit).first, place(unit).second * tile);
-        gate_up_unit(index, first, std::min(tile, n_ff_ - first), thread);
+        const int64_t run = pool_.run_of(unit, n_up);
+        const uint8_t* next = nullptr;
+        if (unit + 1 < pool_.run_begin(run + 1, n_up))
+            next = rows(layer_.gate, place(unit + 1).first, place(unit + 1).second * tile, hidden_);
+        else if (pool_.run_begin(run, n_down) < n_down)
+            next = rows(layer_.down, 0, pool_.run_begin(run, n_down) * out_tile, n_ff_);
+        gate_up_unit(index, first, std::min(tile, n_ff_ - first), thread, next);
     };
     const auto fetch_gate_up = [&](int64_t unit, int64_t stop, int part) {
         const auto [index, first] = std::pair(place(unit + part / 2).first, place(unit + part / 2).second * tile);
@@ -286,13 +303,10 @@ void Call::run() {
         return unit + (part + 1) / 2 < stop && part + 1 < std::min<int64_t>(2 * n_active, kStreams);
     };
 
-    // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
-    const int64_t out_tile =
-        any_many() ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
-                 : down_rows(layer_, n_threads);
     const auto down = [&](int64_t unit, int thread) {
-        const int64_t first = unit * out_tile;
-        down_unit(first, std::min(out_tile, hidden_ - first), thread);
+        const int64_t first = unit * out_tile, n_rows = std::min(out_tile, hidden_ - first);
+        const bool more = unit + 1 < pool_.run_begin(pool_.run_of(unit, n_down) + 1, n_down);
+        down_unit(first, n_rows, thread, more ? rows(layer_.down, 0, first + n_rows, n_ff_) : nullptr);
     };
     const auto fetch_down = [&](int64_t unit, int64_t stop, int part) {
         const int64_t n_rows = std::min(hidden_, stop * out_tile) - unit * out_tile;
@@ -302,8 +316,7 @@ void Call::run() {
     };
     pool_.run({Loop(x_records_ != nullptr ? job_.n_tokens * parts : 0, quantize),
                Loop(any_many() ? routing_.n_active : 0, pack),
-               Loop(routing_.n_active * tiles, gate_up, fetch_gate_up),
-               Loop((hidden_ + out_tile - 1) / out_tile, down, fetch_down)},
+               Loop(n_up, gate_up, fetch_gate_up), Loop(n_down, down, fetch_down)},
               job_.beside);
 }
 

@@ -81,11 +81,12 @@ struct Chunk {
 #include "floats_avx2.inc"
 
 template <int T, int N>
-inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, float* out) {
+inline void dot_rows(const uint8_t* row, int64_t n_in, const Ahead& ahead, const uint8_t* const* acts,
+                     float* out) {
     const int64_t n_pad = padded(n_in);
     __m256 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm256_setzero_ps();
-    for_each_chunk<T>(row, n_in, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
+    for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
         const Chunk<T> chunk(bytes);
         float scales[N][16];
         for (int half = 0; half < 2; ++half) {
@@ -119,12 +120,12 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const uint8_t* const* act
 }
 
 template <int T>
-void dot(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in, const uint8_t* const* acts,
-         int64_t n_acts, float* out, int64_t out_stride) {
-    for (int64_t r = 0; r < n_rows; ++r, rows += row_stride, out += out_stride) {
+void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
+    const Ahead ahead(rows);
+    for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride) {
         int64_t t = 0;
-        for (; t + 2 <= n_acts; t += 2) dot_rows<T, 2>(rows, n_in, acts + t, out + t);
-        if (t < n_acts) dot_rows<T, 1>(rows, n_in, acts + t, out + t);
+        for (; t + 2 <= n_acts; t += 2) dot_rows<T, 2>(row, rows.n_in, ahead, acts + t, out + t);
+        if (t < n_acts) dot_rows<T, 1>(row, rows.n_in, ahead, acts + t, out + t);
     }
 }
 

@@ -50,16 +50,18 @@ struct Chunk {
 #include "chunks_ternary_avx512.inc"
 #include "chunks_iq_avx512.inc"
 #include "grids_avx512.inc"
+#include "superblocks_avx512.inc"
 #include "gemm_avx512.inc"
 #include "floats_avx512.inc"
 
 template <int T, int N>
 __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t n_in,
-                                                    const uint8_t* const* acts, float* out) {
+                                                    const Ahead& ahead, const uint8_t* const* acts,
+                                                    float* out) {
     const int64_t n_pad = padded(n_in);
     __m512 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm512_setzero_ps();
-    for_each_chunk<T>(row, n_in, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
+    for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
         const Chunk<T> chunk(bytes);
         // What one unit of activation sum takes away: the codes' offset and the minimum.
         __m512 min = Block<T>::has_min ? chunk.min : _mm512_setzero_ps();
@@ -90,37 +92,38 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
 }
 
 template <int T, bool Gather, int N>
-__attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t n_in,
+__attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t n_in, const Ahead& ahead,
                                                     const uint8_t* const* acts, float* out) {
     if constexpr (Gather)
-        dot_grid<T, N>(row, n_in, acts, out);
+        dot_grid<T, N>(row, n_in, ahead, acts, out);
+    else if constexpr (T == Q4_K || T == Q5_K)
+        dot_superblocks<T, N>(row, n_in, ahead, acts, out);
     else
-        dot_rows<T, N>(row, n_in, acts, out);
+        dot_rows<T, N>(row, n_in, ahead, acts, out);
 }
 
 template <int T, bool Gather>
-inline void dot_by(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in,
-                   const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
+inline void dot_by(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out,
+                   int64_t out_stride) {
+    const Ahead ahead(rows);
     if (n_acts == 1) {
-        for (int64_t r = 0; r < n_rows; ++r, rows += row_stride, out += out_stride)
-            dot_best<T, Gather, 1>(rows, n_in, acts, out);
+        for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride)
+            dot_best<T, Gather, 1>(row, rows.n_in, ahead, acts, out);
         return;
     }
-    for (int64_t r = 0; r < n_rows; ++r, rows += row_stride, out += out_stride) {
+    for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride) {
         int64_t t = 0;
-        for (; t + 4 <= n_acts; t += 4) dot_best<T, Gather, 4>(rows, n_in, acts + t, out + t);
-        for (; t + 2 <= n_acts; t += 2) dot_best<T, Gather, 2>(rows, n_in, acts + t, out + t);
-        if (t < n_acts) dot_best<T, Gather, 1>(rows, n_in, acts + t, out + t);
+        for (; t + 4 <= n_acts; t += 4) dot_best<T, Gather, 4>(row, rows.n_in, ahead, acts + t, out + t);
+        for (; t + 2 <= n_acts; t += 2) dot_best<T, Gather, 2>(row, rows.n_in, ahead, acts + t, out + t);
+        if (t < n_acts) dot_best<T, Gather, 1>(row, rows.n_in, ahead, acts + t, out + t);
     }
 }
 
 template <int T>
-void dot(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in, const uint8_t* const* acts,
-         int64_t n_acts, float* out, int64_t out_stride) {
+void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
     if constexpr (has_grid(T))
-        if (gathers_well())
-            return dot_by<T, true>(rows, row_stride, n_rows, n_in, acts, n_acts, out, out_stride);
-    dot_by<T, false>(rows, row_stride, n_rows, n_in, acts, n_acts, out, out_stride);
+        if (gathers_well()) return dot_by<T, true>(rows, acts, n_acts, out, out_stride);
+    dot_by<T, false>(rows, acts, n_acts, out, out_stride);
 }
 
 template <int T>

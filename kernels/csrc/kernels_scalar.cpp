@@ -24,10 +24,11 @@ void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
 }
 
 template <int T>
-void dot_row(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64_t n_acts, float* out) {
+void dot_row(const uint8_t* row, int64_t n_in, const Ahead& ahead, const uint8_t* const* acts, int64_t n_acts,
+             float* out) {
     const int64_t n_pad = padded(n_in);
     for (int64_t t = 0; t < n_acts; ++t) out[t] = 0.0f;
-    for_each_chunk<T>(row, n_in, [&](const uint8_t* chunk, int64_t first) {
+    for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* chunk, int64_t first) {
         uint8_t code[kChunk];
         float scale[16], min[16];
         expand_chunk<T>(chunk, code, scale, min);
@@ -48,10 +49,10 @@ void dot_row(const uint8_t* row, int64_t n_in, const uint8_t* const* acts, int64
 }
 
 template <int T>
-void dot(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in, const uint8_t* const* acts,
-         int64_t n_acts, float* out, int64_t out_stride) {
-    for (int64_t r = 0; r < n_rows; ++r)
-        dot_row<T>(rows + r * row_stride, n_in, acts, n_acts, out + r * out_stride);
+void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
+    const Ahead ahead(rows);
+    for (int64_t r = 0; r < rows.n_rows; ++r)
+        dot_row<T>(rows.data + r * rows.stride, rows.n_in, ahead, acts, n_acts, out + r * out_stride);
 }
 
 // No many-token form: nothing here is fast.

@@ -37,14 +37,14 @@ void few_tokens(ThreadPool& pool, const Matmul& job) {
         const int64_t n_rows_here = std::min(tile, job.n_out - first);
         uint8_t* scratch = pool.local(thread, scratch_bytes + products_bytes);
         float* products = reinterpret_cast<float*>(scratch + scratch_bytes);
-        const uint8_t* rows = job.weight + batch * job.batch_stride + first * job.row_stride;
+        const uint8_t* weights = job.weight + batch * job.batch_stride + first * job.row_stride;
+        const Rows rows = {weights, job.row_stride, n_rows_here, job.n_in, weights + n_rows_here * job.row_stride};
         for (int64_t start = 0; start < job.n_tokens; start += kTokensAtOnce) {
             const int64_t n = std::min(kTokensAtOnce, job.n_tokens - start),
                           token = batch * job.n_tokens + start;
             const Activations acts = {job.x + token * job.n_in,
-                                      quantized ? quantized + token * record : nullptr, job.n_in};
-            row_products(job.type_id, rows, job.row_stride, n_rows_here, acts, nullptr, n,
-                         job.float_activations, scratch, products);
+                                      quantized ? quantized + token * record : nullptr};
+            row_products(job.type_id, rows, acts, nullptr, n, job.float_activations, scratch, products);
             for (int64_t t = 0; t < n; ++t)
                 for (int64_t r = 0; r < n_rows_here; ++r)
                     job.y[(token + t) * job.n_out + first + r] = products[r * n + t];

@@ -98,20 +98,32 @@ constexpr bool has_scales_of_32(int type_id) {
 // one.
 constexpr int kChunk = 256;
 
-// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Four planes in one record:
+// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Five planes in one record:
 //   int8  q[n_pad]
 //   float d[n_pad / 32]   scale of 32 elements
 //   float s[n_pad / 16]   d * sum of 16 q: turns a weight's offset or minimum into one small dot product
 //   int8  turned[n_pad]   q again: q[32 j + 16 g + 8 i + 4 h + k] of a chunk at 128 g + 64 h + 8 j + 4 i + k
+//   float pairs[n_pad / 16]   of each chunk the 8 d, then the 8 d * sum of 32 q
 static constexpr int64_t activation_bytes(int64_t n_in) {
-    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk);
+    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk + 64);
 }
 static constexpr int64_t turned_offset(int64_t n_pad) { return n_pad + n_pad / 8 + n_pad / 4; }
+static constexpr int64_t pairs_offset(int64_t n_pad) { return turned_offset(n_pad) + n_pad; }
 
-// Rows follow each other in memory, so reading ahead of a row's end is useful too. On a Zen 5 server 8 KiB
-// gave 10 to 30 % more from memory than the hardware's own prefetching, and nothing was lost in the cache; on
-// Sapphire Rapids it is a few percent better than 2 and 4 KiB.
+// How far ahead kernels ask for weights. On a Zen 5 server 8 KiB gave 10 to 30 % more from memory than the
+// hardware's own prefetching, and nothing was lost in the cache; on Sapphire Rapids it is a few percent better
+// than 2 and 4 KiB.
 constexpr int kPrefetchDistance = 8192;
+
+// Weight rows that follow each other, and what the thread reads after them, which is asked for towards their
+// end; null: nothing.
+struct Rows {
+    const uint8_t* data;
+    int64_t stride, n_rows, n_in;
+    const uint8_t* next;
+
+    const uint8_t* end() const { return data + stride * n_rows; }
+};
 
 // A block whose largest magnitude is below kTiny counts as zero (127 / max would overflow); one that holds a
 // NaN gets the scale NaN.
@@ -150,8 +162,8 @@ struct Product {
 // The kernels of one type in one tier. `n_acts` activation rows share one pass over a weight row;
 // out[r * out_stride + t].
 using DequantizeFn = void (*)(const uint8_t* row, int64_t n_in, float* out);
-using DotFn = void (*)(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in,
-                       const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride);
+using DotFn = void (*)(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out,
+                       int64_t out_stride);
 // Fills a tile with n_rows rows; the last one is repeated up to 16.
 using ExpandFn = void (*)(const uint8_t* rows, int64_t row_stride, int64_t n_rows, int64_t n_in,
                           TileChunk* tile);

@@ -182,13 +182,13 @@ int64_t ThreadPool::do_units(int loop, int thread) {
     const uint32_t ticket = ticket_ + static_cast<uint32_t>(loop);
     int64_t n_done = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const int64_t owner = (thread + i) % n, stop = (owner + 1) * n_units / n;
+        const int64_t owner = (thread + i) % n, stop = run_begin(owner + 1, n_units);
         std::atomic<uint64_t>& run = runs_[static_cast<size_t>(owner)].value;
         uint64_t place = run.load(std::memory_order_relaxed);
         for (;;) {
             // The first to come begins the run; a later ticket means that the loop is long over.
             const auto behind = static_cast<int32_t>(static_cast<uint32_t>(place >> 32) - ticket);
-            const int64_t unit = behind < 0 ? owner * n_units / n : static_cast<int64_t>(place & 0xffffffff);
+            const int64_t unit = behind < 0 ? run_begin(owner, n_units) : static_cast<int64_t>(place & 0xffffffff);
             if (behind > 0 || unit >= stop) break;
             const uint64_t next = uint64_t{ticket} << 32 | static_cast<uint64_t>(unit + 1);
             if (!run.compare_exchange_weak(place, next, std::memory_order_relaxed)) continue;
@@ -210,8 +210,8 @@ bool ThreadPool::is_over(int loop) const {
 }
 
 void ThreadPool::warm_up(int loop, int thread) {
-    const int64_t n = n_threads(), n_units = loops_[loop].n_units;
-    const int64_t first = thread * n_units / n, stop = (thread + 1) * n_units / n;
+    const int64_t n_units = loops_[loop].n_units;
+    const int64_t first = run_begin(thread, n_units), stop = run_begin(thread + 1, n_units);
     if (first == stop) return;
     for (int part = 0; !is_over(loop - 1) && loops_[loop].warm(first, stop, part); ++part) continue;
 }
@@ -243,7 +243,7 @@ static bool is_new(uint32_t epoch, uint32_t seen) { return epoch % 2 == 1 && epo
 bool ThreadPool::spin(uint32_t seen) {
     auto now = Clock::now();
     const auto deadline = now + spin_;
-    while (now < deadline) {
+    while (now < deadline || awake_.load(std::memory_order_relaxed)) {
         for (int i = 0; i < 128; ++i) {
             if (is_new(epoch_.load(std::memory_order_acquire), seen) || stop_.load(std::memory_order_relaxed))
                 return true;

@@ -102,6 +102,15 @@ class ThreadPool {
     }
     static constexpr int kLoops = 4;
 
+    // While true, idle threads spin on, however long: whoever knows that there will be work says so, because waking
+    // a thread takes as long as some of that work.
+    void stay_awake(bool awake) { awake_.store(awake, std::memory_order_relaxed); }
+
+    // Thread i takes units run_begin(i) to run_begin(i + 1) of a loop first, then others' that are left.
+    int64_t run_begin(int64_t thread, int64_t n_units) const { return thread * n_units / n_threads(); }
+    // To whose run a unit belongs.
+    int64_t run_of(int64_t unit, int64_t n_units) const { return ((unit + 1) * n_threads() - 1) / n_units; }
+
     // While the caller does something else, every other thread runs the loop's body(thread, thread) once; a
     // thread that wakes too late does not. end_aside() waits for those inside, so a body has to find out soon
     // that the caller wants to go on, and must not throw. No run() in between.
@@ -160,7 +169,7 @@ class ThreadPool {
     alignas(64) std::atomic<uint32_t> loops_done_{0};
     alignas(64) std::atomic<int> sleepers_{0};  // on epoch_
     std::atomic<int> loop_sleepers_{0};         // on loops_done_
-    std::atomic<bool> stop_{false};
+    std::atomic<bool> stop_{false}, awake_{false};
 };
 
 }  // namespace moe
