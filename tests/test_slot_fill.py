@@ -194,6 +194,7 @@ def test_settling_takes_its_time_unless_nothing_moves() -> None:
     gpu = FakeGpu(n_slot=(12, 6), copies=engine, stall_seconds=0.1, fill_bytes=1)
     gpu.worker.fill(KEYS)
     engine.release(2)
+    until(lambda: len(gpu.worker.copies()) == 2)
     with pytest.raises(RuntimeError, match="16 experts are on their way, but none has arrived"):
         gpu.worker.settle()
 
@@ -308,7 +309,7 @@ def test_where_nothing_may_miss_the_first_use_waits(
     with load(model) as engine:
         assert graph_decoder(engine).misses == ("none",)
         found = use(engine)
-    held = Held(monkeypatch, stall_seconds=0.2)
+    held = Held(monkeypatch, stall_seconds=1.0)
     with load(model) as engine:
         assert (table_of(engine) < 0).all()
         with pytest.raises(DecodeError, match="none has arrived"):
