@@ -64,6 +64,7 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict
         RecordedRouting.load(ROUTING).follow(decoder.step)
         choices = decoder.step.replay
         assert choices is not None
+        decoder.worker.settle()  # all slots are filled
         residents = [decoder.worker.residents(layer) for layer in range(choices.shape[1])]
         prompt = [i * 7919 % 400 for i in range(n_prompt)]
         for _ in range(2):

@@ -177,6 +177,7 @@ class DecodeWorker:
         copies: _cpu.CopyEngine | None = None,
         copy_rate: float | None = None,
         lookahead_bytes: int | None = None,
+        fill_bytes: int = 16 << 20,
     ) -> None:
         """policy: who leaves a slot, and what is fetched behind an answer. Raises ConfigError if it has no native twin.
 
@@ -184,6 +185,8 @@ class DecodeWorker:
 
         lookahead_bytes: what each CPU thread may pull into its cache for the next layer at a time; default: three
         quarters of its second-level cache.
+
+        fill_bytes: in flight while no step is pending, up to which `fill` begins more; a step's copies wait for them.
 
         stall_seconds: how long `wait_tokens` bears that neither side gets on. copies: an engine that nobody else uses;
         by default the one for slot_table's device. copy_rate: bytes per second that copies do not exceed, to imitate a
@@ -219,6 +222,7 @@ class DecodeWorker:
             _cpu.Rates(rates.cpu, rates.cpu, rates.copy, rates.copy, rates.cpu_fixed, rates.copy_fixed),
             stall_seconds,
             -1 if lookahead_bytes is None else lookahead_bytes,
+            fill_bytes,
         )
         # Before the memory goes, and before the interpreter does.
         self.stop = weakref.finalize(self, self._worker.stop)
@@ -252,11 +256,22 @@ class DecodeWorker:
     # For loading and prompts: these raise RuntimeError while steps are pending.
 
     def settle(self) -> None:
-        """Waits until no copy is in flight. Raises RuntimeError after `stall_seconds`."""
-        deadline = time.monotonic() + self._stall_seconds
-        while not self._worker.settle(0.05):
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"copies of experts have not ended in {self._stall_seconds} seconds")
+        """Waits until all is filled and no copy is in flight. Raises RuntimeError if none ends in `stall_seconds`."""
+        left, deadline = math.inf, math.inf
+        while (n_expert := self._worker.settle(0.05)) > 0:  # signals are handled between the calls
+            now = time.monotonic()
+            if n_expert < left:
+                left, deadline = n_expert, now + self._stall_seconds
+            elif now > deadline:
+                raise RuntimeError(f"{left} experts are on their way, but none has arrived in {self._stall_seconds} s")
+
+    def fill(self, best_first: Sequence[tuple[int, int]]) -> None:
+        """Begins to copy experts (layer, expert) into free slots, as long as there are any, and returns at once.
+
+        Steps may run meanwhile: to them an expert that has not arrived is absent. Where the policy knows no other order
+        the last one leaves first. The device must be done with what was launched before that uses slots or table.
+        """
+        self._worker.fill(list(best_first))
 
     def reserve(self, layer: int, expert: int, evict: bool = True) -> Reservation | None:
         """A slot for an absent expert, in flight until `complete` or `cancel`; None if there is none (to evict)."""

@@ -46,6 +46,10 @@ def bench(
     ubatch: Annotated[
         Texts, typer.Option("--ubatch", "-ub", help="Prompt tokens at once.", rich_help_panel=ENGINE)
     ] = None,
+    policy: Annotated[
+        Texts,
+        typer.Option("--policy", help="Who leaves the VRAM slots: NAME[:key=value,...],...", rich_help_panel=ENGINE),
+    ] = None,
     settings: Annotated[
         Texts,
         typer.Option(
@@ -104,6 +108,7 @@ def bench(
     pairs = plan.pairs("-pg", both or [])
     tests = plan.sweep(prompts, gens, depths) if sweep else plan.all_tests(prompts, gens, depths, pairs)
     named = {"vram_budget": vram_budget, "n_sequence": batch, "threads": threads, "ubatch": ubatch}
+    named["policy"] = policy
     lists = {name: texts for name, texts in named.items() if texts} | _settings(settings or [])
     session = Session(
         _random(random, layers, skew, mix, work) if random else model or bundled_model(),

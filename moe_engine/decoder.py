@@ -156,6 +156,7 @@ class GraphDecoder:
         self._launched_forms: dict[int, StepForm] = {}
         self._graphs: dict[StepForm, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if step.tokens.is_cuda else None
+        self._filled = False  # all slots, where nothing may miss
         self._fetch_share = 0.0  # of missed experts, lately, in steps of the second form
         self._before = (0, 0, 0)  # fetched experts, those the CPU has computed, and steps, as last noted
 
@@ -167,7 +168,7 @@ class GraphDecoder:
         recorder: Recorder | None = None,
         profile: Profile | None = None,
     ) -> Self:
-        """Starts the worker and fills the slots with the first experts of each layer, or those of an earlier run."""
+        """Starts the worker, which fills the slots with the first experts of each layer, or those of an earlier run."""
         experts = step.experts
         mode: Mode = "cpu" if not experts.caches else "exact" if config.exact else config.miss
         forms: dict[Mode, tuple[Misses, ...]] = {
@@ -190,9 +191,12 @@ class GraphDecoder:
             worker.complete(layer, expert)  # nobody looks before all are loaded
             return place.slot
 
+        experts.load_placed(reserve)
         if profile is not None:
             worker.seed(profile.counts)
-        experts.fill(() if profile is None else profile.best_first(), reserve)
+        if experts.slot_table.is_cuda:  # slots and table may still be in use in the order of the current stream
+            torch.cuda.synchronize(experts.slot_table.device)
+        worker.fill(list(experts.by_number(range(len(layers)))) if profile is None else profile.best_first())
         misses = ("none",) if experts.holds_all else forms[mode]
         # What the CPU does not compute it need not foresee.
         lookahead = config.lookahead and "cpu" in misses
@@ -252,7 +256,15 @@ class GraphDecoder:
                 self._recorder.note_tokens(*self.step.routing(self.taken, len(some)), position + start)
         return len(self._graphs) == n_graph
 
+    def await_slots(self) -> None:
+        """Where nothing may miss: until every expert is in its slot."""
+        if self.misses == ("none",) and not self._filled:
+            with _decode_errors():
+                self.worker.settle()
+            self._filled = True
+
     def _launch(self, form: StepForm) -> None:
+        self.await_slots()
         if self._pool is not None and form not in self._graphs:
             self._load(form)
         self._start(form)

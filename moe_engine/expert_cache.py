@@ -5,8 +5,9 @@ out meanwhile (kernels/worker.py). Calling the object is the path for prompts (p
 activations, expert by expert the reference for it: results do not depend on what is cached then. Nothing is evicted.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -134,20 +135,22 @@ class CachedExperts:
         """Whether there is a slot for every expert."""
         return all(len(pool.slots) == self._size(pool) for pool in self._all_pools)
 
-    def fill(self, best_first: Iterable[Key] = (), reserve: Callable[[int, int], int] | None = None) -> None:
-        """Loads what comes first in `best_first`, then the first experts of each layer; the best one last.
+    def fill(self) -> None:
+        """Loads placed layers and the first experts of the others, in the order of the current stream."""
+        self.load_placed()
+        for pool in self.pools.values():
+            for slot, key in enumerate(islice(self.by_number(pool.layers), len(pool.slots))):
+                self.load(key, slot)
 
-        reserve: `(layer, expert)` to a free slot.
-        """
-        free = {pool.layers[0]: list(range(len(pool.slots))) for pool in self._all_pools}
-        by_number = ((layer, expert) for expert in range(self.n_expert) for layer in range(len(self.handles)))
-        chosen: list[tuple[Key, int]] = []
-        for key in dict.fromkeys((*best_first, *by_number)):
-            slots = free[self.pool_of(key[0]).layers[0]]
-            if slots:
-                chosen.append((key, slots.pop()))
-        for key, slot in reversed(chosen):
-            self.load(key, slot if reserve is None else reserve(*key))
+    def load_placed(self, slot_of: Callable[[int, int], int] = lambda layer, expert: expert) -> None:
+        """Loads the layers that are in VRAM for good. slot_of: `(layer, expert)` to a free slot of the layer."""
+        for index, pool in self.own_pools.items():
+            for expert in range(len(pool.slots)):
+                self.load((index, expert), slot_of(index, expert))
+
+    def by_number(self, layers: Sequence[int]) -> Iterator[Key]:
+        """Experts of MoE layers, the first one of each layer first."""
+        return ((layer, expert) for expert in range(self.n_expert) for layer in layers)
 
     def load(self, key: Key, slot: int) -> None:
         """Copies an expert into a slot and enters it in the table, in the order of the current stream.

@@ -84,6 +84,8 @@ class Prefill:
     @torch.inference_mode()
     def hidden(self, ids: Sequence[int], first: int = 0, index: int = 0) -> Iterator[Tensor]:
         """The hidden states f32 `[n, hidden]` of each micro-batch; on a GPU they may not be there yet."""
+        if isinstance(self.decoder, GraphDecoder):
+            self.decoder.await_slots()
         for start in range(first, len(ids), self.ubatch):
             tokens = torch.tensor(ids[start : start + self.ubatch], dtype=torch.int64, device=self.device)
             found = self.model.forward(tokens, start, self.cache.sequence(index), self.rope)

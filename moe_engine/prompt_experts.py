@@ -3,7 +3,8 @@
     look at the router's choice -> divide the experts -> begin copies -> products of what is there -> the CPU's share
 
 Copies run ahead of the products, into the next layer too. The host waits once per layer, for the router's choice; only
-the products that need an expert wait for its copy. Slots and their table stay as they are.
+the products that need an expert wait for its copy. Nobody leaves a slot meanwhile. The decode worker may be filling
+free ones: what counts for a layer is its row of the slot table as it comes with the choice.
 """
 
 from collections import deque
@@ -140,7 +141,7 @@ class PromptExperts:
         n_cpu = 0 if self.exact else choose_for_cpu(counts, n_elsewhere, layout.slot_bytes, operations, self.rates)
         on_cpu = set(free[:n_cpu])
         streamed = [expert for expert in wanted if expert not in on_cpu]
-        unused = sum(1 for expert in coming if not choice.counts[expert])
+        unused = sum(1 for expert in coming if not choice.counts[expert] or choice.resident[expert] >= 0)
         n_cached = sum(1 for n, slot in zip(choice.counts, choice.resident, strict=True) if n and slot >= 0)
         self.counts.cached, self.counts.streamed = self.counts.cached + n_cached, self.counts.streamed + len(streamed)
         self.experts.hits, self.experts.misses = self.experts.hits + n_cached, self.experts.misses + len(wanted)
@@ -206,9 +207,9 @@ class PromptExperts:
                 rows[row, chunk.experts] = np.arange(len(chunk.experts))
                 launch[chunk.experts] = len(planned)
                 planned.append((chunk, row, slice(chunk.experts[0], chunk.experts[-1] + 1)))
-        in_vain = launch > 0
+        in_vain = launch > 0  # copied ahead, but not chosen, or in a slot by now
         in_vain[streamed] = False
-        launch[in_vain] = rows[1, in_vain] = -1
+        launch[in_vain], rows[1, in_vain] = np.where(rows[0, in_vain] >= 0, 0, -1), -1
         rows[3] = rows[:3].max(0)
         tiles, ends = tile_map(counts, launch, block_m)
         tiles[0] -= np.array([some.start for _, _, some in planned], dtype=np.int32)[launch[tiles[0]]]

@@ -71,6 +71,7 @@ class FakeGpu:
         lookahead_bytes: int | None = None,
         policy: PolicySpec = LRU,
         copy_rate: float | None = None,
+        fill_bytes: int = 16 << 20,
     ) -> None:
         self.mode, self.meanwhile = mode, meanwhile
         self.ahead: Sequence[
@@ -99,6 +100,7 @@ class FakeGpu:
             lookahead_bytes=lookahead_bytes,
             policy=policy,
             copy_rate=copy_rate,
+            fill_bytes=fill_bytes,
         )
 
     def seq(self, step: int, layer: int) -> int:

@@ -3,6 +3,7 @@
 import torch
 
 from moe_engine import Engine
+from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
 
 
@@ -10,6 +11,8 @@ from moe_engine.expert_cache import CachedExperts
 def empty_slots(engine: Engine) -> CachedExperts:
     experts = engine.experts
     assert isinstance(experts, CachedExperts)
+    if isinstance(engine.decoder, GraphDecoder):
+        engine.decoder.worker.settle()
     experts.slot_table.fill_(-1)
     return experts
 

@@ -119,6 +119,16 @@ def test_sweep_has_a_line_for_each_depth(bench: Bench) -> None:
     assert [line[1:4] for line in lines[1:4]] == [["4", "2", "0"], ["4", "2", "4"], ["4", "2", "8"]]
 
 
+def test_policies_are_compared(bench: Bench) -> None:
+    policies = "lru,blend:admit=outranks,floor=2"
+    status, out, err = bench(
+        *("--device", "cpu", "-p", "0", "-n", "1", "-r", "1", "-o", "json"), "--policy", policies, "--policy", "lfu"
+    )
+    assert status == 0, err
+    rows = json.loads(out)
+    assert [row["options"]["policy"] for row in rows] == ["lru", "blend:admit=outranks,floor=2", "lfu"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,6 +138,7 @@ def test_sweep_has_a_line_for_each_depth(bench: Bench) -> None:
         (["--random", "deepseek-v3", "-m", "x.gguf"], "either --model or --random"),
         (["--set", "speed=1"], "unknown option 'speed'"),
         (["--set", "speed"], "--set is 'speed'"),
+        (["--policy", "pinned-lru"], "'pinned-lru' has no native twin"),
         (["--against", "vllm=x"], "--against is 'vllm=x'"),
         (["--against", "ik=/nowhere/llama-bench"], "/nowhere/llama-bench: cannot be run"),
         (["-m", "nowhere.gguf"], "nowhere.gguf: no such file"),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from random_blocks import random_blocks
 from tensor_store import TensorStore
@@ -54,11 +54,15 @@ class Layers:
         choosers = [lambda x: choice(len(x), seed=9)[1]] * N_LAYER
         self.prompt = PromptExperts(experts, N_TOKEN, TOP_K, exact, choosers)
         self.prompt.rates = rates
-        free = {layout: list(range(len(pool.slots))) for layout, pool in experts.pools.items()}
-        for layer, expert in dict.fromkeys(resident):
-            slots = free[experts.layouts[layer]]
-            if slots:
-                experts.load((layer, expert), slots.pop())
+        self.free = {layout: list(range(len(pool.slots))) for layout, pool in experts.pools.items()}
+        self.fill(resident)
+
+    def fill(self, keys: list[tuple[int, int]]) -> None:
+        """Loads what is absent, as far as there are free slots."""
+        for layer, expert in dict.fromkeys(keys):
+            slots = self.free[self.experts.layouts[layer]]
+            if slots and self.experts.slot_table[layer, expert] < 0:
+                self.experts.load((layer, expert), slots.pop())
 
     def close(self) -> None:
         self.experts.close()
@@ -122,23 +126,34 @@ def test_long_prompts_send_the_cpu_only_the_tokens_it_needs(monkeypatch: pytest.
 
 @torch.inference_mode()
 @settings(max_examples=8, deadline=None)
+@example(resident=[], n_slot=5, n_stage=9, order=[0, 1, 2], n_token=6, arriving=ALL[N_EXPERT + 1 :])
 @given(
     resident=st.lists(st.sampled_from(ALL), max_size=12),
     n_slot=st.integers(2, 8),
     n_stage=st.integers(2, 9),
     order=st.lists(st.integers(0, N_LAYER - 1), min_size=1, max_size=4),
     n_token=st.integers(1, 6),
+    arriving=st.lists(st.sampled_from(ALL), max_size=12),
 )
 def test_exact_results_do_not_depend_on_the_cache(
-    resident: list[tuple[int, int]], n_slot: int, n_stage: int, order: list[int], n_token: int
+    resident: list[tuple[int, int]],
+    n_slot: int,
+    n_stage: int,
+    order: list[int],
+    n_token: int,
+    arriving: list[tuple[int, int]],
 ) -> None:
-    """Layers in any order: what was copied ahead for one that does not follow is given up."""
+    """Layers in any order: what was copied ahead for one that does not follow is given up.
+
+    Slots are filled meanwhile, also with what has just been copied ahead.
+    """
     some, all_missed = (
         Layers(n_slot, n_stage, resident, exact=True, rates=SLOW_LINK),
         Layers(2, 2, [], exact=True, rates=Rates()),
     )
     for step, layer in enumerate(order):
         inputs = choice(n_token, seed=step)
+        some.fill([key for key in arriving if key[0] == layer and step > 0])
         assert torch.equal(some.prompt(layer, *inputs), all_missed.prompt(layer, *inputs))
     assert some.prompt.counts.cpu == 0
     some.close()

@@ -155,9 +155,10 @@ def test_models_are_told_apart(model: Path, tmp_path: Path) -> None:
 def test_slots_begin_with_what_the_last_run_used(model: Path) -> None:
     options = {"miss": "cpu", "cache_slots": 6, "policy": "lfu"}
     with load(model, **options) as engine:
+        assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.worker.settle()
         engine.generate([1, 2], temperature=0, max_tokens=2)
         fingerprint = engine.fingerprint
-        assert isinstance(engine.decoder, GraphDecoder)
         engine.decoder.worker.settle()
         counts, table = engine.decoder.worker.use_counts(), engine.decoder.step.experts.slot_table >= 0
     kept = load_profile(fingerprint, *counts.shape)
@@ -167,12 +168,14 @@ def test_slots_begin_with_what_the_last_run_used(model: Path) -> None:
     assert not np.array_equal(table[0, :3], [True] * 3), "or it would be what runs without a profile begin with"
     with load(model, **options) as engine:
         assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.worker.settle()
         np.testing.assert_array_equal(engine.decoder.step.experts.slot_table >= 0, table)
         np.testing.assert_array_equal(engine.decoder.worker.use_counts(), counts)
         engine.decoder.worker.check_integrity()
     before = path_of(fingerprint).read_bytes()
     with load(model, **options, profile=False) as engine:
         assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.worker.settle()
         np.testing.assert_array_equal(engine.decoder.step.experts.slot_table[:, :3] >= 0, True)
         engine.generate([1], temperature=0, max_tokens=1)
     assert path_of(fingerprint).read_bytes() == before

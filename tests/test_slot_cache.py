@@ -224,6 +224,48 @@ def test_an_earlier_runs_uses_count() -> None:
     assert cache.reserve(cache.key(0, 2)) == (1, cache.key(0, 1))
 
 
+@pytest.mark.parametrize("spec", SPECS)
+@settings(max_examples=20, deadline=None)
+@given(
+    order=st.permutations(range(N_EXPERT)),
+    uses=st.lists(st.integers(0, N_EXPERT - 1), max_size=6),
+    arrives=st.lists(st.integers(0, 6), min_size=N_EXPERT, max_size=N_EXPERT),
+    seeds=st.lists(st.sampled_from([0.0, 0.5, 0.5, 3.0]), min_size=N_EXPERT, max_size=N_EXPERT),
+)
+def test_what_is_filled_stands_as_if_it_had_come_before_the_first_step(
+    spec: str, order: list[int], uses: list[int], arrives: list[int], seeds: list[float]
+) -> None:
+    """The best one last, whenever it has arrived: all are evicted in the same order."""
+    caches = [SlotCache(N_EXPERT, [0, 0], [N_EXPERT], native_policy(policy_of(spec))) for _ in range(2)]
+    early, late = caches
+    for cache in caches:
+        for expert, n_use in enumerate(seeds):
+            if n_use > 0:
+                cache.seed(expert, n_use)
+    for expert in reversed(order):
+        early.reserve(expert)
+        early.complete(expert)
+    for expert in order:
+        late.reserve(expert)
+    when = dict(zip(order, sorted(arrives), strict=True))  # copies end in their order
+    for step in range(len(uses) + 1):
+        for expert in order:
+            if when[expert] == step:
+                late.complete(expert, filled=True)
+        if step < len(uses):
+            for cache in caches:
+                cache.begin_layer_step(0, [uses[step]], step + 1)
+                cache.end_layer_step()
+    for expert in order:
+        if when[expert] > len(uses):
+            late.complete(expert, filled=True)
+    for cache in caches:
+        cache.check_integrity()
+    victims = [[cache.reserve(N_EXPERT + expert)[1] for expert in range(N_EXPERT)] for cache in caches]
+    assert victims[0] == victims[1]
+    assert sorted(victims[0]) == list(range(N_EXPERT))
+
+
 def test_policies_without_a_twin_name_those_that_have_one() -> None:
     for name in set(policy_names()) - set(NATIVE):
         for refuse in (lambda name: native_policy(policy_of(name)), lambda name: EngineConfig(policy=name)):

@@ -81,7 +81,7 @@ void bind_slot_cache(nb::module_& m) {
                 return std::pair(reservation.slot, reservation.evicted);
             },
             "key"_a, "evict"_a = "any")
-        .def("complete", &SlotCache::complete, "key"_a)
+        .def("complete", &SlotCache::complete, "key"_a, "filled"_a = false)
         .def("cancel", &SlotCache::cancel, "key"_a)
         .def("release", &SlotCache::release, "key"_a)
         .def("residents", &SlotCache::residents, "layer"_a)
@@ -201,15 +201,15 @@ void bind_worker(nb::module_& m) {
                int n_expert, const std::vector<moe::WorkerLayer>& layers, const std::vector<int>& n_slot,
                uintptr_t slot_numbers, const moe::PolicySettings& policy, const std::string& mode,
                int64_t max_background, bool float_activations, const moe::Rates& rates, double stall_seconds,
-               int64_t lookahead_bytes) {
+               int64_t lookahead_bytes, int64_t fill_bytes) {
                 new (self) DecodeWorker({mailbox, n_expert, layers, n_slot, at<const int32_t>(slot_numbers),
                                          fetch_of(mode), max_background, float_activations, rates,
-                                         stall_seconds, lookahead_bytes, policy},
+                                         stall_seconds, lookahead_bytes, fill_bytes, policy},
                                         pool, copies);
             },
             "pool"_a, "copies"_a, "mailbox"_a, "n_expert"_a, "layers"_a, "n_slot"_a, "slot_numbers"_a, "policy"_a,
             "mode"_a, "max_background"_a, "float_activations"_a, "rates"_a, "stall_seconds"_a, "lookahead_bytes"_a,
-            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+            "fill_bytes"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def("stop", &DecodeWorker::stop, no_gil)
         .def("expect", &DecodeWorker::expect, "step"_a, "n_token"_a, "allow_late"_a, "posted"_a,
              "pull"_a, "idle"_a, no_gil)
@@ -242,6 +242,7 @@ void bind_worker(nb::module_& m) {
                 worker.while_idle([&](SlotCache& cache) { cache.release(cache.key(layer, expert)); });
             },
             "layer"_a, "expert"_a, no_gil)
+        .def("fill", &DecodeWorker::fill, "best_first"_a, no_gil)
         .def("use_counts", &DecodeWorker::use_counts, no_gil)
         .def("seed", &DecodeWorker::seed, "counts"_a, no_gil)
         .def(

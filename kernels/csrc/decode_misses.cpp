@@ -24,6 +24,8 @@ void DecodeWorker::handle(const Step& step, int layer) {
     score_prefetches(layer);
     look_ahead(step, layer, message);  // by other threads, which need not wait for the driver
     start_background();
+    // Who fetches for the running step needs the link, and the disk would be waited for.
+    if (entry_.n_now == 0 && spec_.layers[0].experts.memory == nullptr) fill_some(1);
 }
 
 void DecodeWorker::note_message(int layer) {
@@ -181,7 +183,7 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
     const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
     keep_foreseen(step, layer, message);
     double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
-    for (const Flight& flight : in_flight_) room -= static_cast<double>(flight.n_bytes);
+    room -= static_cast<double>(bytes_in_flight());
     if (room < static_cast<double>(n_bytes) || !worth_prefetching(layer + 1)) return;
     for (int64_t choice = 0; choice < spec_.mailbox.top_k; ++choice)
         for (int64_t token = 0; token < step.n_token; ++token) {
@@ -227,9 +229,7 @@ void DecodeWorker::divide(const Step& step, int layer) {
     if (!step.allow_late || spec_.fetch == Fetch::none) {
         n_fetch = 0;
     } else if (spec_.fetch == Fetch::balanced) {
-        int64_t backlog = 0;
-        for (const Flight& flight : in_flight_) backlog += flight.n_bytes;
-        n_fetch = cost_of(step).best_fetches(n_fetch, expert_bytes_[static_cast<size_t>(layer)], backlog);
+        n_fetch = cost_of(step).best_fetches(n_fetch, expert_bytes_[static_cast<size_t>(layer)], bytes_in_flight());
     }
     // Where all must be fetched and slots are few, what is on its way for later steps may be evicted once it is there.
     const auto find_slot = [&](ExpertKey key) {
@@ -368,7 +368,23 @@ bool DecodeWorker::reserve(ExpertKey key, SlotCache::Evict evict) {
     return true;
 }
 
-void DecodeWorker::start_fetch(ExpertKey key) {
+int64_t DecodeWorker::bytes_in_flight() const {
+    int64_t n_bytes = 0;
+    for (const Flight& flight : in_flight_) n_bytes += flight.n_bytes;
+    return n_bytes;
+}
+
+// Starts to copy what is to be filled while fewer bytes are on their way. Nobody leaves for it: an expert that an
+// answer has just evicted finds no free slot, so its table entry cannot come before the GPU takes the old one out.
+void DecodeWorker::fill_some(int64_t n_bytes) {
+    while (!fill_.empty() && bytes_in_flight() < n_bytes) {
+        const ExpertKey key = fill_.front();
+        fill_.pop_front();
+        if (cache_.absent(key) && cache_.reserve(key, SlotCache::Evict::nobody).slot >= 0) start_fetch(key, true);
+    }
+}
+
+void DecodeWorker::start_fetch(ExpertKey key, bool filled) {
     const auto [layer_index, expert] = cache_.layer_and_expert(key);
     const WorkerLayer& layer = spec_.layers[static_cast<size_t>(layer_index)];
     const int32_t slot = cache_.slot(key);
@@ -380,8 +396,8 @@ void DecodeWorker::start_fetch(ExpertKey key) {
     batch_.push_back({layer.table + expert * int64_t{4},
                       reinterpret_cast<const uint8_t*>(spec_.slot_numbers + slot), 4});
     copies_.submit(batch_);
-    in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false, now()});
-    unused_[static_cast<size_t>(key)] = true;
+    in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false, filled, now()});
+    unused_[static_cast<size_t>(key)] = !filled;
 }
 
 }  // namespace moe

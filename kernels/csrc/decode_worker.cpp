@@ -122,13 +122,15 @@ bool DecodeWorker::next_step(Step* step) {
         if (stop_) return false;
         pool_.stay_awake(false);
         activity_ = "sleeps after layer";
-        if (in_flight_.empty()) {
-            wake_.wait(lock);
-            continue;
-        }
-        wake_.wait_for(lock, kIdlePoll);
         poll_copies();
-        if (in_flight_.empty()) arrived_.notify_all();
+        // What has to be read from disk is waited for and held: one at a time.
+        fill_some(spec_.layers[0].experts.memory == nullptr ? spec_.fill_bytes : 1);
+        if (in_flight_.empty()) {
+            arrived_.notify_all();
+            wake_.wait(lock);
+        } else {
+            wake_.wait_for(lock, kIdlePoll);
+        }
     }
     *step = pending_.front();
     pool_.stay_awake(step->posted);
@@ -199,7 +201,7 @@ void DecodeWorker::poll_copies() {
     while (const std::optional<double> seconds = copies_.poll()) {
         const Flight flight = in_flight_.front();
         in_flight_.pop_front();
-        cache_.complete(flight.key);
+        cache_.complete(flight.key, flight.filled);
         const auto [layer, expert] = cache_.layer_and_expert(flight.key);
         const ExpertLayer& experts = spec_.layers[static_cast<size_t>(layer)].experts;
         if (experts.memory != nullptr) experts.memory->release(experts.memory_layer, &expert, 1);
@@ -282,13 +284,21 @@ void DecodeWorker::require_idle() {
                                  " is pending: until its tokens have come the slots are the decode worker's");
 }
 
-bool DecodeWorker::settle(double seconds) {
+int64_t DecodeWorker::settle(double seconds) {
     std::unique_lock<std::mutex> lock(mutex_);
     require_idle();
-    arrived_.wait_for(lock, Seconds(seconds),
-                      [this] { return in_flight_.empty() || stop_ || !failure_.empty(); });
+    arrived_.wait_for(lock, Seconds(seconds), [this] { return unsettled() == 0 || stop_ || !failure_.empty(); });
     require_alive();
-    return in_flight_.empty();
+    return unsettled();
+}
+
+void DecodeWorker::fill(const std::vector<std::pair<int, int>>& best_first) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_idle();
+    std::deque<ExpertKey> keys;
+    for (const auto& [layer, expert] : best_first) keys.push_back(cache_.key(layer, expert));
+    fill_ = std::move(keys);
+    wake_.notify_all();
 }
 
 std::vector<float> DecodeWorker::use_counts() {

@@ -16,6 +16,8 @@
 // Prefetch            What the layer after that will probably choose, and is in no slot, comes before the experts
 //                     just computed when something is fetched behind an answer. It arrives in time: two layers
 //                     take longer than a copy. Predicted experts are not evicted.
+// Filling             What slots are to begin with is copied into free ones: between generations several at a time, in
+//                     a step one behind a message, if nothing else is on its way. Until it arrives it is a miss.
 // Reads               Where not all experts fit the RAM, expert_ffn() holds those it computes, and the thread those
 //                     whose copy is in flight.
 // Failures            Any exception of the thread, and a standstill found by wait_tokens(), sets the mailbox's
@@ -76,6 +78,7 @@ struct WorkerSpec {
     Rates rates;
     double stall_seconds;
     int64_t lookahead_bytes;  // by thread (lookahead.h)
+    int64_t fill_bytes;       // while no step is pending: on their way, up to which more is begun to fill slots
     PolicySettings policy{};
 };
 
@@ -137,7 +140,11 @@ class DecodeWorker {
         require_idle();
         return body(cache_);
     }
-    bool settle(double seconds);  // false if copies are still in flight after that time
+    // Experts that are in flight or yet to be filled; waits up to that time until there are none.
+    int64_t settle(double seconds);
+
+    // Begins to copy (layer, expert) into free slots, the first ones first; those that find none are left out.
+    void fill(const std::vector<std::pair<int, int>>& best_first);
 
     // How often each expert was used lately, by key; and to begin with the counts of an earlier run.
     std::vector<float> use_counts();
@@ -156,7 +163,7 @@ class DecodeWorker {
     struct Flight {
         ExpertKey key;
         int64_t n_bytes;
-        bool beside_cpu;
+        bool beside_cpu, filled;
         int64_t submitted;
     };
 
@@ -184,7 +191,10 @@ class DecodeWorker {
     bool worth_prefetching(int layer);
     void score_prefetches(int layer);
     bool reserve(ExpertKey key, SlotCache::Evict evict);
-    void start_fetch(ExpertKey key);
+    void start_fetch(ExpertKey key, bool filled = false);
+    int64_t bytes_in_flight() const;
+    void fill_some(int64_t n_bytes);
+    int64_t unsettled() const { return static_cast<int64_t>(in_flight_.size() + fill_.size()); }
     void look_ahead(const Step& step, int layer, const Mailbox::Message& message);
     void end_lookahead();
     void note_message(int layer);
@@ -217,7 +227,8 @@ class DecodeWorker {
 
     SlotCache cache_;
     std::deque<Flight> in_flight_;
-    std::vector<bool> unused_;  // by key: fetched and not used yet
+    std::deque<ExpertKey> fill_;  // what slots are to begin with, the best first
+    std::vector<bool> unused_;    // by key: fetched and not used yet
     UseCounts uses_;
     Lookahead lookahead_;
     std::vector<int32_t> expected_;  // experts that the next layer will probably miss, the likeliest first

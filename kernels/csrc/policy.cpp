@@ -126,9 +126,12 @@ void Policy::foresee(ExpertKey key, int64_t next_use) {
     forget_lowest(key);
 }
 
-void Policy::insert(ExpertKey key) {
+void Policy::insert(ExpertKey key, bool filled) {
     resident_[static_cast<size_t>(key)] = 1;
-    last_[static_cast<size_t>(key)] = ++clock_;
+    if (!filled)
+        last_[static_cast<size_t>(key)] = ++clock_;
+    else if (step_[static_cast<size_t>(key)] <= 0)  // otherwise a step (the first is 1) has used it meanwhile
+        last_[static_cast<size_t>(key)] = --before_;
     ++n_resident_[static_cast<size_t>(key / n_expert_)];
     ++size_;
     forget_lowest(key);

@@ -54,7 +54,8 @@ class Policy {
     void unpin();
     void note(ExpertKey key, int64_t step, double amount = 1);  // a use in a token (step), of any key
     void foresee(ExpertKey key, int64_t next_use);              // for belady, after each use
-    void insert(ExpertKey key);                                 // not resident
+    // Not resident before. filled: as if before everything else that has happened, and of such the first one last.
+    void insert(ExpertKey key, bool filled = false);
     void remove(ExpertKey key);                                 // resident
     void refresh(ExpertKey key);                                // as remove() and insert() in one
     bool contains(ExpertKey key) const { return resident_[static_cast<size_t>(key)] != 0; }
@@ -100,7 +101,7 @@ class Policy {
     std::vector<double> count_;
     std::vector<int64_t> next_use_;
     std::vector<int64_t> last_;  // when it was used or inserted, on a clock of our own
-    int64_t clock_ = 0;
+    int64_t clock_ = 0, before_ = 0;
     std::vector<int64_t> pinned_;  // the layer step for which it is
     int64_t layer_step_ = 1;
     std::vector<int> pinned_layers_;

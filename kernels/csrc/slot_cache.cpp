@@ -70,10 +70,10 @@ SlotCache::Reservation SlotCache::reserve(ExpertKey key, Evict evict) {
     return {slot, evicted};
 }
 
-void SlotCache::complete(ExpertKey key) {
+void SlotCache::complete(ExpertKey key, bool filled) {
     require(!absent(key) && !resident(key), key, "is completed but not in flight");
     state(key).resident = true;
-    class_of(key).policy.insert(key);
+    class_of(key).policy.insert(key, filled);
 }
 
 void SlotCache::cancel(ExpertKey key) {

@@ -49,7 +49,7 @@ class SlotCache {
     // Whom a reservation may evict. `worse`: whom the policy's admission rule gives up for this expert, just used.
     enum class Evict { nobody, worse, any };
     Reservation reserve(ExpertKey key, Evict evict = Evict::any);  // absent -> in flight
-    void complete(ExpertKey key);                                  // in flight -> resident
+    void complete(ExpertKey key, bool filled = false);  // in flight -> resident; filled: see Policy::insert
     void cancel(ExpertKey key);                                    // in flight -> absent
     void release(ExpertKey key);                                   // resident -> absent
 

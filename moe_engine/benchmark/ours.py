@@ -88,6 +88,8 @@ class Ours:
         if self.routing is not None:
             self._follow(self.routing)
         self._note_slots()
+        if isinstance(engine.decoder, GraphDecoder):
+            engine.decoder.worker.settle()  # all slots are filled
         if self.with_timeline and not self._events:
             self._warm_up(tests)
             self._events = timeline.record(engine, self._tokens(0, 0, 1)[0])

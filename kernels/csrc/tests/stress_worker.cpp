@@ -79,7 +79,7 @@ struct Setting {
         const auto fetch = static_cast<moe::Fetch>(draw(random, 0, 3));
         const int least = fetch == moe::Fetch::all ? n_expert : 0, n_class = draw(random, 1, 2);
         spec = {mailbox, n_expert, {}, {}, nullptr, fetch, draw(random, 0, 4), draw(random, 0, 3) == 0,
-                {1e9, 1e9, 1e9, 1e9, 0, 0}, 100, draw(random, -1, 1) * 1000};
+                {1e9, 1e9, 1e9, 1e9, 0, 0}, 100, draw(random, -1, 1) * 1000, draw(random, 0, 1) ? 1 : 1 << 20};
         const char* names[] = {"lru", "lfu", "lfu-decay", "class-lru", "least-stale", "blend"};
         const char* rules[] = {"always", "second-touch", "better-than-victim", "outranks"};
         spec.policy = moe::PolicySettings(names[draw(random, 0, 5)], rules[draw(random, 0, 3)], {});
@@ -242,6 +242,10 @@ void one_round(unsigned seed) {
         }
     });
     try {
+        std::vector<std::pair<int, int>> first;
+        for (int i = draw(random, 0, 40); i > 0; --i)
+            first.emplace_back(draw(random, 0, setting.n_layer - 1), draw(random, 0, setting.n_expert - 1));
+        worker.fill(first);
         for (int64_t step = 1; step <= n_step && step <= end; ++step) {
             worker.expect(step, n_token, allow_late);
             launched = step;
@@ -255,7 +259,7 @@ void one_round(unsigned seed) {
         if (end == n_step) {
             while (!worker.wait_tokens(n_step, 0.05)) {
             }
-            while (!worker.settle(0.05)) {
+            while (worker.settle(0.05) > 0) {
             }
             worker.while_idle([&](moe::SlotCache& cache) {
                 cache.check_integrity();
