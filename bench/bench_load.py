@@ -84,9 +84,8 @@ def load(path: Path, options: dict[str, Any]) -> dict[str, float]:
         found: dict[str, float] = {"load": time.perf_counter() - start, "bytes": last["bytes"]}
         store: ExpertStore = engine.experts.store  # type: ignore[attr-defined]
         if store._locker is not None:
-            found["locked_at_load"] = sum(map(store._locker.n_locked, range(len(store._rows)))) / sum(
-                map(len, store._rows)
-            )
+            n_locked = sum(map(store._locker.n_locked, range(len(store._layers))))
+            found["locked_at_load"] = n_locked / sum(len(layer.rows) for layer in store._layers)
         next(engine.stream([1, 2, 3, 4], temperature=0, max_tokens=1))
         found["first_token"] = time.perf_counter() - start
         if store._locker is not None:
