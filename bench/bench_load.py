@@ -186,7 +186,7 @@ def main() -> None:
 
     path = options.work / "load-deepseek-v2-lite.gguf"
     write_model("deepseek-v2-lite", path, layers=3 if options.tiny else 27, skew=0.35)
-    budget = "1300MiB" if options.tiny else "4GiB"
+    budget = "1800MiB" if options.tiny else "4GiB"
     print(f"{path.name}: {format_size(path.stat().st_size)}", flush=True)
     rows = [["--exact"], ["--miss", "cpu"]] if not options.tiny else [[]]
     shared = ["--device", device] + ([] if options.tiny else ["--vram-budget", "3GiB"])
