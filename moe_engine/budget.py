@@ -15,7 +15,7 @@ from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import cached_bytes
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
-from moe_engine.placement import Home, block_of, placed_homes
+from moe_engine.placement import Home, block_of, placed_homes, uses_slots
 
 CUDA_CONTEXT_BYTES = 704 << 20  # seen: 689 MiB on an H200, CUDA 13 (bench/results/check_gpu.json)
 DEFAULT_SHARE = 0.9  # of the free VRAM, when no budget is given
@@ -103,6 +103,24 @@ def plan_vram(
     return plan
 
 
+def host_bytes(
+    file: GGUFFile,
+    meta: Metadata,
+    family: type[Transformer],
+    config: EngineConfig,
+    ctx: int,
+    device: torch.device,
+    vram: VramPlan | None,
+) -> int:
+    """What a loaded model takes in RAM besides its weights: KV cache and a micro-batch on the CPU, where that is plain
+    f32; what passes for VRAM on the simulated device, whose weights count there.
+    """
+    if vram is not None:
+        return vram.budget if device.type == "cpu" else 0
+    n_token, plain = min(config.ubatch or DEFAULT_UBATCH, ctx), replace(config, activations="float")
+    return _kv_bytes(meta, family, config, ctx) + _workspace_bytes(file, meta, family, plain, n_token, ctx)
+
+
 def _remedies(needed: int, config: EngineConfig, ctx: int, fits: Callable[..., bool]) -> list[str]:
     """Single changes with which the model fits. fits: of a ctx and changes of the configuration."""
     found = [f"vram_budget {-(-needed >> 20)}MiB"]
@@ -144,7 +162,7 @@ def _divide(
             context=CUDA_CONTEXT_BYTES if device.type == "cuda" else 0,
             dense=_dense_bytes(file, meta),
             placed=_placed_bytes(file, homes),
-            kv_cache=config.n_sequence * n_layer(meta) * ctx * cached_bytes(config.kv_dtype, family.kv_values(meta)),
+            kv_cache=_kv_bytes(meta, family, config, ctx),
             workspace=4 * scratch_elements
             + _workspace_bytes(file, meta, family, config, min(ubatch, ctx), ctx)
             + _decode_bytes(file, meta, config, device),
@@ -207,13 +225,17 @@ def _least_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, homes: Ma
     top_k, n_expert = meta.integer("expert_used_count"), meta.integer("expert_count")
     layers: dict[str, list[tuple[str, int, int]]] = {}
     for info in file.tensors.values():
-        if _is_expert(info.name) and homes.get(block_of(info.name), "cache") == "cache":
+        if _is_expert(info.name) and uses_slots(homes.get(block_of(info.name), "cache")):
             block, part = info.name.rsplit(".", 2)[0], info.name.rsplit(".", 2)[1]
             layers.setdefault(block, []).append((part, info.type_id, info.nbytes // n_expert))
     pools = {tuple(sorted(parts)) for parts in layers.values()}
     slots = [sum(aligned(nbytes) for _, _, nbytes in parts) for parts in pools]
     staging = config.staging_slots(top_k) * max(slots, default=0)
     return min(config.slots_at_once(top_k), n_expert) * sum(slots), staging
+
+
+def _kv_bytes(meta: Metadata, family: type[Transformer], config: EngineConfig, ctx: int) -> int:
+    return config.n_sequence * n_layer(meta) * ctx * cached_bytes(config.kv_dtype, family.kv_values(meta))
 
 
 def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: torch.device) -> int:
@@ -244,5 +266,6 @@ def _workspace_bytes(
     scores = min(SCORE_BYTES, 4 * meta.integer("attention.head_count") * n_token * ctx)
     scores = scores if config.activations == "float" else 0  # else there is no matrix of them
     logits = min(LOGIT_BYTES, 4 * n_vocab * n_token)
-    chunks = 3 * scores + 2 * logits + min(SCRATCH_BYTES, 4 * n_expert * n_ff * hidden)
+    expanded = min(SCRATCH_BYTES, 4 * n_expert * n_ff * hidden) if config.activations != "float" else 0
+    chunks = 3 * scores + 2 * logits + expanded
     return per_token * n_token + family.attention_bytes(meta, n_token, ctx, config) + chunks

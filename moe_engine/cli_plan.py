@@ -20,7 +20,7 @@ _notes = Console(stderr=True, highlight=False)
 
 Place = Annotated[
     list[str] | None,
-    typer.Option(metavar="REGEX=PLACE", help="Where layers' experts are, by tensor name: cuda:0, cache or cpu."),
+    typer.Option(metavar="REGEX=PLACE", help="Where layers' experts are, by tensor name: cuda:0, cache, cpu or disk."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or simulated (the CUDA path on the CPU).")]

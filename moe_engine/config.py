@@ -46,8 +46,8 @@ def format_size(nbytes: float) -> str:
 def parse_rule(rule: object) -> tuple[re.Pattern[str], str]:
     """Pattern and place of REGEX=PLACE. Raises `ConfigError`."""
     pattern, _, place = rule.rpartition("=") if isinstance(rule, str) else ("", "", "")
-    if not pattern or not (place in ("cache", "cpu") or re.fullmatch(r"cuda:\d+", place)):
-        raise ConfigError(f"place is {rule!r}, expected REGEX=PLACE with a place of: cuda:0, cache, cpu")
+    if not pattern or not (place in ("cache", "cpu", "disk") or re.fullmatch(r"cuda:\d+", place)):
+        raise ConfigError(f"place is {rule!r}, expected REGEX=PLACE with a place of: cuda:0, cache, cpu, disk")
     try:
         return re.compile(pattern), place
     except re.error as e:
@@ -93,7 +93,8 @@ class EngineConfig(_Options):
     experts      where routed experts are computed: "cpu", "cache" (fetched into VRAM slots and computed
                  there), or "auto": "cache" if the budget has room for at least top_k experts.
     place        rules REGEX=PLACE on tensor names that say where layers' experts are: "cuda:0" for good in VRAM,
-                 "cache" or "cpu"; the first that matches decides (placement.py). Default: all as `experts` says.
+                 "cache", "cpu", or "disk" for read when needed; the first that matches decides (placement.py). Default:
+                 all as `experts` says.
     cache_slots  an upper limit on the expert slots of each size; default: as many as the budget holds.
     miss         what a decode step does with experts that are in no slot: "cpu" computes them on the CPU, "fetch"
                  copies them into slots first, "auto" divides them so that both finish together.

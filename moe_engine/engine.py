@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.backend import AcceleratorBackend, Backend, CpuBackend, choose_device
-from moe_engine.budget import LOGIT_BYTES, VramPlan, plan_vram
+from moe_engine.budget import LOGIT_BYTES, VramPlan, host_bytes, plan_vram
 from moe_engine.calibration import Calibration, kept
 from moe_engine.config import DEFAULT_UBATCH, EngineConfig, SamplingParams
 from moe_engine.decode_step import DecodeStep, Running
@@ -41,7 +41,7 @@ from moe_engine.placement import placed_homes
 from moe_engine.prefill import Prefill
 from moe_engine.profile import load_profile
 from moe_engine.prompt_experts import PromptExperts
-from moe_engine.ram_plan import plan_ram
+from moe_engine.ram_plan import RamPlan, check_loaded, plan_ram
 from moe_engine.recording import Recorder
 from moe_engine.sampling import Sampler
 from moe_engine.stats import Stats, peak_ram_bytes
@@ -79,11 +79,14 @@ class Engine:
         model: Transformer,
         experts: Experts,
         cache: KVCache,
+        ram_plan: RamPlan,
         vram_plan: VramPlan | None,
     ) -> None:
-        """Use `Engine.load`. vram_plan: how the VRAM budget was divided, None on the CPU."""
+        """Use `Engine.load`. ram_plan: bytes of experts in RAM and on disk. vram_plan: how the VRAM budget was divided,
+        None on the CPU.
+        """
         self.config, self.file, self.tokenizer, self.experts = config, file, tokenizer, experts
-        self.model, self.cache, self.vram_plan = model, cache, vram_plan
+        self.model, self.cache, self.ram_plan, self.vram_plan = model, cache, ram_plan, vram_plan
         self.rope = model.make_rope(cache.capacity)
         self.recorder = self._recorder() if config.trace is not None else None
         self.device = model.output_norm.device
@@ -137,24 +140,25 @@ class Engine:
         cpu = CpuKernels(config.n_threads, float_activations=config.activations == "float")
         backend: Backend = CpuBackend(cpu)
         plan = plan_vram(file, meta, family, config, ctx, device) if accelerated else None
-        ram = plan_ram(file, meta, n_layer(meta), config, dense_in_ram=not accelerated)
+        homes = placed_homes(file, config, "cpu", n_layer(meta)) if plan is None else plan.homes
+        besides = host_bytes(file, meta, family, config, ctx, device, plan)
+        ram = plan_ram(file, meta, n_layer(meta), config, homes, besides, dense_in_ram=not accelerated)
         in_place = not accelerated and ram.holds_all
         store = ExpertStore(file, ram, meta.integer("expert_count"), cpu, device, in_place=in_place)
         experts: Experts = CpuExperts(cpu, store)
         if plan is not None:
             backend = AcceleratorBackend(device, plan.scratch_elements, config.activations == "int8")
             experts = CachedExperts(device, backend.scratch, cpu, plan.caches_experts, store, plan.homes)
-        else:
-            placed_homes(file, config, "cpu", n_layer(meta))
 
         def report() -> None:
+            if accelerated:
+                file.drop_pages()  # what is dense is in VRAM
             if progress is not None:
                 progress(*store.progress())
 
         with store.closed_on_error(), torch.inference_mode():
             model = family(meta, Weights(file, backend), experts, report)
-            if accelerated:
-                file.drop_pages()  # what is dense is in VRAM
+            report()
             store.finish(report)
             if tokenizer.n_vocab > model.n_vocab:
                 raise ModelFormatError(
@@ -175,7 +179,13 @@ class Engine:
                     experts.prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact, routers)
                     if calibration := _calibration(device, config):
                         experts.prompt.rates = calibration.rates(str(experts.layouts[0].gate.type))
-            return cls(config, file, tokenizer, model, experts, cache, plan)
+            engine = cls(config, file, tokenizer, model, experts, cache, ram, plan)
+            try:
+                check_loaded(ram, config, store.on_demand_bytes)
+            except CapacityError:
+                engine.close()
+                raise
+            return engine
 
     @staticmethod
     def plan(path: str | Path | None = None, **options: Any) -> VramPlan:

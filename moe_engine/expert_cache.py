@@ -20,7 +20,7 @@ from moe_engine.kernels.decode_product import moe_decode
 from moe_engine.kernels.dequantize import linear
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
-from moe_engine.placement import Home
+from moe_engine.placement import Home, uses_slots
 from moe_engine.prompt_experts import PromptExperts
 
 Key = tuple[int, int]
@@ -70,11 +70,11 @@ class CachedExperts:
         layout = SlotLayout.of(gate.type, up.type, down.type, hidden, n_ff)
         home = self.homes.get(layer, "cache")
         self.index[layer] = len(self.handles)
-        self.handles.append(self.store.register(gate, up, down))
+        self.handles.append(self.store.register(layer, gate, up, down))
         self.layouts.append(layout)
-        pool = SlotPool(layout) if home != "cache" else self.pools.setdefault(layout, SlotPool(layout))
+        pool = self.pools.setdefault(layout, SlotPool(layout)) if uses_slots(home) else SlotPool(layout)
         pool.layers.append(self.index[layer])
-        if home != "cache":
+        if not uses_slots(home):
             n_slot = self.n_expert if home == "vram" else 0
             pool.slots = torch.empty(n_slot, layout.slot_bytes, dtype=torch.uint8, device=self.device)
             self.own_pools[self.index[layer]] = pool

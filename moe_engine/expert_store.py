@@ -3,6 +3,7 @@
 An expert's gate, up and down lie together, as in a cache slot, so that one fetch is one copy, and the CPU kernels read
 the same bytes. If all experts fit, they are read at load, each byte once; otherwise the ones that are needed are read
 when they are needed, and those used longest ago are forgotten. On the CPU, if all fit, they stay in the mapped file.
+Layers that are placed on disk pass through a memory of their own, so that they never take room from the others.
 """
 
 import logging
@@ -12,6 +13,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -23,6 +25,7 @@ from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
 from moe_engine.page_lock import CudaDriver, Driver, PageLocker, StagingRing
+from moe_engine.placement import block_of
 from moe_engine.ram_plan import RamPlan
 
 _log = logging.getLogger("moe_engine")
@@ -31,11 +34,19 @@ MAX_READERS = 16
 _GAP = 4096  # between two tensors, and read with them
 
 
+@dataclass(frozen=True)
+class _Layer:
+    memory: _cpu.ExpertMemory
+    index: int  # in `memory`
+    rows: Tensor  # uint8 [n_expert, slot_bytes]
+    on_demand: bool  # experts are in RAM only while they are held
+
+
 class ExpertStore:
     """The experts of all MoE layers, which are numbered in the order of `register`.
 
-    in_place: experts stay in the mapped file (CPU only). Use: `register` every layer, `finish`, then the rest; `close`
-    ends what runs in the background and may be called at any time.
+    in_place: experts stay in the mapped file (CPU only), unless they are placed on disk. Use: `register` every layer,
+    `finish`, then the rest; `close` ends what runs in the background and may be called at any time.
     """
 
     def __init__(
@@ -54,7 +65,8 @@ class ExpertStore:
         limit = -1 if ram.limit is None else ram.limit
         n_reader = min(MAX_READERS, max(4, len(os.sched_getaffinity(0))))
         self.memory = _cpu.ExpertMemory(n_expert, limit, ram.process, ram.least, n_reader)
-        self._rows: list[Tensor] = []  # uint8 [n_expert, slot_bytes] by layer
+        self.disk_memory = _cpu.ExpertMemory(n_expert, ram.window, 0, 0, n_reader) if ram.disk_layers else None
+        self._layers: list[_Layer] = []
         self._ring: StagingRing | None = None
         self._locker: PageLocker | None = None
         if driver is None and device.type == "cuda":
@@ -62,21 +74,32 @@ class ExpertStore:
         if driver is not None and ram.holds_all and not in_place:
             self._locker = PageLocker(driver, self.memory.is_read, partial(_warn_of_refusal, device, cpu))
             weakref.finalize(self, self._locker.close)
-        for path in file.paths:
-            self.memory.add_file(str(path))
-        dense = [info for info in file.tensors.values() if in_place or "_exps." not in info.name]
-        for part, offset, nbytes in _runs(dense):
+        for memory in self._memories:
+            for path in file.paths:
+                memory.add_file(str(path))
+        mapped = [
+            info
+            for info in file.tensors.values()
+            if "_exps." not in info.name or (in_place and block_of(info.name) not in ram.disk_layers)
+        ]
+        for part, offset, nbytes in _runs(mapped):
             self.memory.add_cached(part, offset, nbytes)
-        in_memory = 0 if in_place else ram.routed if ram.limit is None else min(ram.limit, ram.routed)
-        self._expected = self.memory.bytes_total() + in_memory
+        self._expected = self.memory.bytes_total() + (0 if in_place else ram.routed - ram.on_disk)
 
-    def register(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> ExpertHandle:
-        """The next layer: views of the mapped file, gate and up `[n_expert, n_ff, hidden]`, down the other way round.
+    @property
+    def _memories(self) -> list[_cpu.ExpertMemory]:
+        return [self.memory] if self.disk_memory is None else [self.memory, self.disk_memory]
 
+    def register(self, block: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> ExpertHandle:
+        """The next MoE layer, which is in this block of the model.
+
+        gate, up, down: views of the mapped file, gate and up `[n_expert, n_ff, hidden]`, down the other way round.
         Returns at once. The handle's weights may be used after `finish`, by `CpuKernels.expert_ffn`, which waits for
         reads; any other use needs `hold`.
         """
-        if self.in_place:
+        memory = self.disk_memory if self.disk_memory is not None and block in self.ram.disk_layers else self.memory
+        on_demand = memory is self.disk_memory or not self.ram.holds_all
+        if self.in_place and not on_demand:
             return self.cpu.register_experts(gate, up, down)
         n_expert, n_ff, hidden = gate.shape
         layout = SlotLayout.of(gate.type, up.type, down.type, hidden, n_ff)
@@ -84,10 +107,10 @@ class ExpertStore:
         for stack, spot in zip((gate, up, down), spots, strict=True):
             part, offset = self.file.place_of(stack.data)
             parts.append((part, offset, stack.data.stride(0), spot.nbytes, spot.offset))
-        index = self.memory.add_layer(layout.slot_bytes, parts)
-        rows = self.memory.region(index, n_expert * layout.slot_bytes).view(n_expert, layout.slot_bytes)
-        self._rows.append(rows)
-        if self._locker is not None:
+        index = memory.add_layer(layout.slot_bytes, parts)
+        rows = memory.region(index, n_expert * layout.slot_bytes).view(n_expert, layout.slot_bytes)
+        self._layers.append(_Layer(memory, index, rows, on_demand))
+        if self._locker is not None and not on_demand:
             self._locker.add(rows)
         views = [
             QuantTensor(
@@ -96,9 +119,14 @@ class ExpertStore:
             for spot in spots
         ]
         handle = self.cpu.register_experts(*views)
-        if not self.ram.holds_all:
-            handle.layer.read_from(self.memory, index)
+        if on_demand:
+            handle.layer.read_from(memory, index)
         return handle
+
+    @property
+    def on_demand_bytes(self) -> int:
+        """Of experts that are in RAM now and can leave it."""
+        return sum(memory.counts().resident_bytes for memory in self._memories if memory.counts().limit >= 0)
 
     def progress(self) -> tuple[int, int]:
         """Bytes read and bytes to be read at load."""
@@ -126,12 +154,13 @@ class ExpertStore:
         slots: uint8 `[n, slot_bytes]`, contiguous, on the device. Returns before the copies are done, but where the
         memory is not page-locked it takes as long as bringing the bytes into a ring that is.
         """
-        if not self.ram.holds_all:
+        layer = self._layers[index]
+        if layer.on_demand:
             self._copy_held(index, experts, slots)
             return
-        rows, n_locked = self._rows[index], 0
+        rows, n_locked = layer.rows, 0
         if self._locker is not None:
-            n_locked = bisect_left(experts, self._locker.n_locked(index))
+            n_locked = bisect_left(experts, self._locker.n_locked(layer.index))
             stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
             at_once = self._locker.rows_at_once(rows)
             _cpu.copy_rows(slots.data_ptr(), rows.data_ptr(), rows.shape[1], experts[:n_locked], at_once, stream)
@@ -139,11 +168,12 @@ class ExpertStore:
             self._copy_unlocked(rows[expert], slots[place])
 
     def _copy_held(self, index: int, experts: Sequence[int], slots: Tensor) -> None:
-        ahead = max(1, self.memory.at_once(index) // 2)
+        layer = self._layers[index]
+        ahead = max(1, layer.memory.at_once(layer.index) // 2)
         for place, expert in enumerate(experts):
             with self.hold(index, [expert]):
                 self.prefetch(index, experts[place + 1 : place + 1 + ahead])
-                self._copy_unlocked(self._rows[index][expert], slots[place])
+                self._copy_unlocked(layer.rows[expert], slots[place])
 
     def _copy_unlocked(self, source: Tensor, target: Tensor) -> None:
         if self.device.type != "cuda" and self._locker is None:
@@ -159,20 +189,21 @@ class ExpertStore:
 
         Raises `CapacityError` for more than the RAM budget holds, `ModelFormatError` if they cannot be read.
         """
-        if self.ram.holds_all:
+        layer, ids = self._layers[index], list(experts)
+        if not layer.on_demand:
             yield
             return
-        ids = list(experts)
-        self.memory.hold(index, ids)
+        layer.memory.hold(layer.index, ids)
         try:
             yield
         finally:
-            self.memory.release(index, ids)
+            layer.memory.release(layer.index, ids)
 
     def prefetch(self, index: int, experts: Sequence[int]) -> None:
         """Begins to read experts of a MoE layer, the first ones first, as far as there is room; returns at once."""
-        if not self.ram.holds_all:
-            self.memory.prefetch(index, list(experts))
+        layer = self._layers[index]
+        if layer.on_demand:
+            layer.memory.prefetch(layer.index, list(experts))
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:
@@ -189,8 +220,9 @@ class ExpertStore:
         if self._locker is not None:
             self._locker.close()
             self._locker = None
-        self.memory.stop()
-        self._rows.clear()
+        for memory in self._memories:
+            memory.stop()
+        self._layers.clear()
         self._ring = None
 
 

@@ -42,7 +42,7 @@ class CpuExperts:
         self._layers: dict[int, ExpertHandle] = {}
 
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
-        self._layers[layer] = self.store.register(gate, up, down)
+        self._layers[layer] = self.store.register(layer, gate, up, down)
 
     def __call__(self, layer: int, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         expert_ids = expert_ids.cpu()

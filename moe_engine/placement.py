@@ -5,22 +5,28 @@ A rule is REGEX=PLACE, as in llama.cpp's -ot; the first rule whose pattern is fo
     cuda:N  in VRAM for good: every expert of the layer has a slot of its own
     cache   in RAM, the ones in use also in the VRAM cache (the default, where there is room)
     cpu     in RAM, computed on the CPU, never copied
+    disk    as cache, or without a GPU as cpu, but read from the file when needed: only what a step needs is in RAM
 
 The experts of a layer are fetched and computed together, so their tensors must agree. All other tensors of a model on a
 GPU are in VRAM.
 """
 
 import re
-from typing import Literal
+from typing import Literal, cast
 
 from moe_engine.config import EngineConfig, parse_rule
 from moe_engine.errors import ConfigError
 from moe_engine.gguf_file import GGUFFile
 
-Home = Literal["vram", "cache", "cpu"]
-"""Where the experts of a layer are: for good in VRAM, cached there, or on the CPU."""
+Home = Literal["vram", "cache", "cpu", "disk"]
+"""Where the experts of a layer are: for good in VRAM, cached there, on the CPU, or cached there and not held in RAM."""
 
 _EXPERTS = re.compile(r"blk\.[0-9]{1,9}\..*_exps\.")
+
+
+def uses_slots(home: Home) -> bool:
+    """Whether a layer's experts share the slots in VRAM, where there are any."""
+    return home in ("cache", "disk")
 
 
 def block_of(name: str) -> int:
@@ -51,7 +57,7 @@ def placed_homes(file: GGUFFile, config: EngineConfig, device: str, n_layer: int
         is_expert, block = bool(_EXPERTS.match(name)), block_of(name)
         _check_possible(name, rule, place, device, is_expert)
         if is_expert and block < n_layer:
-            home: Home = "vram" if place.startswith("cuda") else "cpu" if place == "cpu" else "cache"
+            home: Home = "vram" if place.startswith("cuda") else cast(Home, place)
             before = homes.setdefault(block, (home, name))
             if before[0] != home:
                 raise _disagree(before[1], name)
@@ -68,8 +74,8 @@ def placed_homes(file: GGUFFile, config: EngineConfig, device: str, n_layer: int
 
 def _check_possible(name: str, rule: str, place: str, device: str, is_expert: bool) -> None:
     possible = ["cpu"] if device == "cpu" else ["cuda:0" if device == "simulated" else device]
-    if is_expert and device != "cpu":
-        possible += ["cache", "cpu"]
+    if is_expert:
+        possible += ["disk"] if device == "cpu" else ["cache", "cpu", "disk"]
     on_any_gpu = device == "simulated" and place.startswith("cuda")
     if place not in possible and not on_any_gpu:
         what = "" if is_expert else ", which is no routed expert,"

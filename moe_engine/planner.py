@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from moe_engine.budget import VramPlan, plan_vram
+from moe_engine.budget import VramPlan, host_bytes, plan_vram
 from moe_engine.calibration import Calibration
 from moe_engine.config import DEFAULT_UBATCH, EngineConfig, format_size, parse_size
 from moe_engine.engine import bundled_model, context_of
@@ -18,7 +18,7 @@ from moe_engine.metadata import Metadata
 from moe_engine.model import n_layer
 from moe_engine.model_work import ExpertLayer, ModelWork
 from moe_engine.models import model_class
-from moe_engine.placement import Home, placed_homes
+from moe_engine.placement import Home, placed_homes, uses_slots
 from moe_engine.predict import BOUND_BY, Placement, Prediction, Predictor
 from moe_engine.ram_plan import RamPlan, plan_ram
 from moe_engine.routing_estimate import estimate
@@ -74,7 +74,7 @@ class Plan:
     @property
     def _movable(self) -> list[ExpertLayer]:
         placed = {} if self.vram is None else self.vram.homes
-        return [layer for layer in self.work.experts if placed.get(layer.block, "cache") == "cache"]
+        return [layer for layer in self.work.experts if uses_slots(placed.get(layer.block, "cache"))]
 
     @property
     def slot_bytes(self) -> int:
@@ -90,8 +90,8 @@ class Plan:
         """Where the experts of each MoE layer are."""
         if self.vram is None:
             return ["cpu"] * len(self.work.experts)
-        default: Home = "cache" if self.vram.caches_experts else "cpu"
-        return [self.vram.homes.get(layer.block, default) for layer in self.work.experts]
+        found: list[Home] = [self.vram.homes.get(layer.block, "cache") for layer in self.work.experts]
+        return ["cpu" if uses_slots(home) and not self.vram.caches_experts else home for home in found]
 
     @property
     def ram_needed(self) -> int:
@@ -100,8 +100,9 @@ class Plan:
 
     @property
     def in_ram(self) -> int:
-        """Bytes of experts, page-locked where they are copied to a GPU."""
-        return self.ram_needed if self.ram.limit is None else min(self.ram_needed, self.ram.limit)
+        """Bytes of experts, page-locked where they are copied to a GPU; without those that only pass through."""
+        wanted = self.ram_needed - self.ram.placed_on_disk
+        return wanted if self.ram.limit is None else min(wanted, self.ram.limit)
 
     @property
     def on_disk(self) -> int:
@@ -112,7 +113,7 @@ class Plan:
     def placement(self) -> Placement:
         return Placement(
             shares=self._shares(self.share),
-            fixed=tuple(home != "cache" for home in self.homes),
+            fixed=tuple(not uses_slots(home) for home in self.homes),
             ubatch=self.ubatch,
             n_sequence=self.config.n_sequence,
             ctx=self.ctx,
@@ -124,7 +125,7 @@ class Plan:
 
     def _shares(self, share: float) -> tuple[float, ...]:
         """By MoE layer, with this share of the experts that are not placed."""
-        return tuple({"vram": 1.0, "cpu": 0.0, "cache": share}[home] for home in self.homes)
+        return tuple({"vram": 1.0, "cpu": 0.0, "cache": share, "disk": share}[home] for home in self.homes)
 
     # -- how fast ----------------------------------------------------------------------------------------------
 
@@ -218,7 +219,11 @@ class Plan:
             "n_sequence": self.config.n_sequence,
             "ubatch": self.ubatch,
             "vram": vram,
-            "ram": {"experts": self.in_ram, "pinned": self.vram is not None and self.vram.caches_experts},
+            "ram": {
+                "experts": self.in_ram,
+                "pinned": self.vram is not None and self.vram.caches_experts,
+                "window": self.ram.window,
+            },
             "disk": {"experts": self.on_disk},
             "experts": {"movable": self.n_movable, "in_slots": self.n_slot},
             "hit_rate": {"estimate": self.hit_rate, "from": self.hit_rate_source},
@@ -263,16 +268,15 @@ def plan(
     meta, family = Metadata(file.metadata, file.architecture, source), model_class(file.architecture, source)
     ctx = context_of(config, meta)
     device, memory = _device(config, machine if elsewhere else None)
-    if device is None:
-        placed_homes(file, config, "cpu", n_layer(meta))
 
     def divide(config: EngineConfig) -> VramPlan | None:
         return None if device is None else plan_vram(file, meta, family, config, ctx, device, memory)
 
     work, vram = ModelWork.of(file, meta, family, config.kv_dtype), divide(config)
-    ram = plan_ram(
-        file, meta, n_layer(meta), config, device is None, machine.ram_bytes if machine and elsewhere else None
-    )
+    homes = placed_homes(file, config, "cpu", n_layer(meta)) if vram is None else vram.homes
+    besides = host_bytes(file, meta, family, config, ctx, device or torch.device("cpu"), vram)
+    available = machine.ram_bytes if machine and elsewhere else None
+    ram = plan_ram(file, meta, n_layer(meta), config, homes, besides, dense_in_ram=vram is None, available=available)
     return Plan(source, config, ctx, work, vram, ram, machine, trace, divide)
 
 
@@ -307,6 +311,8 @@ def lines(plan: Plan) -> Sequence[tuple[str, str, str]]:
         found.append(("", "left", format_size(plan.vram.slots - plan.slot_bytes)))
     pinned = "experts, page-locked" if plan.vram is not None and plan.vram.caches_experts else "experts"
     found.append(("RAM", pinned, format_size(plan.in_ram)))
+    if plan.ram.window:
+        found.append(("", "window of experts on disk", format_size(plan.ram.window)))
     if plan.on_disk:
         found.append(("disk", "experts", format_size(plan.on_disk)))
     if plan.n_slot:

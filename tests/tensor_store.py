@@ -14,7 +14,7 @@ class TensorStore(ExpertStore):
     def __init__(self, cpu: CpuKernels) -> None:
         self.cpu, self.handles = cpu, list[ExpertHandle]()
 
-    def register(self, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> ExpertHandle:
+    def register(self, block: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> ExpertHandle:
         self.handles.append(self.cpu.register_experts(gate, up, down))
         return self.handles[-1]
 

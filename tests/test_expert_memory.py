@@ -18,7 +18,7 @@ from random_blocks import random_blocks
 
 from moe_engine.errors import CapacityError, ModelFormatError
 from moe_engine.kernels import _cpu
-from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 
@@ -243,12 +243,18 @@ def test_the_limit_follows_the_process(tmp_path: Path) -> None:
         pass
     before = memory.counts()
     assert 2 * size < before.resident_bytes <= budget
+    memory.hold(0, [0, 1, 2])
     taken = torch.ones(4 * budget, dtype=torch.uint8)
     time.sleep(0.05)  # it looks now and then
-    memory.hold(0, [0])
+    memory.hold(0, [n - 1])  # another caller, beside what cannot leave
     after = memory.counts()
-    assert after.limit == 2 * size
-    assert after.resident_bytes <= 2 * size < before.resident_bytes
+    assert after.limit == 3 * (size + PAGE) + size
+    assert after.resident_bytes == 4 * size < before.resident_bytes
+    memory.release(0, [0, 1, 2, n - 1])
+    time.sleep(0.05)
+    memory.hold(0, [n - 2])
+    assert memory.counts().limit == 2 * size
+    assert memory.counts().resident_bytes <= 2 * size
     memory.check_integrity()
     assert taken.any()
 
@@ -316,45 +322,81 @@ def test_wrong_calls(path: Path, use: Callable[[_cpu.ExpertMemory], None]) -> No
         use(Store(path, LIMIT).memory)
 
 
+N_FILE_EXPERT, N_FF, HIDDEN = 8, 64, 256
+
+
+class ExpertFile:
+    """A file of experts, for CPU kernels, and what computes with them."""
+
+    def __init__(self, folder: Path) -> None:
+        types = [BY_NAME[name] for name in ("Q8_0", "Q8_0", "F16")]
+        shapes = [(N_FF, HIDDEN), (N_FF, HIDDEN), (HIDDEN, N_FF)]
+        self.cpu, self.rng = CpuKernels(2, float_activations=True), np.random.default_rng(2)
+        self.weights = []
+        for type, (n_out, n_in) in zip(types, shapes, strict=True):
+            rows = random_blocks(type, N_FILE_EXPERT * n_out, n_in, self.rng)
+            self.weights.append(QuantTensor(torch.from_numpy(rows).view(N_FILE_EXPERT, n_out, -1), type, n_in))
+        self.path = folder / "experts.bin"
+        self.path.write_bytes(b"".join(weight.data.numpy().tobytes() for weight in self.weights))
+        self.slot_bytes = -(-sum(weight[0].nbytes for weight in self.weights) // PAGE) * PAGE
+
+    def register(self, memory: _cpu.ExpertMemory) -> tuple[ExpertHandle, ExpertHandle]:
+        """As experts that `memory` reads, and as plain tensors."""
+        memory.add_file(str(self.path))
+        sizes = [weight[0].nbytes for weight in self.weights]
+        starts, places = [0, N_FILE_EXPERT * sizes[0], 2 * N_FILE_EXPERT * sizes[0]], [0, sizes[0], 2 * sizes[0]]
+        memory.add_layer(self.slot_bytes, [(0, s, n, n, p) for s, n, p in zip(starts, sizes, places, strict=True)])
+        region = memory.region(0, N_FILE_EXPERT * self.slot_bytes).view(N_FILE_EXPERT, self.slot_bytes)
+        views = [
+            QuantTensor(
+                region[:, place : place + weight[0].nbytes].unflatten(1, (weight.n_out, -1)), weight.type, weight.n_in
+            )
+            for place, weight in zip(places, self.weights, strict=True)
+        ]
+        handle = self.cpu.register_experts(*views)
+        handle.layer.read_from(memory, 0)
+        return handle, self.cpu.register_experts(*self.weights)
+
+
+def test_experts_are_computed_though_the_limit_shrinks(tmp_path: Path) -> None:
+    """What fits at once by the limit of a moment ago may fit no more when it is held."""
+    file = ExpertFile(tmp_path)
+    gc.collect()
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
+    room = 256 << 20  # far more than all experts, and than a process changes by itself
+    memory = _cpu.ExpertMemory(N_FILE_EXPERT, room, now + room, 4 * (file.slot_bytes + PAGE), 2)
+    handle, whole = file.register(memory)
+    taken = torch.ones(2 * room, dtype=torch.uint8)
+    assert memory.at_once(0) > N_FILE_EXPERT  # it looks when they are held
+    ids = torch.arange(N_FILE_EXPERT)[None]
+    x, scale = torch.ones(1, HIDDEN), torch.rand(1, N_FILE_EXPERT)
+    expected = file.cpu.expert_ffn(whole, x, ids, scale)
+    tolerance = 1e-6 * float(expected.abs().max())
+    torch.testing.assert_close(file.cpu.expert_ffn(handle, x, ids, scale), expected, rtol=0, atol=tolerance)
+    assert memory.counts().limit == 4 * (file.slot_bytes + PAGE)
+    memory.check_integrity()
+    assert memory.counts().n_held == 0
+    assert taken.any()
+
+
 @pytest.mark.parametrize("n_resident", [2, 3, 8])
 def test_experts_are_computed_group_by_group(tmp_path: Path, n_resident: int) -> None:
     """As from memory that holds them all."""
-    n_expert, n_ff, hidden = 8, 64, 256
-    types = [BY_NAME[name] for name in ("Q8_0", "Q8_0", "F16")]
-    shapes = [(n_ff, hidden), (n_ff, hidden), (hidden, n_ff)]
-    cpu, rng, weights = CpuKernels(2, float_activations=True), np.random.default_rng(2), []
-    for type, (n_out, n_in) in zip(types, shapes, strict=True):
-        rows = random_blocks(type, n_expert * n_out, n_in, rng)
-        weights.append(QuantTensor(torch.from_numpy(rows).view(n_expert, n_out, -1), type, n_in))
-    path = tmp_path / "experts.bin"
-    path.write_bytes(b"".join(weight.data.numpy().tobytes() for weight in weights))
-    sizes = [weight[0].nbytes for weight in weights]
-    slot_bytes = -(-sum(sizes) // PAGE) * PAGE
-    memory = _cpu.ExpertMemory(n_expert, 2 * n_resident * (slot_bytes + PAGE), 0, 0, 2)
-    memory.add_file(str(path))
-    starts, places = [0, n_expert * sizes[0], 2 * n_expert * sizes[0]], [0, sizes[0], 2 * sizes[0]]
-    memory.add_layer(slot_bytes, [(0, s, n, n, p) for s, n, p in zip(starts, sizes, places, strict=True)])
+    file = ExpertFile(tmp_path)
+    memory = _cpu.ExpertMemory(N_FILE_EXPERT, 2 * n_resident * (file.slot_bytes + PAGE), 0, 0, 2)
+    handle, whole = file.register(memory)
     memory.preload()
     assert memory.at_once(0) == n_resident
-    region = memory.region(0, n_expert * slot_bytes).view(n_expert, slot_bytes)
-    views = [
-        QuantTensor(
-            region[:, place : place + weight[0].nbytes].unflatten(1, (weight.n_out, -1)), weight.type, weight.n_in
-        )
-        for place, weight in zip(places, weights, strict=True)
-    ]
-    handle = cpu.register_experts(*views)
-    handle.layer.read_from(memory, 0)
-    whole = cpu.register_experts(*weights)
+    cpu, rng = file.cpu, file.rng
     for n_token in (1, 5, 40):
-        x = torch.from_numpy(rng.standard_normal((n_token, hidden), dtype=np.float32))
-        ids = torch.from_numpy(np.array([rng.choice(n_expert, 4, replace=False) for _ in range(n_token)]))
+        x = torch.from_numpy(rng.standard_normal((n_token, HIDDEN), dtype=np.float32))
+        ids = torch.from_numpy(np.array([rng.choice(N_FILE_EXPERT, 4, replace=False) for _ in range(n_token)]))
         ids[0, 0] = -1
         scale = torch.rand(n_token, 4)
         expected = cpu.expert_ffn(whole, x, ids, scale)
         tolerance = 1e-6 * float(expected.abs().max())
         torch.testing.assert_close(cpu.expert_ffn(handle, x, ids, scale), expected, rtol=0, atol=tolerance)
     none = torch.full((2, 1), -1)
-    assert not cpu.expert_ffn(handle, torch.ones(2, hidden), none, torch.ones(2, 1)).any()
+    assert not cpu.expert_ffn(handle, torch.ones(2, HIDDEN), none, torch.ones(2, 1)).any()
     memory.check_integrity()
     assert memory.counts().n_held == 0

@@ -17,11 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_engine import CapacityError, ConfigError, Engine, ModelFormatError
+from moe_engine.budget import host_bytes
+from moe_engine.config import EngineConfig
 from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.metadata import Metadata
+from moe_engine.models import model_class
 from moe_engine.page_lock import PageLocker
 from moe_engine.planner import plan
 from moe_engine.ram_plan import RamPlan, plan_ram
@@ -103,8 +107,9 @@ def test_a_budget_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     with load(None, device="cpu") as engine:
         expected = engine.generate("Once upon", temperature=0, max_tokens=8).tokens
         plan = store_of(engine).ram
-    budget = 8 << 30
-    taken = budget // 8 * 7 - plan.dense - plan.routed * 3 // 4  # an eighth is kept
+    budget, besides = 8 << 30, 12345
+    taken = budget // 8 * 7 - besides - plan.dense - plan.routed * 3 // 4  # an eighth is kept
+    monkeypatch.setattr("moe_engine.engine.host_bytes", lambda *arguments: besides)
     monkeypatch.setattr("moe_engine.ram_plan.process_bytes", lambda: taken)
     with load(None, device="cpu", ram_budget=budget) as engine:
         ram = store_of(engine).ram
@@ -133,6 +138,27 @@ def test_no_room_for_a_step(path: Path, device: str, monkeypatch: pytest.MonkeyP
         load(path, device=device, ram_budget=f"{budget - 2}MiB")
     with pytest.raises(ConfigError, match="lots"):
         load(path, device=device, ram_budget="lots")
+
+
+def test_what_a_process_takes_while_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could not be foreseen, such as libraries of a GPU."""
+    taken = iter([1 << 30, 3 << 30] * 2)  # before and after each of two loads
+    monkeypatch.setattr("moe_engine.ram_plan.process_bytes", lambda: next(taken))
+    with pytest.raises(CapacityError, match=r"2\.00 GiB, but once the model is loaded.*What would do") as refused:
+        load(path, device="cpu", ram_budget="2GiB")
+    enough = str(refused.value).rpartition("ram_budget ")[2]
+    with load(path, device="cpu", ram_budget=enough):
+        pass
+
+
+def test_the_cache_of_keys_and_values_is_foreseen(path: Path) -> None:
+    def foreseen(**options: Any) -> int:
+        file, config = GGUFFile(path), EngineConfig.of(**options)
+        meta = Metadata(file.metadata, file.architecture, "test")
+        return host_bytes(file, meta, model_class(file.architecture, "test"), config, 32, torch.device("cpu"), None)
+
+    with load(path, device="cpu") as engine:
+        assert foreseen(n_sequence=3) - foreseen(n_sequence=1) == 2 * 32 * engine.cache.token_bytes
 
 
 @pytest.mark.parametrize("device", ["cpu", "simulated"])
@@ -167,7 +193,7 @@ def test_a_file_that_becomes_shorter(path: Path, tmp_path: Path) -> None:
     with copy.open("r+b") as opened:
         opened.truncate(file.tensors["blk.1.ffn_gate_exps.weight"].offset)
     store = ExpertStore(file, RamPlan(0, 0, None, 0, 0), stacks[0].shape[0], CpuKernels(1), torch.device("cpu"))
-    store.register(*stacks)
+    store.register(1, *stacks)
     with pytest.raises(ModelFormatError, match=r"short\.gguf.*shorter"):
         store.finish(lambda: None)
     store.close()
@@ -238,7 +264,7 @@ def bundled_store() -> Callable[..., tuple[ExpertStore, list[torch.Tensor]]]:
         store = ExpertStore(file, ram, stacks[0][0].shape[0], CpuKernels(2), torch.device("cpu"), driver=driver)
         slots = []
         for gate, up, down in stacks:
-            handle = store.register(gate, up, down)
+            handle = store.register(0, gate, up, down)
             for part, stack in zip((handle.gate, handle.up, handle.down), (gate, up, down), strict=True):
                 assert part.shape == stack.shape
             slots.append((handle, (gate, up, down)))
@@ -246,7 +272,7 @@ def bundled_store() -> Callable[..., tuple[ExpertStore, list[torch.Tensor]]]:
         for handle, whole_parts in slots:
             for part, whole in zip((handle.gate, handle.up, handle.down), whole_parts, strict=True):
                 assert torch.equal(part.data, whole.data)
-        return store, store._rows
+        return store, [layer.rows for layer in store._layers]
 
     return make
 

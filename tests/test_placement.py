@@ -50,8 +50,11 @@ def test_the_first_rule_decides(homes: Callable[..., dict[int, str]]) -> None:
     [
         (("exps=cpu", "nothing_like_it=cpu"), {}, "'nothing_like_it=cpu' matches no tensor"),
         ((r"attn_q\.=cpu",), {}, r"'blk\.0\.attn_q\.weight', which is no routed expert, can only be in: cuda:0$"),
-        (("_exps=cuda:1",), {}, "can only be in: cuda:0, cache, cpu"),
-        (("_exps=cuda:0",), {"device": "cpu"}, "can only be in: cpu$"),
+        (("_exps=cuda:1",), {}, "can only be in: cuda:0, cache, cpu, disk$"),
+        (("_exps=cuda:0",), {"device": "cpu"}, "can only be in: cpu, disk$"),
+        ((".=disk",), {}, "which is no routed expert, can only be in: cuda:0$"),
+        ((".=disk",), {"device": "cpu"}, "which is no routed expert, can only be in: cpu$"),
+        (("gate_exps=disk", "exps=cache"), {}, "of one layer's experts in different places"),
         (
             ("ffn_gate_exps=cpu",),
             {},
@@ -60,7 +63,7 @@ def test_the_first_rule_decides(homes: Callable[..., dict[int, str]]) -> None:
         (("gate_exps=cpu", "exps=cache"), {}, "of one layer's experts in different places"),
         (("_exps=cpu",), {"exact": True}, "exact fetches"),
         (("_exps=cpu",), {"miss": "fetch"}, "miss='fetch' fetches"),
-        (("_exps=disk",), {}, "'_exps=disk', expected REGEX=PLACE"),
+        (("_exps=tape",), {}, "'_exps=tape', expected REGEX=PLACE with a place of: cuda:0, cache, cpu, disk"),
         (("_exps",), {}, "expected REGEX=PLACE"),
         (("=cpu",), {}, "expected REGEX=PLACE"),
         (("(=cpu",), {}, "no regular expression"),

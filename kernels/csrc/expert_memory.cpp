@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <optional>
 #include <stdexcept>
 
 namespace moe {
@@ -48,8 +49,10 @@ int ExpertMemory::add_layer(int64_t slot_bytes, const std::vector<PartInFile>& p
     layer.users.resize(static_cast<size_t>((n_bytes + kPage - 1) / kPage));
     std::vector<Piece> pieces;
     std::unique_lock<std::mutex> lock(mutex_);
+    if (sparse && n_read_ > 0) throw std::logic_error("a layer is added after experts were asked for");
     layers_.push_back(std::move(layer));
     experts_.resize(layers_.size() * static_cast<size_t>(n_expert_));
+    if (sparse) order_ = std::make_unique<LeastRecentlyUsed>(static_cast<int64_t>(experts_.size()));
     const int index = static_cast<int>(layers_.size()) - 1;
     if (!sparse)
         for (int32_t expert = 0; expert < n_expert_; ++expert) begin(key(index, expert), &pieces);
@@ -69,7 +72,6 @@ void ExpertMemory::add_cached(int file, int64_t offset, int64_t n_bytes) {
 void ExpertMemory::preload() {
     std::unique_lock<std::mutex> lock(mutex_);
     if (limit_.experts < 0) return;
-    order_ = std::make_unique<LeastRecentlyUsed>(static_cast<int64_t>(experts_.size()));
     adjust();
     std::vector<Piece> pieces;
     for (int32_t expert = 0; expert < n_expert_; ++expert)
@@ -190,10 +192,16 @@ void ExpertMemory::arrived(int64_t tag, int64_t n_bytes) {
 void ExpertMemory::adjust() {
     if (limit_.process == 0 || Clock::now() - adjusted_ < kAdjustEvery) return;
     adjusted_ = Clock::now();
-    int64_t present = 0;
-    for (size_t i = 0; i < experts_.size(); ++i)
-        if (experts_[i].state == State::resident) present += layer_of(static_cast<ExpertKey>(i)).slot_bytes;
-    allowed_ = std::max(limit_.least, limit_.process - (process_bytes() - present));
+    int64_t present = 0, held = 0;
+    for (size_t i = 0; i < experts_.size(); ++i) {
+        if (experts_[i].state != State::resident) continue;
+        const Layer& layer = layer_of(static_cast<ExpertKey>(i));
+        present += layer.slot_bytes;
+        if (experts_[i].holds > 0) held += page_bytes(layer);
+    }
+    // What is held cannot leave, and another caller must still find room beside it.
+    const int64_t least = std::max(limit_.least, held + limit_.least / 2);
+    allowed_ = std::max(least, limit_.process - (process_bytes() - present));
     while (resident_bytes_ > allowed_) {
         const ExpertKey victim = order_->victim(may_leave_);
         if (victim < 0) return;
@@ -202,7 +210,6 @@ void ExpertMemory::adjust() {
 }
 
 void ExpertMemory::require_alive() {
-    if (limit_.experts >= 0 && order_ == nullptr) throw std::logic_error("experts are asked for before preload()");
     if (!failure_.empty()) throw ReadError(failure_);
     if (stopped_) throw std::runtime_error("the experts' memory is closed");
 }
@@ -353,7 +360,15 @@ void expert_ffn_in_groups(ThreadPool& pool, const ExpertLayer& layer, const Expe
     for (int64_t first = 0, n = 0; first < n_used; first += n) {
         const int32_t* group = used.data() + first;
         n = std::min(layer.memory->at_once(layer.memory_layer), n_used - first);
-        const HeldExperts held(*layer.memory, layer.memory_layer, group, n);
+        std::optional<HeldExperts> held;
+        while (!held) {
+            try {
+                held.emplace(*layer.memory, layer.memory_layer, group, n);
+            } catch (const NoRoomError&) {  // the limit follows the process, and has become less meanwhile
+                if (n == 1) throw;
+                n /= 2;
+            }
+        }
         layer.memory->prefetch(layer.memory_layer, group + n, n_used - first - n);
         if (n == n_used) return expert_ffn(pool, resident, job);
         ExpertFfn part = job;

@@ -55,7 +55,7 @@ class ExpertMemory {
     // Returns the layer's number. Without a limit its experts begin to be read.
     int add_layer(int64_t slot_bytes, const std::vector<PartInFile>& parts);
     void add_cached(int file, int64_t offset, int64_t n_bytes);  // to be read into the system's cache
-    void preload();  // with a limit, after the last layer: the first experts of every layer, as many as fit
+    void preload();  // with a limit: the first experts of every layer, as many as fit; without it they come when needed
     bool wait(double seconds);  // whether all of the above has been read by then
 
     std::shared_ptr<HostMemory> region(int layer) const { return layers_[static_cast<size_t>(layer)].memory; }
