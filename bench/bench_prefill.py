@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from check_gpu import MemoryWatch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
@@ -21,6 +22,8 @@ from prediction import predicted
 
 from moe_engine import Engine
 from moe_engine.config import format_size
+from moe_engine.decode_step import PROMPT_TOKENS
+from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.inspection import inspect_file
 
@@ -111,6 +114,7 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         cached = int(setting.cache * found.routed_bytes) + 3 * sum(found.expert_bytes)
         options |= {"vram_budget": plan.budget - plan.slots + cached}
     rows = []
+    used: dict[int, float] = {}  # experts of a layer: random weights use fewer than trained ones
     watch = MemoryWatch(enabled=device == "cuda")
     with watch, Engine.load(path, **options) as engine:
         experts = engine.experts
@@ -129,6 +133,9 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
                 seconds.append(stats.prompt_seconds)
             counts = {key: n / repeats for key, n in vars(experts.prompt.counts.since(before)).items()}
             middle = statistics.median(seconds)
+            used[n] = sum(counts[where] for where in ("cached", "streamed", "cpu")) / len(experts.layouts)
+            if not used[n]:
+                used[n] = used_by_last_step(engine, (n - 1) % PROMPT_TOKENS + 1)
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {
                 "row": setting.name,
@@ -155,11 +162,6 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
         if profile:
             where_time_goes(engine, profile)
-    # Random weights use fewer experts than trained ones; prompts in steps do not say which.
-    used = {
-        row["prompt"]: sum(row["counts"][where] for where in ("cached", "streamed", "cpu")) / len(experts.layouts)
-        for row in rows
-    }
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
     predictions = predicted(path, prompts=rates, used=used, **options) or {}
     for row in rows:
@@ -169,6 +171,13 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         over = " PEAK OVER BUDGET" if watch.peak > options["vram_budget"] else ""
         print(f"  peak {format_size(watch.peak)} of {format_size(options['vram_budget'])}{over}", flush=True)
     return rows
+
+
+def used_by_last_step(engine: Engine, n_token: int) -> float:
+    """Experts of a layer, of a prompt that went through steps."""
+    assert isinstance(engine.decoder, GraphDecoder)
+    ids, _ = engine.decoder.step.routing(engine.decoder.launched, n_token)
+    return float(np.mean([len(np.unique(ids[:, layer])) for layer in range(ids.shape[1])]))
 
 
 def where_time_goes(engine: Engine, n: int) -> None:

@@ -35,8 +35,8 @@ def predicted(
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
-    planner expects it. found: the same by MoE layer. used: experts of each layer that streamed prompts have used,
-    likewise. options: as the row was loaded.
+    planner expects it. found: the same by MoE layer. used: experts of each layer that prompts have used, likewise.
+    options: as the row was loaded.
     """
     machine = this_machine(options.get("device", "auto"), EngineConfig.of(**options).n_threads)
     if machine is None:
@@ -54,7 +54,7 @@ def predicted(
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
         if used and used.get(n_token):
-            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).streamed(planned.placement, n_token)
+            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).prompt(planned.placement, n_token)
         else:
             prompt = predictor.prompt(planned.placement, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}

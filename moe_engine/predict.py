@@ -114,7 +114,8 @@ class Predictor:
             misses += of.misses * layer.nbytes
             fetched += of.missed_layers * layer.nbytes * (of.hit_rate > 0)
         kernels = work.kernels + HIT_KERNELS * (len(work.experts) - n_missed)
-        kernels += EXCHANGE_KERNELS * len(work.experts) * (n_missed > 0)
+        if n_missed > 0:  # then every layer has an exchange, and where there are slots what may come late
+            kernels += (EXCHANGE_KERNELS + HIT_KERNELS * any(placement.shares)) * len(work.experts)
         if placement.fetches:
             seconds = misses / self._copy_rate(gpu)
         else:
