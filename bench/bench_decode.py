@@ -235,6 +235,8 @@ def timeline_of(decoder: GraphDecoder) -> dict[str, float]:
     """Medians in microseconds over the last messages."""
     entries = decoder.worker.timeline()
     missed = entries[entries["answered"] > 0]
+    if len(entries) < 2:  # nothing can miss, and nothing is posted
+        return {}
     gaps = np.diff(entries["seen"])
     found = {"between_messages": float(np.median(gaps)) * 1e-3}
     if len(missed):

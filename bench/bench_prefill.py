@@ -134,7 +134,7 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
             counts = {key: n / repeats for key, n in vars(experts.prompt.counts.since(before)).items()}
             middle = statistics.median(seconds)
             used[n] = sum(counts[where] for where in ("cached", "streamed", "cpu")) / len(experts.layouts)
-            if not used[n]:
+            if not used[n] and experts.n_slot < experts.slot_table.numel():  # else nothing is posted
                 used[n] = used_by_last_step(engine, (n - 1) % PROMPT_TOKENS + 1)
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {

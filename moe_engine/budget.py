@@ -26,7 +26,7 @@ ATTENTION_BYTES = 16 << 20  # partial results of one token's attention over spli
 STAGING_BYTES = 384 << 20  # for experts on their way to the GPU in prompts
 STAGING_SHARE = 0.25  # of what is left for experts: the most that staging takes
 UBATCHES = (16384, 8192, 4096, 2048, 1024)  # to choose from; a prompt streams the experts once per micro-batch
-WORKSPACE_SHARE = 0.2  # of the budget without dense weights and KV cache: the most that a chosen micro-batch takes
+WORKSPACE_SHARE = 0.2  # of what is left for experts: the most that a larger micro-batch than the default takes
 LEAST_CTX, LEAST_UBATCH = 256, 32  # that are suggested where something does not fit
 SCRATCH_ELEMENTS = 16 << 20  # one chunk of dequantized weights: 64 MiB keep a 7168-wide matrix to few chunks
 
@@ -176,8 +176,8 @@ def _divide(
     plan = divided(config.ubatch or DEFAULT_UBATCH)
     if config.ubatch is None and config.activations != "float":
         candidates = (divided(ubatch) for ubatch in UBATCHES)
-        room = WORKSPACE_SHARE * (plan.slots + plan.workspace)
-        plan = next((found for found in candidates if found.workspace <= room), plan)
+        most = plan.workspace + WORKSPACE_SHARE * plan.slots
+        plan = next((found for found in candidates if found.workspace <= most), plan)
     least = least_slots + least_staging
     if config.experts == "auto" and plan.slots < least:
         plan = replace(plan, caches_experts=False)

@@ -114,6 +114,7 @@ class Calibration:
             dram=self.ram,
             cpu=closest(self.cpu_experts, type).operations,
             gpu=closest(self.gpu.prompt, type).operations,
+            hits=closest(self.gpu.decode, type),
             step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds + self.cpu_call_seconds,
             stream_layer=self.gpu.stream_seconds,
         )

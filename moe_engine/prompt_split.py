@@ -19,6 +19,7 @@ class Rates:
     dram: float = 110e9
     cpu: float = 1.5e12  # operations of the CPU's kernels for many tokens
     gpu: float = 250e12  # of the grouped product
+    hits: float = 2.5e12  # bytes of experts in VRAM that a step reads
     cpu_factor: float = 1.0  # what the CPU's work takes, by the seconds that follow from the above
     hand_over: float = 150e-6  # seconds: tokens to the CPU and its sums back
     step_layer: float = 70e-6  # seconds of a layer of a step with some prompt tokens, beside the bytes it reads
@@ -62,29 +63,31 @@ class PromptWay:
     routing: RoutingEstimate
     step_factor: float = 1.0  # seconds, by those that follow from the rates
     stream_factor: float = 1.0
+    n_in_steps: int = 0  # prompts that were measured
 
     def in_steps(self, n_token: int, rates: Rates) -> bool:
         steps = self.step_factor * self._step_seconds(n_token, rates)
         return steps < self.stream_factor * self._stream_seconds(n_token, rates)
 
     def note(self, n_token: int, in_steps: bool, seconds: float, rates: Rates) -> None:
-        """What a prompt took."""
+        """What a prompt took; those in steps without what was done for the first time."""
         expected = (self._step_seconds if in_steps else self._stream_seconds)(n_token, rates)
         measured = min(3.0, seconds / expected)  # the first of a length compiles kernels
         if in_steps:
-            self.step_factor += NEWEST * (measured - self.step_factor)
+            self.n_in_steps += 1
+            self.step_factor += max(NEWEST, 1 / self.n_in_steps) * (measured - self.step_factor)
         else:
             self.stream_factor += NEWEST * (measured - self.stream_factor)
 
-    def _missed_bytes(self, n_token: int) -> float:
+    def _used_bytes(self, n_token: int) -> float:
         """Of a layer."""
-        used = len(self.routing.counts(n_token, self.n_expert, self.top_k)) if n_token else 0
-        return self.missing * used * self.expert_bytes
+        return len(self.routing.counts(n_token, self.n_expert, self.top_k)) * self.expert_bytes if n_token else 0.0
 
     def _step_seconds(self, n_token: int, rates: Rates) -> float:
         whole, rest = divmod(n_token, self.tokens_per_step)
-        missed = whole * self._missed_bytes(self.tokens_per_step) + self._missed_bytes(rest)
-        return self.n_layer * ((whole + (rest > 0)) * rates.step_layer + missed / rates.dram)
+        used = whole * self._used_bytes(self.tokens_per_step) + self._used_bytes(rest)
+        reading = max(self.missing * used / rates.dram, (1 - self.missing) * used / rates.hits)
+        return self.n_layer * ((whole + (rest > 0)) * rates.step_layer + reading)
 
     def _stream_seconds(self, n_token: int, rates: Rates) -> float:
-        return self.n_layer * max(rates.stream_layer, self._missed_bytes(n_token) / rates.dram)
+        return self.n_layer * max(rates.stream_layer, self.missing * self._used_bytes(n_token) / rates.dram)

@@ -21,6 +21,7 @@ from moe_engine.benchmark.results import (
     add_ratios,
     decode_costs,
     decode_limit,
+    missing_bytes,
     prompt_costs,
     slowest,
     timing,
@@ -165,6 +166,13 @@ def test_decode_costs_add_up() -> None:
     assert limit is not None
     assert limit.term == "RAM"
     assert limit.rate == pytest.approx(20 / (10 * 0.2 + 10 * 0.4))
+
+
+def test_experts_that_a_prompt_needs_do_not_count_those_copied_in_vain() -> None:
+    once = PromptCounts(cached=5, streamed=6, cpu=1, unused=2, streamed_bytes=80, cpu_bytes=10)
+    again = PromptCounts(cached=5, streamed=7, cpu=1, unused=0, streamed_bytes=70, cpu_bytes=10)
+    assert missing_bytes([Sample(1, 8, None, once), Sample(1, 8, None, again)]) == (60 + 10 + 70 + 10) / 2
+    assert missing_bytes([Sample(1, 8)]) == 0
 
 
 def test_prompt_costs_add_up() -> None:

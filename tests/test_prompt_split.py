@@ -22,17 +22,25 @@ def test_short_prompts_go_in_steps_and_long_ones_are_streamed(way: PromptWay) ->
 
 
 def test_where_nothing_is_missing_the_fixed_times_decide(way: PromptWay) -> None:
-    in_vram = replace(way, missing=0.0)
-    assert in_vram.in_steps(32 * 35, RATES)  # 35 steps of 70 us a layer against 2.5 ms
-    assert not in_vram.in_steps(32 * 36, RATES)
+    in_vram, rates = replace(way, missing=0.0), replace(RATES, hits=1e30)
+    assert in_vram.in_steps(32 * 35, rates)  # 35 steps of 70 us a layer against 2.5 ms
+    assert not in_vram.in_steps(32 * 36, rates)
+
+
+def test_steps_read_what_is_in_vram_each_time(way: PromptWay) -> None:
+    in_vram, rates = replace(way, missing=0.0), replace(RATES, step_layer=0.0, hits=1e12)
+    used = len(way.routing.counts(32, 128, 8)) * 2.4e6  # bytes
+    n_step = int(2.5e-3 / (used / 1e12))
+    assert in_vram.in_steps(32 * n_step, rates)
+    assert not in_vram.in_steps(32 * (n_step + 1), rates)
 
 
 def test_what_prompts_take_changes_the_choice(way: PromptWay) -> None:
     way = replace(way)
-    while way.in_steps(8, RATES):
-        before = way.step_factor
-        way.note(8, in_steps=True, seconds=1.0, rates=RATES)
-        assert before < way.step_factor <= 3
+    assert way.in_steps(8, RATES)
+    way.note(8, in_steps=True, seconds=9.0, rates=RATES)
+    assert not way.in_steps(8, RATES)  # one measurement says more than an estimate
+    assert way.step_factor == 3
     assert way.stream_factor == 1
     for _ in range(99):
         way.note(8, in_steps=False, seconds=9.0, rates=RATES)

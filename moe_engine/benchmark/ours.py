@@ -19,6 +19,7 @@ from moe_engine.benchmark.results import (
     decode_costs,
     decode_limit,
     limits,
+    missing_bytes,
     prompt_costs,
     slowest,
 )
@@ -36,7 +37,6 @@ MODEL_FIELDS = ("model_filename", "model_type", "model_size", "model_n_params", 
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "top_p": 1.0, "repeat_penalty": 1.0, "ignore_eos": True}
 AMPLE = 1 << 37  # bytes: a budget to begin with
 PLANS = 32  # tries to find the budget of a share of the experts
-FEW_TOKENS = 8  # choices per expert below which a prompt need not touch every expert
 
 
 class Ours:
@@ -67,7 +67,7 @@ class Ours:
         self._engine: Engine | None = None
         self._slots: Row = {}
         self._n_sequence = 1
-        self._missing_bytes = self._dense_bytes = 0
+        self._dense_bytes = 0
         self._token_bytes = 0.0
         self._events: list[timeline.Event] = []
         self.config, self.ubatch = EngineConfig(), 0
@@ -110,11 +110,8 @@ class Ours:
     def _note_slots(self) -> None:
         engine, experts = self.engine, self.engine.experts
         self._dense_bytes, self._token_bytes = engine.dense_bytes, engine.cache.token_bytes
-        held, n_slot, n_expert = 0, 0, self.facts.n_expert * max(1, self._n_moe_layer())
-        if isinstance(experts, CachedExperts):
-            held = sum(pool.slots.numel() for pool in experts.pools.values())
-            n_slot = experts.n_slot
-        self._missing_bytes = max(0, self.facts.routed_bytes - held)
+        n_slot = experts.n_slot if isinstance(experts, CachedExperts) else 0
+        n_expert = self.facts.n_expert * max(1, self._n_moe_layer())
         budget = engine.vram_plan.budget if engine.vram_plan else None
         self._slots = {"n_slot": n_slot, "cached_share": n_slot / n_expert, "vram_budget": budget}
 
@@ -186,7 +183,7 @@ class Ours:
 
     def _limit(self, test: Test, samples: Sequence[Sample]) -> Limit | None:
         """Decoding: what is read (see `hardware.Bound`); on the CPU alone, every weight of a token from RAM. Prompts on
-        a GPU: the products' arithmetic, and every expert that is in no slot crossing the bus once."""
+        a GPU: the products' arithmetic, and every expert that is used and in no slot crossing the bus once."""
         machine, n_token = self.machine, test.n_token * self._n_sequence
         if test.n_prompt and test.n_gen:
             return None
@@ -197,8 +194,8 @@ class Ours:
             return decode_limit(samples)
         if not machine.matmul_rate:
             return None
-        touches_all = n_token * self.facts.top_k >= FEW_TOKENS * self.facts.n_expert
-        bus = self._missing_bytes / machine.hardware.pcie if touches_all else 0.0
+        n_pass = -(-test.n_prompt // max(1, self.ubatch))
+        bus = missing_bytes(samples) / n_pass / machine.hardware.pcie
         arithmetic = 2 * self.facts.active_params * n_token / machine.matmul_rate
         return slowest(n_token, {"arithmetic": arithmetic, "PCIe": bus})
 

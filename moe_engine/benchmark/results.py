@@ -97,6 +97,13 @@ def prompt_costs(samples: Sequence[Sample]) -> Row:
     return {"hit_rate": hits / uses, "prompt_bytes": nbytes}
 
 
+def missing_bytes(samples: Sequence[Sample]) -> float:
+    """Of the experts in no slot that a prompt has used, once for each micro-batch; mean of the samples."""
+    found = [sample.prompt for sample in samples if sample.prompt is not None]
+    used = sum(n.cpu_bytes + n.streamed_bytes * n.streamed / max(1, n.streamed + n.unused) for n in found)
+    return used / max(1, len(found))
+
+
 def decode_limit(samples: Sequence[Sample]) -> Limit | None:
     """By the bytes that the steps have read: see `hardware.Bound`. None where no steps were counted."""
     steps = tokens = 0
