@@ -100,7 +100,7 @@ def _cpu_product(cpu: CpuKernels, type: str) -> tuple[Product, float]:
     nbytes = TOP_K * sum(w.nbytes for w in (handle.gate, handle.up, handle.down)) / n_expert
     few = _median([partial(cpu.expert_ffn, handle, x, ids, weights) for ids in turns])
     fewer = _median([partial(cpu.expert_ffn, handle, x, ids[:, :FEW], weights[:, :FEW]) for ids in turns])
-    fixed = max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW))
+    fixed = min(max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW)), few / 2)  # times may be disturbed
     rows, share = x.expand(CPU_TOKENS, HIDDEN).contiguous(), weights.expand(CPU_TOKENS, TOP_K).contiguous()
     chosen = [ids.expand(CPU_TOKENS, TOP_K).contiguous() for ids in turns[:MANY_CALLS]]
     many = _median([partial(cpu.expert_ffn, handle, rows, ids, share) for ids in chosen])

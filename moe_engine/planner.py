@@ -118,7 +118,6 @@ class Plan:
             n_sequence=self.config.n_sequence,
             ctx=self.ctx,
             fetches=self.config.exact or self.config.miss == "fetch",
-            exact=self.config.exact,
             ram_share=1 - self.on_disk / max(1, self.ram_needed),
             on_gpu=self.vram is not None,
         )

@@ -8,7 +8,6 @@ from moe_engine.calibration import Calibration, Gpu, Product, closest
 from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
-from moe_engine.prompt_split import Rates
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
 EXCHANGE_KERNELS = 2  # post and wait of a layer
@@ -65,7 +64,6 @@ class Placement:
     n_sequence: int = 1
     ctx: int = 0
     fetches: bool = False  # a step copies what it misses
-    exact: bool = False
     ram_share: float = 1.0
     on_gpu: bool = True
 
@@ -238,7 +236,7 @@ class Predictor:
             else:
                 found = self._prompt_layer(layer, share, counts, dense)
                 if share < 1:
-                    terms = layer_terms(found, self.rates(layer, placement.exact)) | {"disk": disk * layer.nbytes}
+                    terms = layer_terms(found, self._copy_rate(gpu)) | {"disk": disk * layer.nbytes}
                 else:  # nothing waits for the host
                     terms = {"gpu": found.gpu_seconds(found.cached), "launches": gpu.layer_seconds}
             name = max(terms, key=lambda name: terms[name])
@@ -254,19 +252,11 @@ class Predictor:
             missing=[n for n, cached in zip(counts, in_slot, strict=True) if not cached],
             cached=[n for n, cached in zip(counts, in_slot, strict=True) if cached],
             nbytes=layer.nbytes,
-            operations=2 * layer.n_weight,
             dense=dense,
             gpu_expert=_product_seconds(gpu.prompt, layer, 1, 0),
             gpu_token=_product_seconds(gpu.prompt, layer, 0, 1),
             launches=gpu.stream_seconds,
         )
-
-    def rates(self, layer: ExpertLayer, exact: bool = False) -> Rates:
-        """What the division of a prompt's experts between bus and CPU needs to know."""
-        assert self.machine.gpu is not None
-        largest = max(layer.by_type, key=lambda type: layer.by_type[type])
-        rates = replace(self.machine.rates(largest), pcie=self._copy_rate(self.machine.gpu))
-        return replace(rates, hand_over=float("inf")) if exact else rates
 
 
 def _read_seconds(gpu: Gpu, by_type: Mapping[str, int]) -> float:
