@@ -124,9 +124,11 @@ def test_in_a_step_one_is_filled_where_nothing_else_is_copied() -> None:
     gpu.worker.expect(1, 1, True)
     rng = np.random.default_rng(0)
     assert gpu.layer(1, 0, np.array([[0, 1]]), True, rng) == (2, 0, 0)  # nothing more begins: one is in flight
+    until(lambda: len(gpu.worker.timeline()) == 1)  # seen while that was so
     engine.release(1)
     until(lambda: len(gpu.worker.copies()) == len(hits) + 1)
     assert gpu.layer(1, 1, np.array([[0, 1]]), True, rng) == (2, 0, 0)  # (2, 1) begins
+    until(lambda: len(gpu.worker.timeline()) == 2)
     engine.release(1)
     until(lambda: len(gpu.worker.copies()) == len(hits) + 2)
     assert gpu.layer(1, 2, np.array([[1, 5]]), True, rng) == (1, 1, 0)  # 5 is fetched, and 2 is not filled yet
