@@ -112,6 +112,17 @@ def test_logits_of_other_models(name: str, rule: str, tmp_path: Path) -> None:
         assert memory.counts().n_read > 0
 
 
+@pytest.mark.parametrize("n_slot", [12, 16])
+def test_slots_are_filled_through_the_window(path: Path, expected: dict[str, list[int]], n_slot: int) -> None:
+    """More experts than it holds, behind a layer that is in RAM; with 16 nothing can miss."""
+    with load(path, LAST_TWO, device="simulated", miss="cpu", cache_slots=3 * n_slot) as engine:
+        assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.worker.settle()
+        engine.decoder.worker.check_integrity()
+        assert [len(engine.decoder.worker.residents(layer)) for layer in range(3)] == [n_slot] * 3
+        assert engine.generate(PROMPT, temperature=0, max_tokens=3).tokens == expected["simulated"]
+
+
 def test_the_bundled_model() -> None:
     with load(None, device="cpu") as engine:
         whole = engine.generate("Once upon a time", temperature=0, max_tokens=24).tokens

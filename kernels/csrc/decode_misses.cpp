@@ -25,7 +25,7 @@ void DecodeWorker::handle(const Step& step, int layer) {
     look_ahead(step, layer, message);  // by other threads, which need not wait for the driver
     start_background();
     // Who fetches for the running step needs the link, and the disk would be waited for.
-    if (entry_.n_now == 0 && spec_.layers[0].experts.memory == nullptr) fill_some(1);
+    if (entry_.n_now == 0) fill_some(1, true);
 }
 
 void DecodeWorker::note_message(int layer) {
@@ -168,10 +168,14 @@ bool DecodeWorker::can_come(ExpertKey key) const {
     return cache_.absent(key) && std::find(evicted, evicted + n_evicted_, key) == evicted + n_evicted_;
 }
 
-// Whether the step prefetches, and what it does comes from memory: a read of the disk would be waited for.
+// Whether the step prefetches, and for that layer, of which it predicts: a read of the disk would be waited for.
 bool DecodeWorker::may_prefetch(int layer, const Mailbox::Message& message) const {
-    return message.header[Mailbox::kAhead] == Mailbox::kMaxAhead &&
-           spec_.layers[static_cast<size_t>(layer)].experts.memory == nullptr;
+    return message.header[Mailbox::kAhead] == Mailbox::kMaxAhead && !reads_disk(layer);
+}
+
+// Whether not all of a layer's experts are in RAM.
+bool DecodeWorker::reads_disk(int layer) const {
+    return spec_.layers[static_cast<size_t>(layer)].experts.memory != nullptr;
 }
 
 // Reserves slots for what the next layer will probably miss and what can be there when it comes; the copies begin
@@ -179,7 +183,7 @@ bool DecodeWorker::may_prefetch(int layer, const Mailbox::Message& message) cons
 // what it reads meanwhile is not among them.
 void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Message& message) {
     const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
-    if (!divides || !may_prefetch(layer, message)) return;
+    if (!divides || !may_prefetch(layer + 1, message)) return;
     const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
     keep_foreseen(step, layer, message);
     double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
@@ -313,7 +317,7 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
         return static_cast<int64_t>(in_flight_.size() + background_.size()) < spec_.max_background &&
                n_evicted_ < spec_.mailbox.max_evicted(step.n_token);
     };
-    if (may_prefetch(layer, message) && is_room() && worth_prefetching(layer + 2)) {
+    if (may_prefetch(layer + 2, message) && is_room() && worth_prefetching(layer + 2)) {
         // The better half of the choices: the others are wrong too often to evict an expert for.
         for (int64_t choice = 0; choice < (spec_.mailbox.top_k + 1) / 2; ++choice)
             for (int64_t token = 0; token < step.n_token; ++token) {
@@ -376,9 +380,12 @@ int64_t DecodeWorker::bytes_in_flight() const {
 
 // Starts to copy what is to be filled while fewer bytes are on their way. Nobody leaves for it: an expert that an
 // answer has just evicted finds no free slot, so its table entry cannot come before the GPU takes the old one out.
-void DecodeWorker::fill_some(int64_t n_bytes) {
-    while (!fill_.empty() && bytes_in_flight() < n_bytes) {
+// What has to be read from disk is waited for and held: one at a time, and not in a step.
+void DecodeWorker::fill_some(int64_t n_bytes, bool in_step) {
+    while (!fill_.empty()) {
         const ExpertKey key = fill_.front();
+        const bool from_disk = reads_disk(cache_.layer_and_expert(key).first);
+        if ((from_disk && in_step) || bytes_in_flight() >= (from_disk ? 1 : n_bytes)) return;
         fill_.pop_front();
         if (cache_.absent(key) && cache_.reserve(key, SlotCache::Evict::nobody).slot >= 0) start_fetch(key, true);
     }

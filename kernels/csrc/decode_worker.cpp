@@ -123,8 +123,7 @@ bool DecodeWorker::next_step(Step* step) {
         pool_.stay_awake(false);
         activity_ = "sleeps after layer";
         poll_copies();
-        // What has to be read from disk is waited for and held: one at a time.
-        fill_some(spec_.layers[0].experts.memory == nullptr ? spec_.fill_bytes : 1);
+        fill_some(spec_.fill_bytes, false);
         if (in_flight_.empty()) {
             arrived_.notify_all();
             wake_.wait(lock);

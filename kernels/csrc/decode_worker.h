@@ -181,6 +181,7 @@ class DecodeWorker {
     void keep_foreseen(const Step& step, int layer, const Mailbox::Message& message);
     bool can_come(ExpertKey key) const;
     bool may_prefetch(int layer, const Mailbox::Message& message) const;
+    bool reads_disk(int layer) const;
     void prefetch_next(const Step& step, int layer, const Mailbox::Message& message);
     void start_background();
     void read_ahead(int layer);
@@ -193,7 +194,7 @@ class DecodeWorker {
     bool reserve(ExpertKey key, SlotCache::Evict evict);
     void start_fetch(ExpertKey key, bool filled = false);
     int64_t bytes_in_flight() const;
-    void fill_some(int64_t n_bytes);
+    void fill_some(int64_t n_bytes, bool in_step);
     int64_t unsettled() const { return static_cast<int64_t>(in_flight_.size() + fill_.size()); }
     void look_ahead(const Step& step, int layer, const Mailbox::Message& message);
     void end_lookahead();

@@ -194,7 +194,7 @@ class Ours:
             return decode_limit(samples)
         if not machine.matmul_rate:
             return None
-        n_pass = -(-test.n_prompt // max(1, self.ubatch))
+        n_pass = self._n_sequence * -(-test.n_prompt // max(1, self.ubatch))
         bus = missing_bytes(samples) / n_pass / machine.hardware.pcie
         arithmetic = 2 * self.facts.active_params * n_token / machine.matmul_rate
         return slowest(n_token, {"arithmetic": arithmetic, "PCIe": bus})
