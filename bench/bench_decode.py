@@ -240,7 +240,16 @@ def timeline_of(decoder: GraphDecoder) -> dict[str, float]:
     gaps = np.diff(entries["seen"])
     found = {"between_messages": float(np.median(gaps)) * 1e-3}
     if len(missed):
-        found["answer"] = float(np.median(missed["answered"] - missed["seen"])) * 1e-3
+        computed = missed[missed["begun"] > 0]
+        spans = [
+            ("answer", missed["answered"] - missed["seen"]),
+            ("before_computing", computed["begun"] - computed["seen"]),
+            ("computing", computed["computed"] - computed["begun"]),
+            ("behind_computing", computed["answered"] - computed["computed"]),
+        ]
+        found |= {name: float(np.median(span)) * 1e-3 for name, span in spans if len(span)}
+        found["experts"] = float(np.mean(missed["n_cpu"] + missed["n_now"]))
+        found["missing_layers"] = len(missed) / len(entries)
         after = entries["seen"][1:] - entries["answered"][:-1]
         found["answered_to_next"] = float(np.median(after[entries["answered"][:-1] > 0])) * 1e-3
     return found

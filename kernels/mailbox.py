@@ -8,7 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, replay_kernel, wait_kernel
+from moe_engine.kernels.decode_overlap import overlap_options
+from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, wait_kernel
 from moe_engine.kernels.router_kernel import Routing
 from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, Mailbox
 
@@ -36,8 +37,6 @@ def post(
     x: Tensor,
     arrived: Tensor,
     *,
-    slot_table: Tensor,
-    replay: Tensor | None = None,
     replay_ahead: Tensor | None = None,
     stamps: Tensor | None = None,
 ) -> None:
@@ -45,31 +44,23 @@ def post(
     missed.
 
     step: int64 `[1]`. positions: int32 `[n_token]`; tokens below zero are taken out of `routing` (-1). x: f32
-    `[n_token, hidden]`. arrived: int32 `[1]`, zero before and after. replay: int32 `[n_step, n_layer, top_k]`, recorded
-    choices that take the place of the router's, with their slots in slot_table, int32 `[n_layer, n_expert]`; then those
-    guessed of each layer are in replay_ahead, `[MAX_AHEAD, n_step, n_layer, top_k]`, by how many layers before; where
-    that is None nothing is guessed. stamps: see `new_stamps`.
+    `[n_token, hidden]`. arrived: int32 `[1]`, zero before and after. replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer,
+    top_k]`, by how many layers before: recorded guesses of each layer in the place of those in `routing`. stamps: see
+    `new_stamps`.
     """
     n_token, top_k = routing.ids.shape
     assert x.shape == (n_token, mailbox.hidden), (x.shape, mailbox.hidden)
     assert n_token <= mailbox.max_batch, (n_token, mailbox.max_batch)
     assert top_k == mailbox.top_k, (top_k, mailbox.top_k)
     assert x.is_contiguous()
-    assert replay is None or replay.shape[1:] == (mailbox.n_layer, top_k), replay.shape
-    n_ahead, ahead = 0 if routing.ahead is None else len(routing.ahead), routing.ahead
+    n_ahead = 0 if routing.ahead is None else len(routing.ahead)
     assert layer + n_ahead < mailbox.n_layer
+    ahead, n_replay = routing.ahead, 1
+    if replay_ahead is not None:
+        n_replay = replay_ahead.shape[1]
+        assert replay_ahead.shape == (MAX_AHEAD, n_replay, mailbox.n_layer, top_k), replay_ahead.shape
+        ahead = replay_ahead
     assert ahead is None or ahead.is_contiguous()
-    if replay is not None:
-        assert replay_ahead is None or replay_ahead.shape == (MAX_AHEAD, *replay.shape), replay_ahead.shape
-        n_ahead, ahead = 0 if replay_ahead is None else n_ahead, replay_ahead
-        replay_kernel[(1,)](
-            *(step, routing.ids, routing.slots, replay, slot_table, len(replay), layer),
-            N_EXPERT=mailbox.n_expert,
-            N_LAYER=mailbox.n_layer,
-            N_PAIR=n_token * top_k,
-            TOP_K=top_k,
-            PAIRS=triton.next_power_of_2(n_token * top_k),
-        )
     block = min(_BLOCK, triton.next_power_of_2(x.numel()))
     post_kernel[triton.cdiv(x.numel(), block),](
         mailbox.messages.view(-1).view(step.dtype),
@@ -81,11 +72,11 @@ def post(
         arrived,
         *(routing.ids, routing.weights, routing.slots),
         x,
-        slot_table if ahead is None else ahead,
-        1 if replay is None else len(replay),
+        routing.ids if ahead is None else ahead,
+        n_replay,
         step if stamps is None else stamps,
         layer,
-        REPLAY=replay is not None,
+        REPLAY=replay_ahead is not None,
         AHEAD=n_ahead,
         AHEAD_BYTES=4 * mailbox.max_batch * top_k,
         TIMED=stamps is not None,
@@ -103,6 +94,7 @@ def post(
         BLOCK=block,
         ON_GPU=x.is_cuda,
         num_warps=8,
+        **overlap_options(x.device),
     )
 
 
@@ -168,6 +160,7 @@ def wait(
         MERGE=merge,
         ON_GPU=routing.ids.is_cuda,
         num_warps=1,  # each warp looks on its own: with 8, beside copies, a look takes up to 80 us, with 1 a few
+        **overlap_options(routing.ids.device),
     )
 
 
@@ -196,4 +189,5 @@ def finish(
         TOKENS=triton.next_power_of_2(n_token),
         ON_GPU=tokens.is_cuda,
         num_warps=1,
+        **overlap_options(tokens.device),
     )

@@ -8,6 +8,8 @@ A record's fields are written first, then its sequence number; fences in between
 import triton
 import triton.language as tl
 
+from moe_engine.kernels.decode_overlap import let_next_kernel_start, wait_for_previous_kernel
+
 
 @triton.jit
 def _fence(ON_GPU: tl.constexpr):
@@ -23,23 +25,6 @@ def _nanoseconds(ON_GPU: tl.constexpr):
         return tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1)
     else:
         return tl.full([], 0, tl.int64)
-
-
-@triton.jit
-def replay_kernel(
-    step, ids, slots, replay, slot_table, n_replay, layer,
-    N_EXPERT: tl.constexpr, N_LAYER: tl.constexpr, N_PAIR: tl.constexpr, TOP_K: tl.constexpr, PAIRS: tl.constexpr,
-):  # fmt: skip
-    """Puts recorded choices, of step `step + 97 * token` of `replay`, and their slots in the place of the router's.
-
-    A kernel of one program: a copy may enter an expert in the table at any time, and all that follows must agree.
-    """
-    pair = tl.arange(0, PAIRS)
-    real = pair < N_PAIR
-    source = (tl.load(step) + pair // TOP_K * 97) % n_replay * N_LAYER + layer
-    expert = tl.load(replay + source * TOP_K + pair % TOP_K, mask=real, other=0)
-    tl.store(ids + pair, expert, mask=real)
-    tl.store(slots + pair, tl.load(slot_table + layer * N_EXPERT + expert, mask=real, other=-1), mask=real)
 
 
 @triton.jit
@@ -76,16 +61,19 @@ def post_kernel(
     N_X: tl.constexpr,
     BLOCK: tl.constexpr,
     ON_GPU: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program i copies block i of x where something is missed; the last one to arrive publishes the message.
 
     AHEAD: of how many next layers guesses are sent. REPLAY: what was guessed is in `ahead`, `[*, n_replay, N_LAYER,
-    TOP_K]`, by steps as for `replay_kernel`.
+    TOP_K]`, by steps as for the router's `Replay`.
     """
     program, n_program = tl.program_id(0), tl.num_programs(0)
-    s = tl.load(step)
+    zero = wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
+    s = tl.load(step + zero)
     record = (s % RING) * N_LAYER + layer
-    pair = tl.arange(0, PAIRS)
+    pair = zero + tl.arange(0, PAIRS)
     real = pair < N_TOKEN * TOP_K
     active = real & (tl.load(positions + pair // TOP_K, mask=real, other=-1) >= 0)
     expert = tl.where(active, tl.load(ids + pair, mask=real, other=-1), -1)
@@ -112,7 +100,7 @@ def post_kernel(
         tl.store(header + 3, tl.full([], AHEAD, tl.int64))
     publishes = program == 0
     if n_missed > 0:
-        lane = program * BLOCK + tl.arange(0, BLOCK)
+        lane = zero + program * BLOCK + tl.arange(0, BLOCK)
         tl.store(x_out + lane, tl.load(x + lane, mask=lane < N_X), mask=lane < N_X)
         if n_program > 1:
             _fence(ON_GPU)
@@ -156,6 +144,7 @@ def wait_kernel(
     LATE: tl.constexpr,
     MERGE: tl.constexpr,
     ON_GPU: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program i adds block i of what the CPU answers; program 0 also updates the slot table.
 
@@ -163,21 +152,23 @@ def wait_kernel(
     time_out: nanoseconds on a GPU, looks elsewhere.
     """
     program = tl.program_id(0)
+    zero = wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)  # it is there when the answer comes
     if TIMED and program == 0:
-        tl.store(stamps + 3 * layer + 1, _nanoseconds(ON_GPU))
-    pair = tl.arange(0, PAIRS)
+        tl.store(stamps + 3 * layer + 1 + zero, _nanoseconds(ON_GPU))
+    pair = zero + tl.arange(0, PAIRS)
     real = pair < N_TOKEN * TOP_K
     slot = tl.load(slots + pair, mask=real, other=0)
     missed = real & (slot < 0) & (tl.load(ids + pair, mask=real, other=-1) >= 0)
     n_missed = tl.sum(missed.to(tl.int32), 0)
-    lane = program * BLOCK + tl.arange(0, BLOCK)
+    lane = zero + program * BLOCK + tl.arange(0, BLOCK)
     inside = lane < N_X
     total = tl.zeros([BLOCK], tl.float32)
     fetched = tl.full([PAIRS], -1, tl.int32)
     if HAS_HITS:
         total += tl.load(hits + lane, mask=inside, other=0.0)
     if n_missed > 0:
-        want = tl.load(step) * (N_LAYER + 1) + layer
+        want = tl.load(step + zero) * (N_LAYER + 1) + layer
         start = _nanoseconds(ON_GPU)
         spent = tl.full([], 0, tl.int64)
         seen = tl.load(answer, volatile=True)
@@ -240,14 +231,17 @@ def finish_kernel(
     N_TOKEN: tl.constexpr,
     TOKENS: tl.constexpr,
     ON_GPU: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Sends a step's tokens to the host, and moves on to the next step and positions."""
+    zero = wait_for_previous_kernel(OVERLAP)
+    let_next_kernel_start(OVERLAP)
     if TIMED:
-        tl.store(stamps + 3 * N_LAYER, tl.load(stamps + 3 * N_LAYER + 1))
+        tl.store(stamps + 3 * N_LAYER, tl.load(stamps + 3 * N_LAYER + 1 + zero))
         tl.store(stamps + 3 * N_LAYER + 1, _nanoseconds(ON_GPU))
-    s = tl.load(step)
+    s = tl.load(step + zero)
     record = s % RING
-    lane = tl.arange(0, TOKENS)
+    lane = zero + tl.arange(0, TOKENS)
     real = lane < N_TOKEN
     token = tl.load(tokens + lane, mask=real, other=0)
     position = tl.load(positions + lane, mask=real, other=-1)

@@ -51,6 +51,14 @@ class NextRouter(NamedTuple):
     bias: Tensor | None
 
 
+class Replay(NamedTuple):
+    """Recorded choices that take the place of the router's, for benchmarks."""
+
+    choices: Tensor  # int32 [n_step, n_layer, top_k]
+    step: Tensor  # int64 [1]; token t follows step + 97 t
+    layer: int
+
+
 def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None, ahead: Sequence[Tensor] = ()) -> Tensor:
     """`x` f32 `[n_token, hidden]` times the router matrix f32 `[n_expert, hidden]`: f32 `[n_token, n_expert]`.
 
@@ -93,6 +101,7 @@ def route_and_lookup(
     bias: Tensor | None = None,
     logits: Tensor | None = None,
     ahead: Sequence[NextRouter] = (),
+    replay: Replay | None = None,
     out: Routing | None = None,
 ) -> Routing:
     """Chooses each token's experts and looks up their slots, on the device, with no synchronisation.
@@ -101,7 +110,8 @@ def route_and_lookup(
     hidden states f32 `[n_token, hidden]`. slot_table: int32 `[n_expert]`, an expert's slot or -1; without one the slots
     stay unwritten. bias: f32
     `[n_expert]`, for the selection only. logits: where to put them in the second form. ahead: of at most MAX_AHEAD
-    layers whose choice to guess, in the second form. All contiguous.
+    layers whose choice to guess, in the second form. replay: experts to choose; the weights stay the router's. All
+    contiguous.
     """
     if weight is not None:
         x = router_logits(x, weight, logits, [router.weight for router in ahead])
@@ -122,6 +132,8 @@ def route_and_lookup(
         _checked(out.ahead, (len(ahead), n_token, config.top_k), torch.int32)
     if n_token == 0:
         return out
+    if replay is not None:
+        _checked(replay.choices, (*replay.choices.shape[:2], config.top_k), torch.int32)
     group_size = n_expert // config.n_group
     with torch.cuda.device_of(x):
         choose_kernel[n_token, 1 + len(ahead)](
@@ -131,6 +143,9 @@ def route_and_lookup(
             *out[:3],
             out.ids if out.ahead is None else out.ahead,
             config.scale,
+            *((out.ids, out.ids, 1, 0) if replay is None else (*replay[:2], len(replay.choices), replay.layer)),
+            REPLAY=replay is not None,
+            N_LAYER=1 if replay is None else replay.choices.shape[1],
             AHEAD=len(ahead),
             HAS_BIAS=bias is not None,
             HAS_TABLE=slot_table is not None,

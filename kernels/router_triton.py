@@ -81,6 +81,12 @@ def choose_kernel(
     slots,
     next_ids,
     scale,
+    replay,
+    step,
+    n_replay,
+    layer,
+    REPLAY: tl.constexpr,
+    N_LAYER: tl.constexpr,
     AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
@@ -99,6 +105,7 @@ def choose_kernel(
     """Program (t, 0) routes token t. Its tile is [group, member]; one group of all experts if there are no limits.
 
     AHEAD: how many of the next layers, whose logits follow those of this layer, program (t, 1 + i) chooses for.
+    REPLAY: the weights are still the router's, the experts those of `replay`, `[n_replay, N_LAYER, TOP_K]`.
     """
     group_size: tl.constexpr = N_EXPERT // N_GROUP
     group = tl.arange(0, GROUPS)[:, None]
@@ -110,6 +117,11 @@ def choose_kernel(
         added = tl.load(_pick(ahead, bias, next_bias, second_bias) + expert, mask=real, other=0.0)
     token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
     let_next_kernel_start(OVERLAP)
+    k = tl.arange(0, K_LANES)
+    is_choice = k < TOP_K
+    if REPLAY:
+        source = (tl.load(step) + token * 97) % n_replay * N_LAYER + layer
+        recorded = tl.load(replay + source * TOP_K + k, mask=is_choice, other=0)
     row = logits + (token * (1 + AHEAD) + ahead) * N_EXPERT
     logit = tl.load(row + expert, mask=real, other=float("-inf"))
     largest = tl.max(tl.max(logit, 1), 0)
@@ -126,7 +138,6 @@ def choose_kernel(
     order = tl.reshape(order, [GROUPS * MEMBERS])
     flat = tl.arange(0, GROUPS * MEMBERS)
     expert_of = (flat // MEMBERS) * group_size + flat % MEMBERS
-    k = tl.arange(0, K_LANES)
     chosen = tl.zeros([K_LANES], tl.int32)
     for i in tl.static_range(TOP_K):
         best = tl.max(order, 0)
@@ -134,16 +145,17 @@ def choose_kernel(
         chosen = tl.where(k == i, winner, chosen)
         order = tl.where(expert_of == winner, _TAKEN, order)
 
-    is_choice = k < TOP_K
     out = token * TOP_K + k
     if ahead > 0:
         tl.store(next_ids + (ahead - 1) * (tl.num_programs(0) * TOP_K) + out, chosen, mask=is_choice)
         return
 
     # Gathering the few logits again is cheaper than one more reduction per choice
+    picked = tl.load(row + chosen, mask=is_choice, other=float("-inf"))
+    if REPLAY:
+        chosen = recorded
     if HAS_TABLE:
         slot = tl.load(slot_table + chosen, mask=is_choice, other=-1)
-    picked = tl.load(row + chosen, mask=is_choice, other=float("-inf"))
     if GATING == "softmax_selected":
         picked_largest = tl.max(picked, 0)
         weight = tl.exp(picked - picked_largest)

@@ -323,11 +323,11 @@ class DecodeWorker:
     def timeline(self) -> npt.NDArray[np.void]:
         """The last messages (at most 4096) since `reset_stats`, oldest first.
 
-        Fields, all int64: seq; seen and answered (0 if nothing was missed) on the clock of `time.monotonic_ns`;
-        n_hit pairs; n_cpu and n_now experts.
+        Fields, all int64: seq; on the clock of `time.monotonic_ns` seen, answered (0: nothing was missed), begun and
+        computed (0: the CPU had nothing to do); n_hit pairs; n_cpu and n_now experts.
         """
-        fields = [(name, np.int64) for name in ("seq", "seen", "answered", "n_hit", "n_cpu", "n_now")]
-        return np.frombuffer(self._worker.timeline(), fields)
+        names = ("seq", "seen", "answered", "begun", "computed", "n_hit", "n_cpu", "n_now")
+        return np.frombuffer(self._worker.timeline(), [(name, np.int64) for name in names])
 
     def copies(self) -> npt.NDArray[np.void]:
         """The last experts (at most 4096) whose copying has ended since `reset_stats`, oldest first.

@@ -22,7 +22,7 @@ from moe_engine.config import SamplingParams
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.decode_product import matvec, moe_decode
 from moe_engine.kernels.mailbox import finish, post, wait
-from moe_engine.kernels.router_kernel import NextRouter, Routing, route_and_lookup
+from moe_engine.kernels.router_kernel import NextRouter, Replay, Routing, route_and_lookup
 from moe_engine.kernels.sampling_kernel import SamplerState, Variant, sample
 from moe_engine.kernels.worker import RING, Mailbox
 from moe_engine.kv_cache import KVCache
@@ -181,6 +181,7 @@ class DecodeStep:
             weight=moe.ffn_gate_inp,
             bias=moe.exp_probs_b,
             ahead=self._next_routers(moe, form.ahead),
+            replay=None if self.replay is None else Replay(self.replay, self.step, layer),
         )
         if form.misses != "none" or self.recorded or self.replay is not None:
             post(
@@ -191,8 +192,6 @@ class DecodeStep:
                 routing,
                 x.values,
                 self._arrived,
-                slot_table=table,
-                replay=self.replay,
                 replay_ahead=self.replay_ahead,
                 stamps=self.stamps,
             )
@@ -217,6 +216,8 @@ class DecodeStep:
 
     def _next_routers(self, moe: MixtureOfExperts, n: int) -> list[NextRouter]:
         """Of the next layers of experts, as far as there are any that route alike."""
+        if self.replay is not None and self.replay_ahead is None:
+            return []
         layer = self.experts.index[moe.layer]
         following = self._mixtures[layer + 1 : layer + 1 + n]
         if any((other.exp_probs_b is None) != (moe.exp_probs_b is None) for other in following):

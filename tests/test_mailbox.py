@@ -48,10 +48,9 @@ def posted(
     ids = on_device([[(5 * t + 3 * k) % N_EXPERT for k in range(TOP_K)] for t in range(n_token)])
     routing = Routing(ids, torch.rand(n_token, TOP_K, device=DEVICE), on_device(slots), ahead)
     x = torch.randn(n_token, hidden, device=DEVICE)
-    table = options.pop("slot_table", torch.full((N_LAYER, N_EXPERT), -1, dtype=torch.int32, device=DEVICE))
     arrived = on_device([0])
     step = on_device([6], torch.int64)
-    post(box, layer, step, on_device(positions), routing, x, arrived, slot_table=table, **options)
+    post(box, layer, step, on_device(positions), routing, x, arrived, **options)
     sync()
     assert int(arrived) == 0
     return box, routing, x
@@ -86,15 +85,6 @@ def test_tokens_of_ended_sequences_choose_nothing() -> None:
     assert routing.ids[1].tolist() == routing.slots[1].tolist() == [-1] * TOP_K
 
 
-def test_recorded_routing_takes_the_routers_place() -> None:
-    replay = torch.randint(0, N_EXPERT, (5, N_LAYER, TOP_K), dtype=torch.int32, device=DEVICE)
-    table = torch.randint(-1, 9, (N_LAYER, N_EXPERT), dtype=torch.int32, device=DEVICE)
-    _, routing, _ = posted(48, [[0, 1, 2, 3], [4, 5, 6, 7]], [5, 8], replay=replay, slot_table=table)
-    expected = torch.stack([replay[6 % 5, 1], replay[(6 + 97) % 5, 1]])
-    assert torch.equal(routing.ids, expected)
-    assert torch.equal(routing.slots, table[1][expected.long()])
-
-
 def test_what_the_next_layers_will_choose_is_posted_too() -> None:
     ahead = on_device([[[3, 1, 2, 0], [4, 5, 6, 7], [15, 8, 9, 10]]])
     slots = [[0, 1, 2, 3]] * 3
@@ -115,21 +105,16 @@ def test_what_the_next_layers_will_choose_is_posted_too() -> None:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_recorded_predictions_take_the_routers_place(layer: int) -> None:
-    shape = (3, 5, N_LAYER, TOP_K)
-    replay, *guesses = torch.randint(0, N_EXPERT, shape, dtype=torch.int32, device=DEVICE)
+    guesses = torch.randint(0, N_EXPERT, (2, 5, N_LAYER, TOP_K), dtype=torch.int32, device=DEVICE)
     n_ahead, slots = 2 - layer, [[0, 1, 2, 3]] * 3
     ahead = torch.zeros(n_ahead, 3, TOP_K, dtype=torch.int32, device=DEVICE)
-    options = {"replay": replay, "replay_ahead": torch.stack(guesses)}
-    box, _, _ = posted(48, slots, [5, 6, 7], ahead, layer=layer, **options)
+    box, _, _ = posted(48, slots, [5, 6, 7], ahead, layer=layer, replay_ahead=guesses)
     record = box.messages[6 % RING * N_LAYER + layer]
     assert int(header(record)[3]) == n_ahead
     for i in range(n_ahead):
-        expected = torch.cat([guesses[i][(6 + 97 * token) % 5, layer + 1 + i] for token in range(3)])
+        expected = torch.cat([guesses[i, (6 + 97 * token) % 5, layer + 1 + i] for token in range(3)])
         found = part(record, box.ahead_offset + 4 * i * MAX_BATCH * TOP_K, 12)
         assert found.tolist() == expected.tolist()
-
-    box, _, _ = posted(48, slots, [5, 6, 7], ahead, layer=layer, replay=replay)
-    assert int(header(box.messages[6 % RING * N_LAYER + layer])[3]) == 0
 
 
 def answer(box: Mailbox, seq: int, flags: int, late: list[int], evicted: list[int]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moe_engine.kernels.router import Gating, GroupRule, RouterConfig, gate, route
-from moe_engine.kernels.router_kernel import NextRouter, Routing, route_and_lookup, router_logits
+from moe_engine.kernels.router_kernel import NextRouter, Replay, Routing, route_and_lookup, router_logits
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GATINGS: tuple[Gating, ...] = ("softmax", "sigmoid", "softmax_selected", "sqrt_softplus")
@@ -156,6 +156,18 @@ def test_guessing_the_next_layer_changes_nothing_else(n_token: int, hidden: int,
         assert all(torch.equal(a, b) for a, b in zip(alone[:3], both[:3], strict=True))
         assert both.ahead is not None
         assert torch.equal(both.ahead, torch.stack(following[:n_ahead]))
+
+
+def test_recorded_choices_take_the_place_of_the_experts_only() -> None:
+    config = RouterConfig(n_expert=12, top_k=3, gating="softmax")
+    logits, table = grid(4, 12, 5).to(DEVICE), random_table(12, torch.Generator().manual_seed(5)).to(DEVICE)
+    recorded = torch.randint(0, 12, (5, 2, 3), dtype=torch.int32, device=DEVICE)
+    step = torch.tensor([6], device=DEVICE)
+    found = route_and_lookup(logits, config, table, replay=Replay(recorded, step, layer=1))
+    expected = torch.stack([recorded[(6 + 97 * token) % 5, 1] for token in range(4)])
+    assert torch.equal(found.ids, expected)
+    assert torch.equal(found.slots, table[expected.long()])
+    assert torch.equal(found.weights, route_and_lookup(logits, config, table).weights)
 
 
 def test_no_tokens() -> None:

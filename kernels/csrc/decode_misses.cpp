@@ -10,14 +10,15 @@ namespace moe {
 
 void DecodeWorker::handle(const Step& step, int layer) {
     const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
-    entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0};
+    entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0, 0, 0};
     const double since_last = static_cast<double>(seen_ - last_seen_) * 1e-9;
     if (layer > 0) layer_seconds_ += kNewest * (std::min(since_last, kLongLayer) - layer_seconds_);
     last_seen_ = seen_;
-    poll_copies();
-    cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k, step.number);
     read_message(step, layer, message);
-    if (n_missed_ > 0) answer(step, layer, message);
+    if (n_missed_ > 0)
+        answer(step, layer, message);
+    else
+        note_choices(step, layer, message);
     cache_.end_layer_step();
     ++progress_;
     note_message(layer);
@@ -26,6 +27,12 @@ void DecodeWorker::handle(const Step& step, int layer) {
     start_background();
     // Who fetches for the running step needs the link, and the disk would be waited for.
     if (entry_.n_now == 0) fill_some(1, true);
+}
+
+// The policy learns of the layer's choices, after what has arrived. Before that no slot may be reserved.
+void DecodeWorker::note_choices(const Step& step, int layer, const Mailbox::Message& message) {
+    poll_copies();
+    cache_.begin_layer_step(layer, message.ids, step.n_token * spec_.mailbox.top_k, step.number);
 }
 
 void DecodeWorker::note_message(int layer) {
@@ -120,13 +127,14 @@ void DecodeWorker::note_use(ExpertKey key) {
 void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& message) {
     const Mailbox& mailbox = spec_.mailbox;
     n_evicted_ = 0;
-    beside_.clear();
-    prefetch_next(step, layer, message);
+    if (step.allow_late) note_choices(step, layer, message);  // otherwise nobody asks yet where an expert is
     read_ahead(layer);
     divide(step, layer);
     compute(step, layer, message);
-    await_late();
-    admit(step, layer, message);
+    if (entry_.n_now > 0) {
+        await_late();
+        admit(step, layer, message);
+    }
 
     if (n_evicted_ > mailbox.max_evicted(step.n_token))
         throw std::runtime_error("an answer evicts " + std::to_string(n_evicted_) + " experts");
@@ -178,10 +186,11 @@ bool DecodeWorker::reads_disk(int layer) const {
     return spec_.layers[static_cast<size_t>(layer)].experts.memory != nullptr;
 }
 
-// Reserves slots for what the next layer will probably miss and what can be there when it comes; the copies begin
+// Reserves slots for what the next layer will probably miss and what can be there when it comes, and begins to copy
 // beside the CPU's work on this layer. The GPU looks nothing up before it has the answer and with it the victims, and
 // what it reads meanwhile is not among them.
 void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Message& message) {
+    beside_.clear();
     const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
     if (!divides || !may_prefetch(layer + 1, message)) return;
     const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
@@ -201,6 +210,7 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
             room -= static_cast<double>(n_bytes);
         }
     passed_over_[static_cast<size_t>(layer) + 1] = 0;
+    for (ExpertKey key : beside_) start_fetch(key);
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_.fetched_background += static_cast<int64_t>(beside_.size());
 }
@@ -263,12 +273,13 @@ void DecodeWorker::divide(const Step& step, int layer) {
 }
 
 void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& message) {
-    // The driver takes microseconds for each: meanwhile the other threads compute.
-    const std::function<void()> start_copies = [this] {
-        for (ExpertKey key : beside_) start_fetch(key);
-        beside_.clear();
+    // Driver and policy take microseconds: meanwhile the other threads compute.
+    const std::function<void()> look_after_slots = [&] {
+        if (!step.allow_late) note_choices(step, layer, message);
+        prefetch_next(step, layer, message);
+        if (entry_.n_now == 0) admit(step, layer, message);
     };
-    if (entry_.n_cpu == 0) return start_copies();
+    if (entry_.n_cpu == 0) return look_after_slots();
     const Mailbox& mailbox = spec_.mailbox;
     activity_ = "computes experts of layer";
     token_.clear();
@@ -281,13 +292,14 @@ void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& 
         expert_.push_back(expert);
         weight_.push_back(message.weights[pair]);
     }
-    const bool beside_copies = !in_flight_.empty() || !beside_.empty();
-    const int64_t start = now();
+    entry_.begun = now();
     expert_ffn(pool_, spec_.layers[static_cast<size_t>(layer)].experts,
                {mailbox.x, step.n_token, token_.data(), expert_.data(), weight_.data(),
-                static_cast<int64_t>(token_.size()), mailbox.y, spec_.float_activations, &start_copies});
+                static_cast<int64_t>(token_.size()), mailbox.y, spec_.float_activations, &look_after_slots});
+    const bool beside_copies = !in_flight_.empty();
     for (Flight& flight : in_flight_) flight.beside_cpu = true;
-    const int64_t ns = now() - start, n_bytes = entry_.n_cpu * expert_bytes_[static_cast<size_t>(layer)];
+    entry_.computed = now();
+    const int64_t ns = entry_.computed - entry_.begun, n_bytes = entry_.n_cpu * expert_bytes_[static_cast<size_t>(layer)];
     std::lock_guard<std::mutex> lock(stats_mutex_);
     stats_.cpu_experts += entry_.n_cpu;
     stats_.cpu_bytes += n_bytes;
@@ -296,7 +308,6 @@ void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& 
 }
 
 void DecodeWorker::await_late() {
-    if (entry_.n_now == 0) return;
     activity_ = "waits for copies to layer";
     const int64_t start = now();
     for (ExpertKey key : missed_)
@@ -310,7 +321,6 @@ void DecodeWorker::await_late() {
 // but one will probably miss, then those that the CPU has computed. Only for the latter the policy's admission
 // rule is asked: the others were not used yet, and what is fetched for the step itself needs a slot anyway.
 void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message) {
-    poll_copies();
     keep_foreseen(step, layer, message);
     background_.clear();
     const auto is_room = [&] {

@@ -179,7 +179,7 @@ void DecodeWorker::await(const int64_t* header, int64_t seq) {
             if (seen > seq)
                 throw std::runtime_error("the GPU posted number " + std::to_string(seen) + " where " +
                                          std::to_string(seq) + " was due");
-            if (!lookahead_.help()) pause();
+            pause();
         }
         look_around();
         if (lookahead_.finished()) end_lookahead();  // others may want the pool

@@ -104,6 +104,7 @@ struct WorkerStats {
 
 struct TimelineEntry {
     int64_t seq, seen, answered;  // nanoseconds of the steady clock; answered 0: nothing was missed
+    int64_t begun, computed;      // the same, of the CPU's part; 0: it has none
     int64_t n_hit, n_cpu, n_now;  // pairs, and experts
 };
 
@@ -187,6 +188,7 @@ class DecodeWorker {
     void read_ahead(int layer);
     void divide(const Step& step, int layer);
     void compute(const Step& step, int layer, const Mailbox::Message& message);
+    void note_choices(const Step& step, int layer, const Mailbox::Message& message);
     void await_late();
     void admit(const Step& step, int layer, const Mailbox::Message& message);
     bool worth_prefetching(int layer);

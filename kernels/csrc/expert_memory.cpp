@@ -372,6 +372,7 @@ void expert_ffn_in_groups(ThreadPool& pool, const ExpertLayer& layer, const Expe
         layer.memory->prefetch(layer.memory_layer, group + n, n_used - first - n);
         if (n == n_used) return expert_ffn(pool, resident, job);
         ExpertFfn part = job;
+        if (first > 0) part.beside = nullptr;
         pairs.clear();
         weights.clear();
         for (int64_t i = 0; i < job.n_pairs; ++i) {

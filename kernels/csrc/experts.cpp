@@ -2,15 +2,18 @@
 //
 // 0. The inputs are quantized, those of experts with many tokens packed.
 // 1. For every expert and range of its n_ff rows: gate and up products of the expert's tokens, h = silu(gate)
-//    * up, quantized at once (a range is whole blocks of 32) where the down projection takes integers.
+//    * up, where the down projection takes integers quantized by whoever completes a block of 32.
 // 2. For every range of output rows: down products of one expert after the other, added in ascending order.
 //
-// A thread's run of units holds about the same rows of every expert, whichever experts a call has: so its cache
-// may hold them already (lookahead.h).
+// A thread's run of units holds the same rows of every expert, whichever experts a call of few tokens has (where n_ff
+// and hidden can be divided so): all threads have the same to do, and what they read may be in their caches already
+// (lookahead.h).
 //
 // Each product has two forms: row by row, or in tiles and panels for an expert with many tokens (gemm.h).
 
 #include <algorithm>
+#include <atomic>
+#include <new>
 
 #include "expert_memory.h"
 #include "gemm.h"
@@ -23,9 +26,17 @@ namespace {
 constexpr int64_t kPairsAtOnce = 64;  // bounds the products buffers of a unit
 constexpr int64_t kManyStride = product_stride(kPairsAtOnce);
 
-// Rows of gate and up, and of down, in a unit of a call of few tokens.
-int64_t up_rows(const ExpertLayer& layer, int64_t n_active, int n_threads) {
+// Rows of gate and up in a unit of a call of many tokens: whole blocks of h.
+int64_t up_rows_of_blocks(const ExpertLayer& layer, int64_t n_active, int n_threads) {
     return std::clamp<int64_t>(round_up(n_active * layer.n_ff / (12 * n_threads), 32), 32, 128);
+}
+// Rows of gate and up, and of down, in a unit of a call of few tokens. A thread's share of an expert is cut into
+// units of the same size, about 16 for all experts: others take what a thread is late with.
+int64_t up_rows(const ExpertLayer& layer, int64_t n_active, int n_threads) {
+    const int64_t share = layer.n_ff / n_threads;
+    for (int64_t n = std::max(16 / n_active, (share + 127) / 128); n > 0 && layer.n_ff % n_threads == 0; --n)
+        if (share % (4 * n) == 0 && share / n >= 16) return share / n;
+    return up_rows_of_blocks(layer, n_active, n_threads);
 }
 int64_t down_rows(const ExpertLayer& layer, int n_threads) {
     return std::clamp<int64_t>(round_up(layer.hidden / (16 * n_threads), 8), 8, 128);
@@ -46,7 +57,7 @@ class Call {
     void run();
 
  private:
-    void find_memory();
+    void find_memory(int64_t tile);
     void pack_unit(int64_t index);
 
     // Each takes the place among the active experts and a range of the product's rows; next: what the thread will
@@ -55,6 +66,7 @@ class Call {
     void gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
     void put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, const float* values);
+    void quantize_hidden(int64_t index, int64_t first, int64_t n_rows);
     void down_unit(int64_t first, int64_t n_rows, int thread, const uint8_t* next);
     void down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void down_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
@@ -90,14 +102,15 @@ class Call {
 
     uint8_t* x_records_ = nullptr;    // [n_tokens]
     PanelChunk* x_panels_ = nullptr;  // [panel[n_active]]
-    // One of the forms of h for an expert, by what its down projection reads. By pair in sorted order.
-    float* h_ = nullptr;            // [n_pairs, n_ff]
+    // The forms of h for an expert, by what its down projection reads. By pair in sorted order.
+    float* h_ = nullptr;            // [n_pairs, n_ff]; on the way to records too, where units end within a block
     uint8_t* h_records_ = nullptr;  // [n_pairs]
     PanelChunk* h_panels_ = nullptr;
+    std::atomic<int32_t>* rows_done_ = nullptr;  // [n_active, n_ff / 32] of each block of h_
 };
 
-// Finds memory for every form of the inputs and of h.
-void Call::find_memory() {
+// Finds memory for every form of the inputs and of h, of which a unit makes `tile` rows.
+void Call::find_memory(int64_t tile) {
     const int64_t panels = routing_.panel[routing_.n_active];
     if (integers(layer_.gate) || integers(layer_.up)) {
         const int64_t records_bytes = round_up(job_.n_tokens * activation_bytes(hidden_), 64);
@@ -108,8 +121,13 @@ void Call::find_memory() {
         const int64_t records_bytes = round_up(routing_.n_pairs * activation_bytes(n_ff_), 64);
         h_records_ = pool_.shared(ThreadPool::kHiddenQuantized, records_bytes + panels * panel_bytes(n_ff_));
         h_panels_ = reinterpret_cast<PanelChunk*>(h_records_ + records_bytes);
-    } else {
-        h_ = reinterpret_cast<float*>(pool_.shared(ThreadPool::kHidden, routing_.n_pairs * n_ff_ * 4));
+    }
+    const bool splits_blocks = tile % 32 != 0;
+    if (!integers(layer_.down) || splits_blocks) {
+        const int64_t n_float = routing_.n_pairs * n_ff_, n_block = routing_.n_active * n_ff_ / 32;
+        h_ = reinterpret_cast<float*>(pool_.shared(ThreadPool::kHidden, (n_float + n_block) * 4));
+        if (integers(layer_.down))
+            rows_done_ = new (h_ + n_float) std::atomic<int32_t>[static_cast<size_t>(n_block)]();
     }
 }
 
@@ -143,6 +161,19 @@ void Call::put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, c
     }
 }
 
+// Rows [first, first + n_rows) of h_ of all tokens of an expert are there: quantizes the blocks that this completes.
+void Call::quantize_hidden(int64_t index, int64_t first, int64_t n_rows) {
+    for (int64_t block = first / 32; 32 * block < first + n_rows; ++block) {
+        const auto n = static_cast<int32_t>(std::min(first + n_rows, 32 * block + 32) - std::max(first, 32 * block));
+        if (rows_done_[index * n_ff_ / 32 + block].fetch_add(n, std::memory_order_acq_rel) + n < 32) continue;
+        for (int64_t pair = routing_.start[index]; pair < routing_.start[index + 1]; ++pair) {
+            uint8_t* record = h_records_ + pair * activation_bytes(n_ff_);
+            quantize_range(h_ + pair * n_ff_ + 32 * block, block, 1, n_ff_, record);
+            if (block == 0) clear_padding(n_ff_, record);
+        }
+    }
+}
+
 void Call::gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next) {
     float* gate = reinterpret_cast<float*>(scratch + row_scratch_bytes(hidden_));
     float* up = gate + kPairsAtOnce * n_rows;
@@ -168,6 +199,7 @@ void Call::gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* sc
             put_hidden(index, t0 + t, first, n_rows, h);
         }
     }
+    if (rows_done_ != nullptr) quantize_hidden(index, first, n_rows);
 }
 
 void Call::gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch) {
@@ -259,8 +291,11 @@ void Call::run() {
         std::fill(job_.out, job_.out + job_.n_tokens * hidden_, 0.0f);
         return;
     }
-    find_memory();
     const int n_threads = pool_.n_threads();
+    const int64_t tile = any_many() ? std::min(up_rows_of_blocks(layer_, routing_.n_active, n_threads),
+                                               rows_in_cache(hidden_, 2))
+                                    : up_rows(layer_, routing_.n_active, n_threads);
+    find_memory(tile);
 
     const int64_t blocks = hidden_ / 32, blocks_per_unit = std::clamp<int64_t>(blocks / n_threads, 16, 512);
     const int64_t parts = (blocks + blocks_per_unit - 1) / blocks_per_unit;
@@ -273,8 +308,6 @@ void Call::run() {
     };
     const auto pack = [&](int64_t index, int) { pack_unit(index); };
 
-    int64_t tile = up_rows(layer_, routing_.n_active, n_threads);
-    if (any_many()) tile = std::min(tile, rows_in_cache(hidden_, 2));
     const int64_t tiles = (n_ff_ + tile - 1) / tile, n_active = routing_.n_active;
     // With many tokens an expert's activations are worth keeping in the cache: one expert after the other.
     const auto place = [&](int64_t unit) {

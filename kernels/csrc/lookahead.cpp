@@ -36,17 +36,10 @@ void Lookahead::begin(const ExpertLayer& layer, const std::vector<int32_t>& expe
         index_.push_back(static_cast<int32_t>(
             std::count_if(experts.begin(), experts.end(), [&](int32_t other) { return other < expert; })));
     std::fill(places_.begin(), places_.end(), Place{});
-    others_.store(pool_.n_threads() - 1, std::memory_order_relaxed);
+    n_pulling_.store(pool_.n_threads() - 1, std::memory_order_relaxed);
     stop_.store(false, std::memory_order_relaxed);
     running_ = true;
-    mine_done_ = false;
     pool_.begin_aside(Loop(pool_.n_threads(), body_));
-}
-
-bool Lookahead::help() {
-    if (!running_ || mine_done_) return false;
-    mine_done_ = !pull_some(0);
-    return !mine_done_;
 }
 
 int64_t Lookahead::end() {
@@ -63,7 +56,7 @@ int64_t Lookahead::end() {
 void Lookahead::pull(int thread) {
     while (!stop_.load(std::memory_order_relaxed)) {
         if (pull_some(thread)) continue;
-        others_.fetch_sub(1, std::memory_order_relaxed);
+        n_pulling_.fetch_sub(1, std::memory_order_relaxed);
         return;
     }
 }

@@ -1,7 +1,8 @@
 // Pulls experts that the next layer will probably miss from RAM into the caches of the threads that would read
 // them, while RAM and threads are idle: the GPU is in attention then. Results do not depend on it.
 //
-// One thread calls. In between it watches for its own work, and calls end() when that arrives.
+// One thread calls. In between it watches for its own work, and calls end() when that arrives: it pulls nothing itself,
+// and has its own data in its cache then.
 
 #pragma once
 
@@ -22,11 +23,9 @@ class Lookahead {
 
     // Distinct experts, the likeliest first. Does nothing while somebody else uses the pool.
     void begin(const ExpertLayer& layer, const std::vector<int32_t>& experts);
-    // Pulls a little of the caller's part; false if nothing is left of it.
-    bool help();
     bool running() const { return running_; }
     // Whether everybody has pulled all there is to pull.
-    bool finished() const { return mine_done_ && others_.load(std::memory_order_relaxed) == 0; }
+    bool finished() const { return n_pulling_.load(std::memory_order_relaxed) == 0; }
     // Stops the threads, within a microsecond. Returns the bytes pulled.
     int64_t end();
 
@@ -46,11 +45,11 @@ class Lookahead {
     ThreadPool& pool_;
     const int64_t thread_bytes_;
     const Body body_{this};
-    bool running_ = false, mine_done_ = false;
+    bool running_ = false;
     const ExpertLayer* layer_ = nullptr;
     std::vector<int32_t> experts_, index_;  // and the place of each in ascending order
     std::vector<Place> places_;             // by thread
-    std::atomic<int> others_{0};            // threads that have not pulled everything
+    std::atomic<int> n_pulling_{0};         // threads that have not pulled everything
     std::atomic<bool> stop_{false};
 };
 
