@@ -1,7 +1,7 @@
-"""Times the decode products: a layer's routed experts (gate, up, SiLU, down, weighted sum) and dense matrices.
+"""Times the decode product of a layer's routed experts: gate, up, SiLU, down, weighted sum.
 
-The experts of a call rotate through a pool far larger than the cache, so do the copies of a dense matrix. The bytes of
-a row are those of each distinct expert, or of the matrix, once. Reference: torch in bf16 on expanded weights.
+Each is compared with f64 first. The experts of a call rotate through a pool far larger than the cache. The bytes of a
+row are those of each distinct expert once.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_timing import DEVICE, Report, Row, check, copies, exact_values, randn, random_weight
-from torch import Tensor
+from gpu_timing import DEVICE, Report, Row, check, exact_values, randn, random_weight
 
 from moe_engine.kernels import decode_tiles
-from moe_engine.kernels.decode_product import MoeBuffers, matvec, moe_decode
+from moe_engine.kernels.decode_product import MoeBuffers, moe_decode
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotLayout
 
@@ -28,15 +27,6 @@ TINY_EXPERTS = {"tiny": (256, 256, 2, 4)}
 # Gate and up, down; Q8_0 where rows of n_ff cannot be cut into blocks of 256
 TYPES = ("Q4_K/Q4_K", "Q4_K/Q6_K", "Q5_K/Q5_K", "Q6_K/Q6_K", "Q8_0/Q8_0", "MXFP4/MXFP4", "IQ4_XS/IQ4_XS", "Q2_K/Q3_K")
 FEW_TYPES = ("Q4_K/Q4_K", "Q4_K/Q6_K")
-# n_out, n_in
-MATRICES = {
-    "head, Qwen3-30B-A3B": (151936, 2048),
-    "q, Qwen3-30B-A3B": (4096, 2048),
-    "output, Qwen3-30B-A3B": (2048, 4096),
-    "q of the heads, DeepSeek-V3": (24576, 1536),
-    "output, DeepSeek-V3": (7168, 16384),
-}
-TINY_MATRICES = {"tiny": (48, 512)}
 ROTATION = 16  # products a graph, each with other experts
 POOL_BYTES = 2 << 30
 
@@ -90,38 +80,12 @@ def experts(report: Report, name: str, types: str, tokens: tuple[int, ...], form
                 )
 
 
-def matrix(report: Report, name: str, type: str, tokens: tuple[int, ...]) -> None:
-    n_out, n_in = (MATRICES | TINY_MATRICES)[name]
-    weight = random_weight(type, n_out, n_in)
-    few = weight.rows(0, min(256, n_out))
-    weights = [weight, *(random_weight(type, n_out, n_in) for _ in range(copies(weight.nbytes) - 1))]
-    plain = torch.zeros(n_out, n_in, dtype=torch.bfloat16, device=DEVICE).normal_()
-    for n_token in tokens:
-        x = randn(n_token, n_in)
-        out = torch.empty(n_token, n_out, device=DEVICE)
-        exact = x.double() @ exact_values(few).T
-        y: Tensor = matvec(x, weight, out)
-        report.add(
-            "matrix",
-            type,
-            f"{name}, {n_token} tokens",
-            [partial(matvec, x, w, out) for w in weights],
-            error=check(f"{name} {type}", y[:, : len(few.data)], exact, 1e-2),
-            n_bytes=weight.nbytes,
-            reference=partial(torch.matmul, x.bfloat16(), plain.T),
-        )
-
-
 def results(tiny: bool = False) -> list[Row]:
     report = Report("decode product")
     if tiny:
         experts(report, "tiny", "Q4_K/Q6_K", (1, 3))
-        matrix(report, "tiny", "Q4_K", (1, 6))
         return report.rows
     for name in EXPERTS:
         for types in TYPES if name != "DeepSeek-V2-Lite" else FEW_TYPES[:1]:
             experts(report, name, types, (1, 2, 4, 8, 16) if types in FEW_TYPES else (1,))
-    for name in MATRICES:
-        for type in ("Q4_K", "Q6_K", "Q8_0"):
-            matrix(report, name, type, (1, 2, 4, 8, 16) if name.startswith("head") else (1,))
     return report.rows

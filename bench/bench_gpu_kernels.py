@@ -29,11 +29,16 @@ from gpu_timing import Row, copy_rate, matmul_rate
 FAMILIES = {
     "attention-part": "bench_attention_part",
     "decode": "bench_decode_product",
+    "matvec": "bench_decode_matvec",
     "router": "bench_router_kernel",
     "norm": "bench_norm_rope",
     "attention": "bench_decode_attention",
     "sampling": "bench_sampling_kernel",
     "grouped": "bench_grouped_product",
+    "prompt-attention": "bench_prompt_attention",
+    "mailbox": "bench_mailbox",
+    "choice": "bench_layer_choice",
+    "host-copy": "bench_host_copy",
     "dequantize": "bench_dequantize",
 }
 RESULTS = Path(__file__).parent / "results" / "gpu_kernels.json"

@@ -1,19 +1,21 @@
-"""Times the mixture of experts of a prompt, with fused and with separate dequantization.
+"""Times the mixture of experts of a prompt, with fused and with separate dequantization, and with torch's product.
 
 Each method is compared with the f64 reference first, on a few experts of the same widths. The operations counted are
 those of gate, up and down, 6 * n_embd * n_ff for each (token, expert) pair. `fused` and `dequantized` are all of
-`moe_prompt`, with sorting and the weighted sum; `sort` the first of its launches. Reference: the products alone, as
-`torch._grouped_mm` of bf16 weights that are there already.
+`moe_prompt`, with sorting and the weighted sum; `sort` the first of its launches. `torch._grouped_mm` is the same with
+all experts dequantized at once, which takes far more memory, and torch between our sorting and sum. Reference: its
+products alone with SiLU between them, of rows and bf16 weights that are there already.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from gpu_timing import DEVICE, Call, Report, Row, check, random_weight
+from gpu_timing import DEVICE, Report, Row, check, random_weight
 from torch import Tensor
 
 from moe_engine.kernels import grouped_product as gp
+from moe_engine.kernels.grouped_expand import dequantize_groups
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotLayout
 
@@ -50,6 +52,30 @@ def random_input(shape: Shape, n_token: int) -> tuple[Tensor, Tensor, Tensor]:
     return x.to(torch.bfloat16).to(DEVICE), ids.to(DEVICE), torch.rand(ids.shape, generator=generator).to(DEVICE)
 
 
+class TorchProduct:
+    """`moe_prompt` with `torch._grouped_mm`, for the number of experts that `slots`, int32 `[n_expert]`, has."""
+
+    def __init__(self, layout: SlotLayout, pool: Tensor, slots: Tensor) -> None:
+        self.layout, self.pool, self.slots = layout, pool, slots
+        new = partial(torch.empty, dtype=torch.bfloat16, device=DEVICE)
+        self.gate_up = new(len(slots), 2 * layout.n_ff, layout.hidden)
+        self.down = new(len(slots), layout.hidden, layout.n_ff)
+
+    def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        pairs, layout = gp.sort_by_expert(ids, len(self.slots)), self.layout
+        groups, gate_up = gp.Groups(pairs.offsets, self.slots), self.gate_up.flatten(1)
+        for part, out in zip((layout.gate, layout.up), gate_up.chunk(2, dim=1), strict=True):
+            dequantize_groups(groups, self.pool, part, out)
+        dequantize_groups(groups, self.pool, layout.down, self.down.flatten(1))
+        y = self.products(x[pairs.token], pairs)
+        return gp.weighted_sum(y, ids, pairs.place, weights, self.slots)
+
+    def products(self, rows: Tensor, pairs: gp.Sorted) -> Tensor:
+        ends = pairs.offsets[1:]
+        gate, up = torch._grouped_mm(rows, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=1)
+        return torch._grouped_mm(torch.nn.functional.silu(gate).mul_(up), self.down.transpose(1, 2), offs=ends)
+
+
 def errors(shape: Shape, type: str, n_token: int) -> dict[str, float]:
     """Of each method with three experts."""
     few = Shape(shape.n_embd, shape.n_ff, 3, 2)
@@ -57,21 +83,8 @@ def errors(shape: Shape, type: str, n_token: int) -> dict[str, float]:
     x, ids, weights = random_input(few, n_token)
     exact = gp.moe_prompt_reference(x, ids, weights, slots, pool, layout).to(DEVICE)
     run = partial(gp.moe_prompt, x, ids, weights, slots, pool, layout)
-    return {method: check(f"{type} {method}", run(method), exact, 1e-2) for method in METHODS}
-
-
-def grouped_mm(shape: Shape, x: Tensor, pairs: gp.Sorted) -> Call | None:
-    if DEVICE.type == "cpu":
-        return None
-    rows, ends = x[pairs.token], pairs.offsets[1:]
-    both = torch.randn(shape.n_expert, shape.n_embd, 2 * shape.n_ff, device=DEVICE, dtype=torch.bfloat16)
-    down = torch.randn(shape.n_expert, shape.n_ff, shape.n_embd, device=DEVICE, dtype=torch.bfloat16)
-
-    def run() -> Tensor:
-        y = torch._grouped_mm(rows, both, offs=ends)
-        return torch._grouped_mm(y[:, : shape.n_ff].contiguous(), down, offs=ends)
-
-    return run
+    found = {method: check(f"{type} {method}", run(method), exact, 1e-2) for method in METHODS}
+    return found | {"torch": check(f"{type} torch", TorchProduct(layout, pool, slots)(x, ids, weights), exact, 1e-2)}
 
 
 def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[int, ...]) -> None:
@@ -81,6 +94,7 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
     for n_token in tokens:
         x, ids, weights = random_input(shape, n_token)
         pairs = gp.sort_by_expert(ids, len(slots))
+        operations = 6 * shape.n_embd * shape.n_ff * ids.numel()
         label, types = f"{name}, {n_token} tokens", f"{layout.gate.type}/{layout.down.type}"
         if type == "Q4_K":
             report.add("sort", "", label, [partial(gp.sort_by_expert, ids, len(slots))], error=0.0)
@@ -92,7 +106,6 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
 
             exact = gp.moe_prompt(x, ids, weights, slots, pool, layout)
             assert torch.equal(of_sorted(), exact)
-            operations = 6 * shape.n_embd * shape.n_ff * ids.numel()
             report.add("prompt experts, sorted before", types, label, [of_sorted], error=0.0, operations=operations)
         for method in METHODS:
             report.add(
@@ -101,9 +114,18 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
                 label,
                 [partial(gp.moe_prompt, x, ids, weights, slots, pool, layout, method)],
                 error=error[method],
-                operations=6 * shape.n_embd * shape.n_ff * ids.numel(),
-                reference=grouped_mm(shape, x, pairs) if method == "dequantized" and type == "Q4_K" else None,
+                operations=operations,
             )
+        run = TorchProduct(layout, pool, slots)
+        report.add(
+            "prompt experts, torch._grouped_mm",
+            types,
+            label,
+            [partial(run, x, ids, weights)],
+            error=error["torch"],
+            operations=operations,
+            reference=partial(run.products, x[pairs.token], pairs),
+        )
 
 
 def results(tiny: bool = False) -> list[Row]:
@@ -113,5 +135,5 @@ def results(tiny: bool = False) -> list[Row]:
         return report.rows
     for name, shape in SHAPES.items():
         for type in ("Q4_K", "Q6_K", "Q8_0"):
-            measure(report, name, shape, type, (16, 64, 256, 2048, 8192) if type == "Q4_K" else (64, 2048))
+            measure(report, name, shape, type, (16, 64, 256, 2048, 8192, 16384) if type == "Q4_K" else (64, 2048, 8192))
     return report.rows

@@ -1,13 +1,11 @@
 """The dense part of a layer for a prompt: attention with its norm, and the shared expert or dense feed-forward.
 
     python bench/bench_prompt_layer.py            # needs a CUDA device; writes bench/results/prompt_layer.json
-    python bench/bench_prompt_layer.py --tune     # tile sizes of the attention kernel instead
     python bench/bench_prompt_layer.py --tiny     # a dry run on any machine: results are checked, not timed
 
 The layers are the engine's own classes with random weights in the types of Q4_K_M files. Each is first compared, with
 few tokens, with the same class in plain f32. `tflops` counts the multiplications and additions of the matrix products,
-of attention those below the diagonal; the reference of attention is PyTorch's, cuDNN's or FlashAttention-2,
-whichever is faster. `launches` are kernels on the GPU.
+of attention those below the diagonal. `launches` are kernels on the GPU.
 """
 
 import argparse
@@ -17,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 
@@ -25,14 +22,12 @@ if not torch.cuda.is_available():  # must be known before the kernels are import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from bench_attention_part import half_size
-from gpu_timing import DEVICE, Call, Report, check, matmul_rate, microseconds, randn, random_weight
+from gpu_timing import DEVICE, Call, Report, check, matmul_rate, randn, random_weight
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_engine.backend import AcceleratorBackend
 from moe_engine.budget import SCRATCH_ELEMENTS
 from moe_engine.kernels.norm_rope import rms_norm
-from moe_engine.kernels.prompt_attention import Tuning, prompt_attention
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kv_cache import KVCache
 from moe_engine.layers import GroupedQueryAttention, Span, SwiGLU
@@ -190,40 +185,6 @@ def errors(model: Model, n_token: int, kv_type: str) -> dict[str, float]:
     return found
 
 
-def attention_inputs(model: Model, n_token: int) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Tensor]]:
-    n_kv = model.n_kv or model.n_head
-    q, k, v = (randn(n_token, n, model.d, seed=i).half() for i, n in enumerate((model.n_head, n_kv, n_kv)))
-    if model.n_kv:
-        return (q, k, v), {}
-    shared = {"query_shared": randn(n_token, model.n_head, model.n_rot, seed=3).half()}
-    return (q, k, v), shared | {"key_shared": randn(n_token, model.n_rot, seed=4).half()}
-
-
-def torch_attention(model: Model, n_token: int) -> Call | None:
-    """PyTorch's own, by the fastest of its ways that takes these dimensions."""
-    if DEVICE.type == "cpu":
-        return None
-    (q, k, v), shared = attention_inputs(model, n_token)
-    if shared:
-        q = torch.cat([q, shared["query_shared"]], dim=-1)
-        k = torch.cat([k, shared["key_shared"][:, None].expand(-1, model.n_head, -1)], dim=-1)
-    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-
-    def run(backend: SDPBackend) -> None:
-        with sdpa_kernel(backend):
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1]
-            )
-
-    timed = {}
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        try:
-            timed[backend] = microseconds([partial(run, backend)], least=3, replays=5)
-        except RuntimeError:  # does not take them
-            continue
-    return partial(run, min(timed, key=timed.__getitem__)) if timed else None
-
-
 def time_model(report: Report, model: Model, tokens: tuple[int, ...], kv_types: tuple[str, ...]) -> None:
     few = min(CHECKED_TOKENS, *tokens)
     error = {kind: errors(model, few, kind) for kind in kv_types}
@@ -238,10 +199,6 @@ def time_model(report: Report, model: Model, tokens: tuple[int, ...], kv_types: 
             if model.n_ff and kind == kv_types[0]:
                 add_part(report, "shared expert", shape, partial(layer.feed_forward, x, residual),
                          error[kind]["feed-forward"], model.product_flops(n_token, "ffn"))  # fmt: skip
-        inputs, shared = attention_inputs(model, n_token)
-        call = partial(prompt_attention, *inputs, model.d**-0.5, 0, **cast(Any, shared))
-        report.add("attention alone", "f16", shape, [call], error=error[kv_types[0]]["attention"],
-                   operations=model.attention_flops(n_token), reference=torch_attention(model, n_token))  # fmt: skip
 
 
 def add_part(report: Report, name: str, shape: str, call: Call, error: float, operations: float) -> None:
@@ -251,36 +208,11 @@ def add_part(report: Report, name: str, shape: str, call: Call, error: float, op
         print(f"  {row['launches']} launches", flush=True)
 
 
-def tune() -> None:
-    """Times of the attention kernel for sizes of its tiles."""
-    for model in MODELS[:2]:
-        for n_token in (2048, 8192):
-            inputs, shared = attention_inputs(model, n_token)
-            flops = model.attention_flops(n_token)
-            for rows, keys, warps, stages in (
-                (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3),
-                (128, 32, 8, 4), (128, 32, 4, 4), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3),
-            ):  # fmt: skip
-                call = partial(prompt_attention, *inputs, model.d**-0.5, 0, **cast(Any, shared),
-                               tuning=Tuning(rows, keys, warps, stages))  # fmt: skip
-                try:
-                    time = microseconds([call], least=3, replays=5)
-                except Exception as error:  # too much shared memory
-                    print(model.name, n_token, (rows, keys, warps, stages), type(error).__name__, flush=True)
-                    continue
-                rate = f"{time:.0f} us, {flops / time / 1e6:.0f} TFLOP/s"
-                print(model.name, n_token, (rows, keys, warps, stages), rate, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    if options.tune:
-        tune()
-        return
     report = Report("prompt layer")
     with torch.inference_mode():
         for model in TINY if options.tiny else MODELS:

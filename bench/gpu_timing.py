@@ -121,6 +121,18 @@ def check(name: str, actual: Tensor, expected: Tensor, limit: float) -> float:
     return error
 
 
+def check_equal(name: str, actual: Tensor, expected: Tensor) -> float:
+    """No error. Ends the program if they differ."""
+    if not torch.equal(actual.cpu(), expected.cpu()):
+        raise SystemExit(f"{name}: differs from the reference")
+    return 0.0
+
+
+def synchronize() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 

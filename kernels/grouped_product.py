@@ -1,9 +1,9 @@
 """The mixture of experts for prompts: tokens sorted by expert, times quantized matrices that lie in slots.
 
 Two ways. `fused` dequantizes weight tiles on their way to the tensor cores. `dequantized` writes the experts that
-have tokens out as bf16, some at a time, and multiplies those. `moe_prompt` takes the one that is faster for the type.
-Nothing here waits for the device. Without a GPU the kernels run in Triton's interpreter, which must be switched on
-(TRITON_INTERPRET=1) before the first use; where it is not, call `moe_prompt_reference`.
+have tokens out as bf16, some at a time, and multiplies those. `moe_prompt` takes the one that is faster for the type
+and the size. Nothing here waits for the device. Without a GPU the kernels run in Triton's interpreter, which must be
+switched on (TRITON_INTERPRET=1) before the first use; where it is not, call `moe_prompt_reference`.
 """
 
 from dataclasses import dataclass
@@ -222,13 +222,16 @@ def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: 
     return out
 
 
-def choose_method(part: SlotPart, pool: Tensor, block_m: int) -> Method:
+def choose_method(part: SlotPart, pool: Tensor, block_m: int, is_down: bool = False) -> Method:
     """The faster way for a part of a slot. With few rows an expert, the one that needs fewer launches.
 
     Measured on an H200 with Qwen3-30B-A3B, 64 and 2048 tokens, all of `moe_prompt` in ms, fused or dequantized:
-    Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12.
+    Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12. Down alone in
+    Q8_0, DeepSeek-V2-Lite (gate and up fused in Q4_K), 16, 64, 256 and 2048 tokens: 0.31 or 0.36, 0.36 or 0.41, 0.40 or
+    0.44 (tiles of 32 rows), 1.10 or 0.85.
     """
-    fuses = part.type.name == "Q4_K" or (part.type.name == "Q6_K" and block_m == LEAST_ROWS)
+    few = {"Q6_K": LEAST_ROWS, "Q8_0": 32 if is_down else 0}  # rows of a tile up to which fusing is faster
+    fuses = part.type.name == "Q4_K" or block_m <= few.get(part.type.name, 0)
     return "fused" if fuses and _is_fast(part, pool) else "dequantized"
 
 
@@ -292,7 +295,7 @@ class PromptProduct:
             parts = expanded_part(gate), expanded_part(up, 2 * gate.n_out * gate.n_in)
             for some, placed, scratch in expanded(groups, pool, (gate, up)):
                 grouped_gate_up(x, token, placed, scratch, *parts, tiling, h, tiles_of(some))
-        if (self.method or choose_method(down, pool, tiling.block_m)) == "fused":
+        if (self.method or choose_method(down, pool, tiling.block_m, is_down=True)) == "fused":
             grouped_down(h, groups, pool, down, tiling=tiling, out=y, tiles=whole)
         else:
             for some, placed, scratch in expanded(groups, pool, (down,)):

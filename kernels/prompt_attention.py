@@ -31,7 +31,7 @@ class Tuning:
     num_stages: int
 
 
-# TFLOP/s below the diagonal on an H200 (bench_prompt_layer.py --tune), 2048 and 8192 tokens. Heads of 128 (Qwen3): 351
+# TFLOP/s below the diagonal on an H200 (bench_prompt_attention.py), 2048 and 8192 tokens. Heads of 128 (Qwen3): 351
 # and 463 with 128 keys, 319 and 392 with 64, 360 and 431 with 32. DeepSeek-V2-Lite: 330 and 418 with 64 keys, 330 and
 # 422 with 128 in two stages, at most 258 and 309 otherwise. Fewer warps or rows were slower for both.
 NARROW = Tuning(rows=128, keys=128, num_warps=8, num_stages=3)

@@ -230,6 +230,20 @@ def test_groups_without_a_slot_are_left_alone() -> None:
     assert error(h[3:7], torch.nn.functional.silu(gate) * up) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("name", "gate_up", "down"),
+    [("Q4_K", "fff", "fff"), ("Q6_K", "fdd", "fdd"), ("Q8_0", "ddd", "ffd"), ("IQ3_S", "ddd", "ddd")],
+)
+def test_the_faster_method_is_taken(name: str, gate_up: str, down: str) -> None:
+    """By size of a tile; where blocks lie askew it is always `dequantized`."""
+    layout = layout_of([name] * 3, 256, 256)
+    pool, askew = (random_pool(layout, 1, seed=0, shift=shift) for shift in (0, 1))
+    for block_m, *expected in zip((16, 32, 64), gate_up, down, strict=True):
+        for part, is_down, method in zip((layout.gate, layout.down), (False, True), expected, strict=True):
+            assert gp.choose_method(part, pool, block_m, is_down)[0] == method
+            assert gp.choose_method(part, askew, block_m, is_down) == "dequantized"
+
+
 @given(
     counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
     launch=st.lists(st.integers(-1, 3), min_size=9, max_size=9),
