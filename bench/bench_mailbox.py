@@ -43,7 +43,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             slots = torch.full_like(ids, 3)
             slots[:, 0] = first_slot
             routing = Routing(ids.to(DEVICE), torch.rand(ids.shape).to(DEVICE), slots.to(DEVICE))
-            send = partial(post, box, LAYER, step, positions, routing, x, arrived, slot_table=table)
+            send = partial(post, box, LAYER, step, positions, routing, x, arrived)
             send()
             synchronize()
             fields = box.messages[STEP % RING * N_LAYER + LAYER, HEADER_BYTES:].view(torch.int32)

@@ -1,6 +1,8 @@
 """The Triton kernels that `mailbox.py` launches: a layer's misses to the host, its answer back, the sampled tokens out.
 
 A record's fields are written first, then its sequence number; fences in between make the order hold across PCIe.
+The zero that says that the previous kernel is complete (`decode_overlap`) is multiplied with a block's size before it
+is added: elements keep their alignment, and four move at once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -73,7 +75,7 @@ def post_kernel(
     let_next_kernel_start(OVERLAP)
     s = tl.load(step + zero)
     record = (s % RING) * N_LAYER + layer
-    pair = zero + tl.arange(0, PAIRS)
+    pair = zero * PAIRS + tl.arange(0, PAIRS)
     real = pair < N_TOKEN * TOP_K
     active = real & (tl.load(positions + pair // TOP_K, mask=real, other=-1) >= 0)
     expert = tl.where(active, tl.load(ids + pair, mask=real, other=-1), -1)
@@ -100,7 +102,7 @@ def post_kernel(
         tl.store(header + 3, tl.full([], AHEAD, tl.int64))
     publishes = program == 0
     if n_missed > 0:
-        lane = zero + program * BLOCK + tl.arange(0, BLOCK)
+        lane = (zero + program) * BLOCK + tl.arange(0, BLOCK)
         tl.store(x_out + lane, tl.load(x + lane, mask=lane < N_X), mask=lane < N_X)
         if n_program > 1:
             _fence(ON_GPU)
@@ -156,12 +158,12 @@ def wait_kernel(
     let_next_kernel_start(OVERLAP)  # it is there when the answer comes
     if TIMED and program == 0:
         tl.store(stamps + 3 * layer + 1 + zero, _nanoseconds(ON_GPU))
-    pair = zero + tl.arange(0, PAIRS)
+    pair = zero * PAIRS + tl.arange(0, PAIRS)
     real = pair < N_TOKEN * TOP_K
     slot = tl.load(slots + pair, mask=real, other=0)
     missed = real & (slot < 0) & (tl.load(ids + pair, mask=real, other=-1) >= 0)
     n_missed = tl.sum(missed.to(tl.int32), 0)
-    lane = zero + program * BLOCK + tl.arange(0, BLOCK)
+    lane = (zero + program) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < N_X
     total = tl.zeros([BLOCK], tl.float32)
     fetched = tl.full([PAIRS], -1, tl.int32)
