@@ -111,7 +111,14 @@ def decode_section(found: dict[str, Any]) -> str:
             }
         )
     about = f"`{found['command']}` on {found['gpu']}, torch {found['torch']}: random weights, 512-token prompt, Q4_K_M."
-    return f"## Decode\n\n{about} {found.get('note', '')}".rstrip() + "\n\n" + table(lines)
+    text = f"## Decode\n\n{about} {found.get('note', '')}".rstrip() + "\n\n" + table(lines)
+    if soak := found.get("soak"):
+        text += (
+            f"\nRandom prompts on a cache of 10 % of the experts for {soak['seconds']:.0f} s: {soak['generations']} "
+            f"generations, {soak['tokens']} tokens. Peaks after the first third above those of it: VRAM "
+            f"{format_size(soak['vram_growth'])}, RAM {format_size(soak['ram_growth'])}.\n"
+        )
+    return text
 
 
 def memory_section(found: dict[str, Any]) -> str:
