@@ -222,16 +222,17 @@ def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: 
     return out
 
 
-def choose_method(part: SlotPart, pool: Tensor, block_m: int, is_down: bool = False) -> Method:
-    """The faster way for a part of a slot. With few rows an expert, the one that needs fewer launches.
+def choose_method(part: SlotPart, pool: Tensor, rows: float, is_down: bool = False) -> Method:
+    """The faster way for a part of a slot. With few rows an expert (`rows`: on average), the one of fewer launches.
 
     Measured on an H200 with Qwen3-30B-A3B, 64 and 2048 tokens, all of `moe_prompt` in ms, fused or dequantized:
-    Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12. Down alone in
-    Q8_0, DeepSeek-V2-Lite (gate and up fused in Q4_K), 16, 64, 256 and 2048 tokens: 0.31 or 0.36, 0.36 or 0.41, 0.40 or
-    0.44 (tiles of 32 rows), 1.10 or 0.85.
+    Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12. Q4_K with 512
+    rows an expert 1.91 or 1.98, with 1024 3.69 or 3.29; DeepSeek-V2-Lite with 768 2.39 or 2.32. Its down alone in Q8_0
+    (gate and up fused in Q4_K), 16, 64, 256 and 2048 tokens: 0.31 or 0.36, 0.36 or 0.41, 0.40 or 0.44 (24 rows), 1.10
+    or 0.85.
     """
-    few = {"Q6_K": LEAST_ROWS, "Q8_0": 32 if is_down else 0}  # rows of a tile up to which fusing is faster
-    fuses = part.type.name == "Q4_K" or block_m <= few.get(part.type.name, 0)
+    most = {"Q4_K": 640, "Q6_K": 8, "Q8_0": 24 if is_down else 0}  # rows up to which fusing is faster
+    fuses = rows <= most.get(part.type.name, 0)
     return "fused" if fuses and _is_fast(part, pool) else "dequantized"
 
 
@@ -255,7 +256,7 @@ class PromptProduct:
         self.sorted = sort_by_expert(self.ids, n_expert)
         self.offsets = self.sorted.offsets  # int32 [n_expert + 1]: where each expert's pairs begin
         n_row = ids.numel()
-        self._tiling = _tiling(n_row, n_expert)
+        self._rows, self._tiling = n_row / n_expert, _tiling(n_row, n_expert)
         n_h = n_row * layout.n_ff
         if workspace is None:
             workspace = self.x.new_empty(self.workspace_values(n_row, layout))
@@ -289,13 +290,13 @@ class PromptProduct:
             return whole if len(some) == len(groups) else _tile_map(some, n_row, tiling.block_m)
 
         alike = (gate.type, gate.n_out) == (up.type, up.n_out)
-        if alike and (self.method or choose_method(gate, pool, tiling.block_m)) == "fused":
+        if alike and (self.method or choose_method(gate, pool, self._rows)) == "fused":
             grouped_gate_up(x, token, groups, pool, gate, up, tiling, h, whole)
         else:
             parts = expanded_part(gate), expanded_part(up, 2 * gate.n_out * gate.n_in)
             for some, placed, scratch in expanded(groups, pool, (gate, up)):
                 grouped_gate_up(x, token, placed, scratch, *parts, tiling, h, tiles_of(some))
-        if (self.method or choose_method(down, pool, tiling.block_m, is_down=True)) == "fused":
+        if (self.method or choose_method(down, pool, self._rows, is_down=True)) == "fused":
             grouped_down(h, groups, pool, down, tiling=tiling, out=y, tiles=whole)
         else:
             for some, placed, scratch in expanded(groups, pool, (down,)):

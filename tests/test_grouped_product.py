@@ -232,16 +232,16 @@ def test_groups_without_a_slot_are_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("name", "gate_up", "down"),
-    [("Q4_K", "fff", "fff"), ("Q6_K", "fdd", "fdd"), ("Q8_0", "ddd", "ffd"), ("IQ3_S", "ddd", "ddd")],
+    [("Q4_K", "fffd", "fffd"), ("Q6_K", "fddd", "fddd"), ("Q8_0", "dddd", "ffdd"), ("IQ3_S", "dddd", "dddd")],
 )
 def test_the_faster_method_is_taken(name: str, gate_up: str, down: str) -> None:
-    """By size of a tile; where blocks lie askew it is always `dequantized`."""
+    """By rows of an expert; where blocks lie askew it is always `dequantized`."""
     layout = layout_of([name] * 3, 256, 256)
     pool, askew = (random_pool(layout, 1, seed=0, shift=shift) for shift in (0, 1))
-    for block_m, *expected in zip((16, 32, 64), gate_up, down, strict=True):
+    for rows, *expected in zip((8, 24, 512, 768), gate_up, down, strict=True):
         for part, is_down, method in zip((layout.gate, layout.down), (False, True), expected, strict=True):
-            assert gp.choose_method(part, pool, block_m, is_down)[0] == method
-            assert gp.choose_method(part, askew, block_m, is_down) == "dequantized"
+            assert gp.choose_method(part, pool, rows, is_down)[0] == method
+            assert gp.choose_method(part, askew, rows, is_down) == "dequantized"
 
 
 @given(
