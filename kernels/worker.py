@@ -181,7 +181,8 @@ class DecodeWorker:
     ) -> None:
         """policy: who leaves a slot, and what is fetched behind an answer. Raises ConfigError if it has no native twin.
 
-        max_background: fetches in flight up to which another may start behind an answer.
+        max_background: fetches in flight up to which another may start behind an answer; of one more it is enough that
+            it should be over by then.
 
         lookahead_bytes: what each CPU thread may pull into its cache for the next layer at a time; default: three
         quarters of its second-level cache.

@@ -127,11 +127,14 @@ def test_what_the_cpu_computes_is_fetched_for_later_steps() -> None:
     assert len(gpu.worker.timeline()) == 0
 
 
-def test_the_background_is_limited() -> None:
-    gpu = FakeGpu("cpu", (12, 6), max_background=1, copies=_cpu.HostCopyEngine(held=True))
-    gpu.step(1, IDS)
-    gpu.step(2, IDS)
-    assert gpu.worker.stats().fetched_background == 1
+@pytest.mark.parametrize(("copy", "most"), [(1.0, 1), (1e15, 2)])
+def test_the_background_is_limited(copy: float, most: int) -> None:
+    """Beyond the limit only one, behind a copy that should be over by now."""
+    engine = _cpu.HostCopyEngine(held=True)
+    gpu = FakeGpu("cpu", (12, 6), max_background=1, copies=engine, rates=Rates(cpu=1e9, copy=copy))
+    for step in range(1, 4):
+        gpu.step(step, IDS)
+    assert gpu.worker.stats().fetched_background == most
 
 
 @pytest.mark.parametrize(("cpu", "copy", "late"), [(1e3, 1e12, 4), (1e12, 1e3, 0)])

@@ -133,7 +133,7 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     compute(step, layer, message);
     if (entry_.n_now > 0) {
         await_late();
-        admit(step, layer, message);
+        admit(step, layer, message, 0);
     }
 
     if (n_evicted_ > mailbox.max_evicted(step.n_token))
@@ -277,7 +277,9 @@ void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& 
     const std::function<void()> look_after_slots = [&] {
         if (!step.allow_late) note_choices(step, layer, message);
         prefetch_next(step, layer, message);
-        if (entry_.n_now == 0) admit(step, layer, message);
+        if (entry_.n_now > 0) return;
+        const int64_t n_bytes = entry_.n_cpu * expert_bytes_[static_cast<size_t>(layer)];
+        admit(step, layer, message, cost_of(step).cpu_seconds(n_bytes, !in_flight_.empty()));
     };
     if (entry_.n_cpu == 0) return look_after_slots();
     const Mailbox& mailbox = spec_.mailbox;
@@ -320,11 +322,14 @@ void DecodeWorker::await_late() {
 // Reserves slots for experts to be fetched behind the answer, whose victims are part of it: those that the next layer
 // but one will probably miss, then those that the CPU has computed. Only for the latter the policy's admission
 // rule is asked: the others were not used yet, and what is fetched for the step itself needs a slot anyway.
-void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message) {
+// seconds: until the answer, as far as is known. One copy that will be over by then may be on its way now.
+void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message, double seconds) {
     keep_foreseen(step, layer, message);
     background_.clear();
+    const int64_t n_then = in_flight_after(seconds, cost_of(step).rates().copy_beside_cpu);
     const auto is_room = [&] {
-        return static_cast<int64_t>(in_flight_.size() + background_.size()) < spec_.max_background &&
+        const auto n_now = static_cast<int64_t>(in_flight_.size()), n = static_cast<int64_t>(background_.size());
+        return n_then + n < spec_.max_background && n_now + n <= spec_.max_background &&
                n_evicted_ < spec_.mailbox.max_evicted(step.n_token);
     };
     if (may_prefetch(layer + 2, message) && is_room() && worth_prefetching(layer + 2)) {
@@ -386,6 +391,18 @@ int64_t DecodeWorker::bytes_in_flight() const {
     int64_t n_bytes = 0;
     for (const Flight& flight : in_flight_) n_bytes += flight.n_bytes;
     return n_bytes;
+}
+
+// Copies that will not be over in so many seconds.
+int64_t DecodeWorker::in_flight_after(double seconds, double bytes_per_second) const {
+    const int64_t then = now() + static_cast<int64_t>(seconds * 1e9);
+    int64_t end = copied_until_, n = 0;
+    for (const Flight& flight : in_flight_) {
+        const double copying = static_cast<double>(flight.n_bytes) / bytes_per_second;
+        end = std::max(end, flight.submitted) + static_cast<int64_t>(copying * 1e9);
+        n += end > then;
+    }
+    return n;
 }
 
 // Starts to copy what is to be filled while fewer bytes are on their way. Nobody leaves for it: an expert that an

@@ -190,12 +190,13 @@ class DecodeWorker {
     void compute(const Step& step, int layer, const Mailbox::Message& message);
     void note_choices(const Step& step, int layer, const Mailbox::Message& message);
     void await_late();
-    void admit(const Step& step, int layer, const Mailbox::Message& message);
+    void admit(const Step& step, int layer, const Mailbox::Message& message, double seconds);
     bool worth_prefetching(int layer);
     void score_prefetches(int layer);
     bool reserve(ExpertKey key, SlotCache::Evict evict);
     void start_fetch(ExpertKey key, bool filled = false);
     int64_t bytes_in_flight() const;
+    int64_t in_flight_after(double seconds, double bytes_per_second) const;
     void fill_some(int64_t n_bytes, bool in_step);
     int64_t unsettled() const { return static_cast<int64_t>(in_flight_.size() + fill_.size()); }
     void look_ahead(const Step& step, int layer, const Mailbox::Message& message);

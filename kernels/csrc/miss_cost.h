@@ -43,14 +43,15 @@ class MissCost {
         return best;
     }
 
-    const Rates& rates() const { return rates_; }
-
- private:
     double cpu_seconds(int64_t n_bytes, bool beside_copies) const {
         if (n_bytes == 0) return 0;
         return rates_.cpu_fixed +
                static_cast<double>(n_bytes) / (beside_copies ? rates_.cpu_beside_copies : rates_.cpu);
     }
+
+    const Rates& rates() const { return rates_; }
+
+ private:
     double copy_seconds(int64_t n_bytes, int64_t backlog, bool beside_cpu) const {
         if (n_bytes == 0) return 0;
         return rates_.copy_fixed + static_cast<double>(backlog + n_bytes) /
