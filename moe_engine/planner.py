@@ -113,14 +113,20 @@ class Plan:
     def placement(self) -> Placement:
         return Placement(
             shares=self._shares(self.share),
+            in_ram=self._in_ram(),
             fixed=tuple(not uses_slots(home) for home in self.homes),
             ubatch=self.ubatch,
             n_sequence=self.config.n_sequence,
             ctx=self.ctx,
             fetches=self.config.exact or self.config.miss == "fetch",
-            ram_share=1 - self.on_disk / max(1, self.ram_needed),
             on_gpu=self.vram is not None,
         )
+
+    def _in_ram(self) -> tuple[float, ...]:
+        """By MoE layer, of experts that are not in VRAM for good; of layers placed on disk what their window holds."""
+        placed, wanted = self.ram.placed_on_disk, self.ram_needed - self.ram.placed_on_disk
+        window, held = self.ram.window / max(1, placed), self.in_ram / max(1, wanted)
+        return tuple({"vram": 1.0, "disk": min(1.0, window)}.get(home, held) for home in self.homes)
 
     def _shares(self, share: float) -> tuple[float, ...]:
         """By MoE layer, with this share of the experts that are not placed."""

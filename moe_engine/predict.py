@@ -53,18 +53,18 @@ class Prediction:
 class Placement:
     """How a model is run: what the predictions depend on besides model and machine.
 
-    shares: of each MoE layer's experts that are in VRAM; fixed: layers whose experts do not move. ram_share: of all
-    experts that fit the RAM; the others are read from the disk. on_gpu: whether there is a GPU at all. ctx: tokens that
-    the KV cache holds.
+    shares: of each MoE layer's experts that are in VRAM; in_ram: of those that are not in VRAM for good, that are in
+    RAM, the others are read from the disk; fixed: layers whose experts do not move. on_gpu: whether there is a GPU at
+    all. ctx: tokens that the KV cache holds.
     """
 
     shares: tuple[float, ...]
+    in_ram: tuple[float, ...]
     fixed: tuple[bool, ...]
     ubatch: int
     n_sequence: int = 1
     ctx: int = 0
     fetches: bool = False  # a step copies what it misses
-    ram_share: float = 1.0
     on_gpu: bool = True
 
 
@@ -127,10 +127,12 @@ class Predictor:
 
     def _from_disk(self, placement: Placement) -> float:
         """Seconds of one step: experts that neither VRAM nor RAM holds, which is an LRU cache too."""
-        if placement.ram_share >= 1 or self.machine.disk is None:
+        if self.machine.disk is None:
             return 0.0
-        misses = self.routing.found(placement.ram_share).misses * self.work.top_k / self.routing.top_k
-        return misses * sum(layer.nbytes for layer in self.work.experts) / self.machine.disk
+        held = [max(shares) for shares in zip(placement.shares, placement.in_ram, strict=True)]
+        misses = {share: self.routing.found(share).misses if share < 1 else 0.0 for share in set(held)}
+        nbytes = sum(misses[share] * layer.nbytes for share, layer in zip(held, self.work.experts, strict=True))
+        return nbytes * self.work.top_k / self.routing.top_k / self.machine.disk
 
     def _cpu_rate(self) -> float:
         """Bytes of experts per second that the CPU kernels read at one token."""
@@ -187,14 +189,14 @@ class Predictor:
         size = min((tokens for tokens in gpu.step_seconds if tokens >= n), default=max(gpu.step_seconds))
         terms = {"kernels": work.n_block * gpu.step_seconds[size], "reads": _read_seconds(gpu, work.dense)}
         terms |= {"misses": 0.0, "exchange": 0.0, "disk": 0.0}
-        for layer, share in zip(work.experts, placement.shares, strict=True):
+        for layer, share, in_ram in zip(work.experts, placement.shares, placement.in_ram, strict=True):
             n_missing, n_pair = (1 - share) * n_used, (1 - share) * n * work.top_k
             hits = share * n_used * _read_seconds(gpu, layer.by_type)
             misses = max(self._cpu_product(layer, n_missing, n_pair), n_missing * layer.nbytes / self.machine.ram)
             terms["misses" if misses > hits else "reads"] += max(hits, misses)
             terms["exchange"] += (gpu.exchange_seconds + self.machine.cpu_call_seconds) * (share < 1)
             if self.machine.disk is not None:
-                terms["disk"] += n_missing * (1 - placement.ram_share) * layer.nbytes / self.machine.disk
+                terms["disk"] += n_missing * (1 - in_ram) * layer.nbytes / self.machine.disk
         return terms
 
     def streamed(self, placement: Placement, n_token: int) -> Prediction:
@@ -210,9 +212,7 @@ class Predictor:
         """Seconds by the resource that bounds each layer."""
         gpu, work = self.machine.gpu, self.work
         counts = self.routing.counts(n, work.n_expert, work.top_k)
-        disk = 0.0  # seconds of a byte of all experts in use
-        if self.machine.disk is not None:
-            disk = len(counts) * (1 - placement.ram_share) / self.machine.disk
+        disk = 0.0 if self.machine.disk is None else len(counts) / self.machine.disk  # seconds of a byte of all in use
         attention = work.attention_operations * n * (start + (n + 1) / 2)
         if gpu is None or not placement.on_gpu:
             products = sum(self._cpu_product(layer, len(counts), n * work.top_k) for layer in work.experts)
@@ -221,22 +221,26 @@ class Predictor:
                 operations = 2 * n * work.prompt_weights * share
                 products += closest(self.machine.cpu_experts, type).seconds(nbytes, operations)
             products += attention / next(iter(self.machine.cpu_experts.values())).operations
-            return {"cpu": products, "disk": disk * sum(layer.nbytes for layer in work.experts)}
+            on_disk = sum((1 - r) * layer.nbytes for r, layer in zip(placement.in_ram, work.experts, strict=True))
+            return {"cpu": products, "disk": disk * on_disk}
         expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
         dense = (expand + 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention) / work.n_block
         plain = work.n_block - len(work.experts)  # blocks without routed experts
         bound = {"gpu": plain * max(dense, gpu.layer_seconds)}
-        alike: dict[tuple[float, bool, object], list[ExpertLayer]] = {}
-        for layer, share, fixed in zip(work.experts, placement.shares, placement.fixed, strict=True):
-            alike.setdefault((share, fixed, (layer.nbytes, *layer.by_type.items())), []).append(layer)
-        for (share, fixed, _), layers in alike.items():
+        alike: dict[tuple[tuple[float, float, bool], object], list[ExpertLayer]] = {}
+        places = zip(placement.shares, placement.in_ram, placement.fixed, strict=True)
+        for layer, place in zip(work.experts, places, strict=True):
+            alike.setdefault((place, (layer.nbytes, *layer.by_type.items())), []).append(layer)
+        for ((share, in_ram, fixed), _), layers in alike.items():
             layer = layers[0]
             if fixed and not share:  # the CPU computes all of these
                 terms = {"cpu": dense + self._cpu_product(layer, len(counts), n * work.top_k)}
             else:
                 found = self._prompt_layer(layer, share, counts, dense)
                 if share < 1:
-                    terms = layer_terms(found, self._copy_rate(gpu)) | {"disk": disk * layer.nbytes}
+                    terms = layer_terms(found, self._copy_rate(gpu)) | {
+                        "disk": disk * (1 - share) * (1 - in_ram) * layer.nbytes
+                    }
                 else:  # nothing waits for the host
                     terms = {"gpu": found.gpu_seconds(found.cached), "launches": gpu.layer_seconds}
             name = max(terms, key=lambda name: terms[name])

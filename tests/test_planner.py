@@ -124,7 +124,8 @@ def test_decode_is_predicted_within_a_fifth(machine: Calibration, row: DecodeRow
     work = plan(header(row.model, row.layers), device="cpu").work
     n = len(work.experts)
     share = row.share if row.hit_rate is None else row.hit_rate
-    placement = Placement((share,) * n, (row.hit_rate is not None,) * n, ubatch=512, n_sequence=row.n_sequence)
+    where = ((share,) * n, (1.0,) * n, (row.hit_rate is not None,) * n)
+    placement = Placement(*where, ubatch=512, n_sequence=row.n_sequence)
     found = Predictor(work, machine, RoutingEstimate(bundled_trace())).decode(placement, context=640)
     assert found.rate == pytest.approx(row.tokens_per_second, rel=0.2)
     assert found.seconds == pytest.approx(sum(found.terms.values()))
@@ -143,7 +144,7 @@ class Used(RoutingEstimate):
 @pytest.fixture
 def busy(header: Callable[..., Path]) -> tuple[ModelWork, Placement]:
     work = plan(header("qwen3-30b-a3b"), device="cpu").work
-    return work, Placement((400 / 6144,) * 48, (False,) * 48, ubatch=16384, ctx=16384)
+    return work, Placement((400 / 6144,) * 48, (1.0,) * 48, (False,) * 48, ubatch=16384, ctx=16384)
 
 
 @pytest.mark.parametrize("row", BUSY_PROMPT_ROWS, ids=lambda row: str(row.tokens))
@@ -324,6 +325,21 @@ def test_more_of_everything_is_no_slower(header: Callable[..., Path]) -> None:
     assert on_disk.decode
     assert on_disk.decode.rate < small.decode.rate
     assert on_disk.decode.terms["disk"] > 0
+
+
+def test_only_layers_on_disk_are_read_from_it(header: Callable[..., Path]) -> None:
+    file = header("deepseek-v2-lite")
+
+    def planned_with(layers: str) -> Plan:
+        return planned(file, vram_budget="4GiB", ctx=8192, place=(rf"blk\.({layers})\..*_exps=disk",))
+
+    two, four = planned_with("3|4"), planned_with("3|4|5|6")
+    assert two.decode
+    assert four.decode
+    assert 0 < two.decode.terms["disk"] == pytest.approx(four.decode.terms["disk"] / 2, rel=0.2)
+    assert [in_ram < 1 for in_ram in two.placement.in_ram] == [layer in (2, 3) for layer in range(26)]
+    for few, many in zip(two.prompts, four.prompts, strict=True):
+        assert 0 < few.terms["disk"] < many.terms["disk"]
 
 
 def test_what_doubles_the_speed_does(header: Callable[..., Path]) -> None:
