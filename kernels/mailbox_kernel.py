@@ -106,9 +106,9 @@ def post_kernel(
         tl.store(x_out + lane, tl.load(x + lane, mask=lane < N_X), mask=lane < N_X)
         if n_program > 1:
             _fence(ON_GPU)
-            publishes = tl.atomic_add(arrived, 1) == n_program - 1
+            publishes = tl.atomic_add(arrived + zero, 1) == n_program - 1
             if publishes:
-                tl.store(arrived, 0)
+                tl.store(arrived + zero, 0)
     if publishes:
         _fence(ON_GPU)
         tl.store(headers + record * (MESSAGE_BYTES // 8), s * (N_LAYER + 1) + layer, cache_modifier=".wt")
@@ -205,7 +205,8 @@ def wait_kernel(
             if program == 0:
                 tl.store(table + index, -1, mask=place < n_evicted)
         if ON_GPU and program == 0:
-            tl.store(waited + layer, tl.load(waited + layer) + _nanoseconds(ON_GPU) - start)
+            total_wait = waited + layer + zero
+            tl.store(total_wait, tl.load(total_wait) + _nanoseconds(ON_GPU) - start)
     if TIMED and program == 0:
         tl.store(stamps + 3 * layer + 2, _nanoseconds(ON_GPU))
     if program == 0:

@@ -134,6 +134,8 @@ def route_and_lookup(
         return out
     if replay is not None:
         _checked(replay.choices, (*replay.choices.shape[:2], config.top_k), torch.int32)
+        _checked(replay.step, (1,), torch.int64)
+        assert 0 <= replay.layer < replay.choices.shape[1], replay.layer
     group_size = n_expert // config.n_group
     with torch.cuda.device_of(x):
         choose_kernel[n_token, 1 + len(ahead)](

@@ -115,12 +115,13 @@ def choose_kernel(
     ahead = tl.program_id(1)
     if HAS_BIAS:
         added = tl.load(_pick(ahead, bias, next_bias, second_bias) + expert, mask=real, other=0.0)
-    token = tl.program_id(0) + wait_for_previous_kernel(OVERLAP)
+    zero = wait_for_previous_kernel(OVERLAP)
+    token = tl.program_id(0) + zero
     let_next_kernel_start(OVERLAP)
     k = tl.arange(0, K_LANES)
     is_choice = k < TOP_K
     if REPLAY:
-        source = (tl.load(step) + token * 97) % n_replay * N_LAYER + layer
+        source = (tl.load(step + zero) + token * 97) % n_replay * N_LAYER + layer
         recorded = tl.load(replay + source * TOP_K + k, mask=is_choice, other=0)
     row = logits + (token * (1 + AHEAD) + ahead) * N_EXPERT
     logit = tl.load(row + expert, mask=real, other=float("-inf"))

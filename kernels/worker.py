@@ -184,8 +184,8 @@ class DecodeWorker:
         max_background: fetches in flight up to which another may start behind an answer; of one more it is enough that
             it should be over by then.
 
-        lookahead_bytes: what each CPU thread may pull into its cache for the next layer at a time; default: three
-        quarters of its second-level cache.
+        lookahead_bytes: what each CPU thread but the worker's own may pull into its cache for the next layer at a time;
+            default: three quarters of its second-level cache.
 
         fill_bytes: in flight while no step is pending, up to which `fill` begins more; a step's copies wait for them.
 

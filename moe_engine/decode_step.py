@@ -218,6 +218,9 @@ class DecodeStep:
         """Of the next layers of experts, as far as there are any that route alike."""
         if self.replay is not None and self.replay_ahead is None:
             return []
+        assert self.replay_ahead is None or (
+            self.replay is not None and self.replay_ahead.shape[1:] == self.replay.shape
+        )
         layer = self.experts.index[moe.layer]
         following = self._mixtures[layer + 1 : layer + 1 + n]
         if any((other.exp_probs_b is None) != (moe.exp_probs_b is None) for other in following):

@@ -76,7 +76,7 @@ def plan_ram(
     others = [nbytes for layer, nbytes in sizes.items() if layer not in disk_layers]
 
     def least_for(sizes: Sequence[int], n_sequence: int) -> int:
-        """Twice, because half of the limit may be held by one caller; one expert on its way to a slot and one spare."""
+        """Twice, because half of the limit may be held by one caller; two experts may be on their way to slots."""
         n_choice = min(n_expert, meta.integer("expert_used_count") * n_sequence)
         return 2 * (n_choice + 2) * (-(-max(sizes) // _PAGE) + 2) * _PAGE if sizes else 0
 

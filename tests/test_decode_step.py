@@ -19,6 +19,7 @@ from moe_engine.decode_step import StepForm
 from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
 from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.norm_rope_cache import cached_floats
+from moe_engine.layers import MixtureOfExperts
 
 PROMPT = [1, 2, 3]
 MODELS = {"qwen3moe/plain": "F16", "deepseek2/v3": "Q8_0"}
@@ -182,6 +183,19 @@ def test_looking_ahead_changes_no_bit(path_of: Callable[[str], Path]) -> None:
         assert (stats.lookahead_recall is None) != lookahead
     assert found[0][0] == found[1][0]
     assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+def test_recorded_routing_without_predictions_predicts_nothing(tmp_path: Path) -> None:
+    with load(tiny_models.make("qwen3moe/plain", tmp_path, "F16").path, cache_slots=4) as engine:
+        assert isinstance(engine.decoder, GraphDecoder)
+        step = engine.decoder.step
+        layer = next(block.ffn for block in engine.model.blk if isinstance(block.ffn, MixtureOfExperts))
+        assert len(step._next_routers(layer, 1)) == 1
+        recorded = torch.zeros(3, *step.experts.slot_table.shape[:1], engine.model.router.top_k, dtype=torch.int32)
+        step.replay = recorded
+        assert step._next_routers(layer, 1) == []
+        step.replay_ahead = recorded.expand(2, *recorded.shape).contiguous()
+        assert len(step._next_routers(layer, 1)) == 1
 
 
 def test_prefetch_changes_no_token(tmp_path: Path) -> None:

@@ -273,6 +273,20 @@ def test_what_must_be_fetched_waits_for_slots_of_prefetches() -> None:
     gpu.worker.check_integrity()
 
 
+def test_what_is_fetched_now_evicts_nothing_that_is_predicted() -> None:
+    gpu = FakeGpu("auto", (4, 6), rates=Rates(cpu=1e3, copy=1e12), max_background=0)
+    ids = np.array([[[0, 1]], [[0, 1]], [[2, 3]]])
+    longest_ago, one_missed = ids.copy(), ids.copy()
+    longest_ago[2], one_missed[0] = -1, [[0, 4]]
+    for choices in (ids, longest_ago):  # fills the slots; then layer 2's experts are those used longest ago
+        gpu.step(1 if choices is ids else 2, choices)
+        gpu.worker.settle()
+    gpu.ahead = [ids, ids]
+    found = gpu.step(3, one_missed)
+    assert found[0] == (1, 0, 1)
+    assert found[2] == (2, 0, 0)
+
+
 def test_useless_prefetches_end() -> None:
     gpu = FakeGpu("cpu", (2, 0), max_background=1)
     n_step = 60

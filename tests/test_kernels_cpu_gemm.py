@@ -127,6 +127,7 @@ LAYERS = [
     ("IQ3_S", "BF16", "Q2_K", 256, 256),
     ("Q4_0", "Q8_0", "F16", 64, 37),
     ("F32", "F16", "Q8_0", 40, 64),
+    ("Q4_K", "Q4_K", "Q4_K", 3072, 256),  # of which the cache has room for 48 rows
 ]
 N_EXPERT = 5
 Routing = tuple[torch.Tensor, torch.Tensor]
@@ -134,7 +135,7 @@ Routing = tuple[torch.Tensor, torch.Tensor]
 
 def loads(rng: np.random.Generator) -> dict[str, Routing]:
     """Expert ids and weights [n_tokens, k] of very uneven loads."""
-    around_the_threshold = torch.repeat_interleave(torch.arange(N_EXPERT), torch.tensor([6, 8, 9, 10, 11]))
+    around_the_threshold = torch.repeat_interleave(torch.arange(N_EXPERT), torch.tensor([6, 7, 9, 10, 11]))
     ids = {
         "all to one": torch.full((150, 1), 3),
         "twice the same": torch.full((40, 2), 1),

@@ -127,7 +127,10 @@ void DecodeWorker::note_use(ExpertKey key) {
 void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& message) {
     const Mailbox& mailbox = spec_.mailbox;
     n_evicted_ = 0;
-    if (step.allow_late) note_choices(step, layer, message);  // otherwise nobody asks yet where an expert is
+    if (step.allow_late) {  // otherwise nobody asks yet where an expert is
+        note_choices(step, layer, message);
+        if (spec_.fetch != Fetch::all) keep_foreseen(step, layer, message);  // where slots are few, it needs them all
+    }
     read_ahead(layer);
     divide(step, layer);
     compute(step, layer, message);
@@ -193,7 +196,8 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
     beside_.clear();
     const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
     if (!divides || !may_prefetch(layer + 1, message)) return;
-    const int64_t n_pair = step.n_token * spec_.mailbox.top_k, n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
+    const int64_t n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
+    const int64_t most_evicted = spec_.mailbox.max_evicted(step.n_token);
     keep_foreseen(step, layer, message);
     double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
     room -= static_cast<double>(bytes_in_flight());
@@ -201,8 +205,7 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
     for (int64_t choice = 0; choice < spec_.mailbox.top_k; ++choice)
         for (int64_t token = 0; token < step.n_token; ++token) {
             const int32_t expert = message.ahead[0][token * spec_.mailbox.top_k + choice];
-            // Every missed expert may evict one too.
-            if (expert < 0 || room < static_cast<double>(n_bytes) || n_evicted_ >= n_pair) continue;
+            if (expert < 0 || room < static_cast<double>(n_bytes) || n_evicted_ >= most_evicted) continue;
             const ExpertKey key = cache_.key(layer + 1, expert);
             if (!can_come(key) || !reserve(key, SlotCache::Evict::any)) continue;
             beside_.push_back(key);

@@ -13,9 +13,10 @@
 //                     has arrived meanwhile.
 // Lookahead           A message also says what the next layer will probably choose. Of these the experts in no slot
 //                     are pulled into the CPU's caches until the next message comes (lookahead.h).
-// Prefetch            What the layer after that will probably choose, and is in no slot, comes before the experts
-//                     just computed when something is fetched behind an answer. It arrives in time: two layers
-//                     take longer than a copy. Predicted experts are not evicted.
+// Prefetch            What the next layer will probably choose, is in no slot and can arrive in time is fetched beside
+//                     the CPU's work. What the layer after that will probably choose comes before the experts just
+//                     computed when something is fetched behind an answer: two layers take longer than a copy.
+//                     Predicted experts are not evicted.
 // Filling             What slots are to begin with is copied into free ones: between generations several at a time, in
 //                     a step one behind a message, if nothing else is on its way. Until it arrives it is a miss.
 // Reads               Where not all experts fit the RAM, expert_ffn() holds those it computes, and the thread those
@@ -73,7 +74,8 @@ struct WorkerSpec {
     std::vector<int> n_slot;      // by class
     const int32_t* slot_numbers;  // 0, 1, ..., for the slot table's copies
     Fetch fetch;
-    int64_t max_background;  // fetches in flight, up to which another may start behind an answer
+    // Fetches in flight up to which another may start behind an answer; of one more it is enough that it should be over.
+    int64_t max_background;
     bool float_activations;
     Rates rates;
     double stall_seconds;
@@ -251,7 +253,7 @@ class DecodeWorker {
     std::vector<ExpertKey> fetches_, beside_, background_;
     std::vector<int32_t> token_, expert_;  // what the CPU computes
     std::vector<float> weight_;
-    int64_t n_hit_ = 0, n_missed_ = 0, n_evicted_ = 0;
+    int64_t n_missed_ = 0, n_evicted_ = 0;
     int64_t seen_ = 0, last_seen_ = 0;  // when its message was, and the one before, nanoseconds
     double layer_seconds_ = 0;          // between two messages of a step, lately
     TimelineEntry entry_{};

@@ -31,10 +31,10 @@ int64_t up_rows_of_blocks(const ExpertLayer& layer, int64_t n_active, int n_thre
     return std::clamp<int64_t>(round_up(n_active * layer.n_ff / (12 * n_threads), 32), 32, 128);
 }
 // Rows of gate and up, and of down, in a unit of a call of few tokens. A thread's share of an expert is cut into
-// units of the same size, about 16 for all experts: others take what a thread is late with.
+// units of the same size, at most 16 for all experts, or one for each: others take what a thread is late with.
 int64_t up_rows(const ExpertLayer& layer, int64_t n_active, int n_threads) {
-    const int64_t share = layer.n_ff / n_threads;
-    for (int64_t n = std::max(16 / n_active, (share + 127) / 128); n > 0 && layer.n_ff % n_threads == 0; --n)
+    const int64_t share = layer.n_ff / n_threads, least = (share + 127) / 128;
+    for (int64_t n = std::max(16 / n_active, least); n >= least && layer.n_ff % n_threads == 0; --n)
         if (share % (4 * n) == 0 && share / n >= 16) return share / n;
     return up_rows_of_blocks(layer, n_active, n_threads);
 }
@@ -289,6 +289,7 @@ void Call::down_unit(int64_t first, int64_t n_rows, int thread, const uint8_t* n
 void Call::run() {
     if (routing_.n_pairs == 0) {
         std::fill(job_.out, job_.out + job_.n_tokens * hidden_, 0.0f);
+        if (job_.beside != nullptr) (*job_.beside)();
         return;
     }
     const int n_threads = pool_.n_threads();

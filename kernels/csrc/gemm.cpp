@@ -25,7 +25,7 @@ bool takes_many(int type_id, int64_t n_tokens, bool float_activations) {
 
 int64_t rows_in_cache(int64_t n_in, int64_t n_matrices) {
     const int64_t tiles = (int64_t{512} << 10) / (n_matrices * tiles_bytes(kTileRows, n_in));
-    return std::clamp<int64_t>(tiles * kTileRows, 32, 64);
+    return tiles * kTileRows < 64 ? 32 : 64;
 }
 
 void pack_record(const uint8_t* record, int64_t n_in, int64_t lane, PanelChunk* panel) {

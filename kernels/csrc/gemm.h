@@ -20,7 +20,8 @@ constexpr int64_t tiles_bytes(int64_t n_rows, int64_t n_in) {
     return (n_rows + kTileRows - 1) / kTileRows * n_chunks(n_in) * static_cast<int64_t>(sizeof(TileChunk));
 }
 
-// How many rows to expand at a time so that `n_matrices` matrices' tiles share the second-level cache.
+// How many rows, whole blocks of 32, to expand at a time so that `n_matrices` matrices' tiles share the second-level
+// cache.
 int64_t rows_in_cache(int64_t n_in, int64_t n_matrices);
 
 // Fills blocks of 32 [first, first + n_blocks) of one token of a panel: with the same blocks of a quantized

@@ -15,7 +15,7 @@ namespace moe {
 
 class Lookahead {
  public:
-    // thread_bytes: how much each thread may pull at a time; 0: nothing, -1: most of a second-level cache.
+    // thread_bytes: how much each thread but the caller's may pull at a time; 0: nothing, -1: most of a second-level cache.
     Lookahead(ThreadPool& pool, int64_t thread_bytes);
     ~Lookahead() { end(); }
     Lookahead(const Lookahead&) = delete;

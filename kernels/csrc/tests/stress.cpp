@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -20,6 +21,11 @@
 #include "../read_memory.h"
 
 namespace {
+
+void fail(const char* what) {
+    std::fprintf(stderr, "stress: %s\n", what);
+    std::exit(1);
+}
 
 using Random = std::mt19937;
 using Bytes = std::unique_ptr<uint8_t[]>;  // of the exact size: a read behind the end is an error
@@ -131,16 +137,14 @@ struct ExpertJob final : Job {
             background.finish();
             return out;
         }
+        int n_beside = 0;
+        const std::function<void()> beside = [&] { ++n_beside; };
         moe::expert_ffn(pool, layer, {x.data(), n_tokens, token.data(), expert.data(), scale.data(),
-                                      n_tokens * top_k, out.data(), exact});
+                                      n_tokens * top_k, out.data(), exact, &beside});
+        if (n_beside != 1) fail("what is to be done beside a call was not done once");
         return out;
     }
 };
-
-void fail(const char* what) {
-    std::fprintf(stderr, "stress: %s\n", what);
-    std::exit(1);
-}
 
 // A loop whose units throw must give the error to the caller and leave the pool usable.
 void throw_from_units(moe::ThreadPool& pool) {
@@ -155,6 +159,14 @@ void throw_from_units(moe::ThreadPool& pool) {
     } catch (const std::runtime_error&) {
     }
     if (done != 50) fail("units were lost");
+    const auto count = [&](int64_t, int) { done.fetch_add(1); };
+    const std::function<void()> beside = [] { throw std::runtime_error("expected"); };
+    try {
+        pool.run({moe::Loop(50, count)}, &beside);
+        fail("an exception beside the loops was lost");
+    } catch (const std::runtime_error&) {
+    }
+    if (done != 100) fail("units beside an exception were lost");
 }
 
 // Every unit of a loop reads what other units of the last one wrote.
