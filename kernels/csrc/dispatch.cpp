@@ -40,9 +40,9 @@ Tier find_best_tier() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
         const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi2");
+                          __builtin_cpu_supports("bmi2");
         if (!wide) return Tier::avx2;
-        return has_amx() ? Tier::amx : Tier::avx512;
+        return __builtin_cpu_supports("avx512vnni") && has_amx() ? Tier::amx : Tier::avx512;
     }
 #endif
     return Tier::scalar;
@@ -52,6 +52,26 @@ Tier best_tier() {
     static const Tier best = find_best_tier();
     return best;
 }
+
+#if defined(__x86_64__)
+// AVX-512 without VNNI, with AVX2's products of many tokens, and of rows where those are faster (by 8 % for Q8_0 and
+// IQ4_XS, on the two cores of a Xeon without VNNI).
+TierKernels make_avx512_bw() {
+    TierKernels k = kAvx512BwKernels;
+    for (int type = 0; type < kTypes; ++type) {
+        k.types[type].expand = kAvx2Kernels.types[type].expand;
+        k.types[type].multiply = kAvx2Kernels.types[type].multiply;
+        if (has_wide_codes(type)) k.types[type].dot = kAvx2Kernels.types[type].dot;
+    }
+    return k;
+}
+
+const TierKernels& avx512() {
+    static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+    static const TierKernels without = make_avx512_bw();
+    return has_vnni ? kAvx512Kernels : without;
+}
+#endif
 
 #if defined(MOE_WITH_AMX)
 // AVX-512 with other products of many tokens.
@@ -72,7 +92,7 @@ const TierKernels& table(Tier tier) {
     }
 #endif
 #if defined(__x86_64__)
-    if (tier == Tier::avx512) return kAvx512Kernels;
+    if (tier == Tier::avx512) return avx512();
     if (tier == Tier::avx2) return kAvx2Kernels;
 #endif
     (void)tier;

@@ -49,7 +49,7 @@ inline __m256 scale_pair(const float* scales) {
 // Whether codes(k) of a type are signed (offset taken off) because the unsigned ones would not fit maddubs.
 template <int T>
 constexpr bool is_signed() {
-    return Block<T>::offset > 64;
+    return has_wide_codes(T);
 }
 
 // Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(k)

@@ -1,12 +1,12 @@
-// AVX-512 (F, BW, DQ, VL, VNNI) and BMI2. dpbusd multiplies unsigned codes by signed activations and adds
-// four neighbours, so 64 codes give 16 sums; those become floats and are multiplied by weight scale *
-// activation scale. The offset of the codes and the minima are one more dot product, with the activations'
+// AVX-512 (F, BW, DQ, VL) and BMI2, with VNNI, and once more without it (kernels_avx512_bw.cpp). dpbusd multiplies
+// unsigned codes by signed activations and adds four neighbours, so 64 codes give 16 sums; those become floats and are
+// multiplied by weight scale * activation scale. The offset of the codes and the minima are one more dot product, with the activations'
 // precomputed block sums.
 
 #include "quant_blocks.h"
 
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512DQ__) || !defined(__AVX512VL__) || \
-    !defined(__AVX512VNNI__) || !defined(__BMI2__)
+    !defined(__BMI2__)
 #error "compile this file with the AVX-512 flags of CMakeLists.txt"
 #endif
 
@@ -22,6 +22,23 @@ inline __m512i twice32(const uint8_t* p) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
+// Adds four neighbours' products, of unsigned codes and signed activations, to each of 16 sums. Wide: codes may be 128
+// and more; then two products do not fit the 16 bits of maddubs.
+template <bool Wide = false>
+inline __m512i add_dots(__m512i sums, __m512i codes, __m512i q) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(sums, codes, q);
+#else
+    if constexpr (!Wide)
+        return _mm512_add_epi32(
+            sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, q), _mm512_set1_epi16(1)));
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0xff)),
+                                           _mm512_srai_epi16(_mm512_slli_epi16(q, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(q, 8));
+    return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
+#endif
+}
 
 // Eight values to sixteen, each twice.
 inline __m512 doubled(__m256 v) {
@@ -58,6 +75,7 @@ template <int T, int N>
 __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t n_in,
                                                     const Ahead& ahead, const uint8_t* const* acts,
                                                     float* out) {
+    static_assert(has_wide_codes(T) == (Block<T>::offset > 64));
     const int64_t n_pad = padded(n_in);
     __m512 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm512_setzero_ps();
@@ -80,8 +98,8 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
             const __m512i lanes = _mm512_add_epi32(
                 _mm512_set1_epi32(4 * c), _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
             for (int t = 0; t < N; ++t) {
-                const __m512i sums =
-                    _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, load64(acts[t] + first + 64 * c));
+                const __m512i sums = add_dots<has_wide_codes(T)>(_mm512_setzero_si512(), codes,
+                                                                 load64(acts[t] + first + 64 * c));
                 acc[t][c % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums),
                                                 _mm512_permutexvar_ps(lanes, scales[t]), acc[t][c % 2]);
             }
@@ -207,6 +225,10 @@ constexpr TierKernels kTable = make();
 
 }  // namespace
 
+#if defined(__AVX512VNNI__)
 const TierKernels kAvx512Kernels = kTable;
+#else
+const TierKernels kAvx512BwKernels = kTable;
+#endif
 
 }  // namespace moe

@@ -94,6 +94,9 @@ constexpr bool has_scales_of_32(int type_id) {
            type_id == TQ1_0 || type_id == TQ2_0;
 }
 
+// Whether the unsigned codes of a type (its values plus an offset) may be 128 and more.
+constexpr bool has_wide_codes(int type_id) { return type_id == Q8_0 || type_id == IQ4_NL || type_id == IQ4_XS; }
+
 // Every kernel works in chunks of 256 elements (the largest block); rows of 32-element blocks may end inside
 // one.
 constexpr int kChunk = 256;
@@ -192,6 +195,7 @@ struct TierKernels {
 extern const TierKernels kScalarKernels;
 extern const TierKernels kAvx2Kernels;
 extern const TierKernels kAvx512Kernels;
+extern const TierKernels kAvx512BwKernels;  // without VNNI
 
 // The many-token products of AVX-512 again, by AMX: for types with scales of 32 elements.
 extern const MultiplyFn kAmxMultiply;
