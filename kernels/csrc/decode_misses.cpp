@@ -193,11 +193,11 @@ bool DecodeWorker::reads_disk(int layer) const {
 // beside the CPU's work on this layer. The GPU looks nothing up before it has the answer and with it the victims, and
 // what it reads meanwhile is not among them.
 void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Message& message) {
-    beside_.clear();
     const bool divides = spec_.fetch == Fetch::none || spec_.fetch == Fetch::balanced;
     if (!divides || !may_prefetch(layer + 1, message)) return;
     const int64_t n_bytes = expert_bytes_[static_cast<size_t>(layer) + 1];
     const int64_t most_evicted = spec_.mailbox.max_evicted(step.n_token);
+    int64_t n_started = 0;
     keep_foreseen(step, layer, message);
     double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
     room -= static_cast<double>(bytes_in_flight());
@@ -208,14 +208,14 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
             if (expert < 0 || room < static_cast<double>(n_bytes) || n_evicted_ >= most_evicted) continue;
             const ExpertKey key = cache_.key(layer + 1, expert);
             if (!can_come(key) || !reserve(key, SlotCache::Evict::any)) continue;
-            beside_.push_back(key);
+            start_fetch(key);
+            ++n_started;
             prefetches_.push_back(key);
             room -= static_cast<double>(n_bytes);
         }
     passed_over_[static_cast<size_t>(layer) + 1] = 0;
-    for (ExpertKey key : beside_) start_fetch(key);
     std::lock_guard<std::mutex> lock(stats_mutex_);
-    stats_.fetched_background += static_cast<int64_t>(beside_.size());
+    stats_.fetched_background += n_started;
 }
 
 // Where not all experts are in RAM: all reads of the layer begin together, whoever waits for them.

@@ -250,7 +250,7 @@ class DecodeWorker {
     std::vector<Fate> fate_;         // by expert
     std::vector<bool> chosen_;       // by expert
     std::vector<ExpertKey> missed_;  // distinct, those used most lately first
-    std::vector<ExpertKey> fetches_, beside_, background_;
+    std::vector<ExpertKey> fetches_, background_;
     std::vector<int32_t> token_, expert_;  // what the CPU computes
     std::vector<float> weight_;
     int64_t n_missed_ = 0, n_evicted_ = 0;
