@@ -12,19 +12,38 @@ Codebooks g_codebooks;
 
 namespace {
 
-// Packs groups of eight values to 4-bit ranks among all values of the grid, which must be few.
-void pack_ranks(const int8_t* grid, int64_t n_bytes, uint32_t* packed, uint8_t* levels) {
+std::vector<int8_t> values_of(const int8_t* grid, int64_t n_bytes, size_t at_most) {
     std::vector<int8_t> values(grid, grid + n_bytes);
     std::sort(values.begin(), values.end());
     values.erase(std::unique(values.begin(), values.end()), values.end());
-    if (values.size() > 4) throw std::invalid_argument("the codebook has too many magnitudes");
+    if (values.size() > at_most) throw std::invalid_argument("the codebook has too many magnitudes");
+    return values;
+}
+
+uint32_t rank_in(const std::vector<int8_t>& values, int8_t value) {
+    return static_cast<uint32_t>(std::lower_bound(values.begin(), values.end(), value) - values.begin());
+}
+
+// Packs groups of eight values to 4-bit ranks among all values of the grid, which must be few.
+void pack_ranks(const int8_t* grid, int64_t n_bytes, uint32_t* packed, uint8_t* levels) {
+    const std::vector<int8_t> values = values_of(grid, n_bytes, 4);
     std::copy(values.begin(), values.end(), levels);
-    for (int64_t i = 0; i < n_bytes / 8; ++i) {
-        packed[i] = 0;
-        for (int k = 0; k < 8; ++k) {
-            const auto place = std::lower_bound(values.begin(), values.end(), grid[8 * i + k]);
-            packed[i] |= static_cast<uint32_t>(place - values.begin()) << (8 * (k % 4) + k / 4 * 4);
-        }
+    std::fill_n(packed, n_bytes / 8, 0);
+    for (int64_t i = 0; i < n_bytes; ++i)
+        packed[i / 8] |= rank_in(values, grid[i]) << (8 * (i % 4) + i % 8 / 4 * 4);
+}
+
+void pack_grid(const int8_t* grid, int64_t n_bytes, int group, PackedGrid* packed) {
+    const int bits = 16 / group;
+    const uint32_t mask = (1u << bits) - 1;
+    std::vector<int8_t> values = values_of(grid, n_bytes, mask + 1);
+    std::fill_n(packed->groups, n_bytes / group, 0);
+    for (int64_t i = 0; i < n_bytes; ++i)
+        packed->groups[i / group] |= static_cast<uint16_t>(rank_in(values, grid[i]) << (bits * (i % group)));
+    values.resize(mask + 1);
+    for (uint32_t i = 0; i < 16; ++i) {
+        packed->levels[i] = static_cast<uint8_t>(values[i & mask]);
+        packed->next_levels[i] = static_cast<uint8_t>(values[i >> bits & mask]);
     }
 }
 
@@ -55,17 +74,21 @@ void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
     switch (type_id) {
         case IQ2_XXS:
             fill(books.iq2_xxs, grid, n_bytes);
+            pack_grid(grid, n_bytes, 8, &books.iq2_xxs_packed);
             return pack_ranks(grid, n_bytes, books.iq2_xxs_ranks, books.iq2_levels);
         case IQ2_XS:
             fill(books.iq2_xs, grid, n_bytes);
+            pack_grid(grid, n_bytes, 8, &books.iq2_xs_packed);
             return pack_ranks(grid, n_bytes, books.iq2_xs_ranks, books.iq2_levels);
         case IQ2_S:
             fill(books.iq2_s, grid, n_bytes);
             return pack_ranks(grid, n_bytes, books.iq2_s_ranks, books.iq2_levels);
         case IQ3_XXS:
-            return fill(books.iq3_xxs, grid, n_bytes);
+            fill(books.iq3_xxs, grid, n_bytes);
+            return pack_grid(grid, n_bytes, 4, &books.iq3_xxs_packed);
         case IQ3_S:
-            return fill(books.iq3_s, grid, n_bytes);
+            fill(books.iq3_s, grid, n_bytes);
+            return pack_grid(grid, n_bytes, 4, &books.iq3_s_packed);
         case IQ1_S: {
             fill(books.iq1, grid, n_bytes);
             uint8_t* bytes = reinterpret_cast<uint8_t*>(books.iq1);

@@ -54,14 +54,12 @@ Tier best_tier() {
 }
 
 #if defined(__x86_64__)
-// AVX-512 without VNNI, with AVX2's products of many tokens, and of rows where those are faster (by 8 % for Q8_0 and
-// IQ4_XS, on the two cores of a Xeon without VNNI).
+// AVX-512 without VNNI, with AVX2's products of many tokens.
 TierKernels make_avx512_bw() {
     TierKernels k = kAvx512BwKernels;
     for (int type = 0; type < kTypes; ++type) {
         k.types[type].expand = kAvx2Kernels.types[type].expand;
         k.types[type].multiply = kAvx2Kernels.types[type].multiply;
-        if (has_wide_codes(type)) k.types[type].dot = kAvx2Kernels.types[type].dot;
     }
     return k;
 }

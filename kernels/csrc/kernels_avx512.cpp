@@ -1,7 +1,7 @@
 // AVX-512 (F, BW, DQ, VL) and BMI2, with VNNI, and once more without it (kernels_avx512_bw.cpp). dpbusd multiplies
 // unsigned codes by signed activations and adds four neighbours, so 64 codes give 16 sums; those become floats and are
-// multiplied by weight scale * activation scale. The offset of the codes and the minima are one more dot product, with the activations'
-// precomputed block sums.
+// multiplied by weight scale * activation scale. The offset of the codes and the minima are one more dot product,
+// with the activations' precomputed block sums.
 
 #include "quant_blocks.h"
 
@@ -23,21 +23,27 @@ inline __m512i twice32(const uint8_t* p) {
 }
 inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
-// Adds four neighbours' products, of unsigned codes and signed activations, to each of 16 sums. Wide: codes may be 128
-// and more; then two products do not fit the 16 bits of maddubs.
-template <bool Wide = false>
+#if defined(__AVX512VNNI__)
+constexpr bool kHasVnni = true;
+#else
+constexpr bool kHasVnni = false;
+#endif
+
+// Adds four neighbours' products, of unsigned codes and signed activations, to each of 16 sums. Without VNNI two
+// of them must fit 16 bits: codes are 128 at most.
 inline __m512i add_dots(__m512i sums, __m512i codes, __m512i q) {
 #if defined(__AVX512VNNI__)
     return _mm512_dpbusd_epi32(sums, codes, q);
 #else
-    if constexpr (!Wide)
-        return _mm512_add_epi32(
-            sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, q), _mm512_set1_epi16(1)));
-    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0xff)),
-                                           _mm512_srai_epi16(_mm512_slli_epi16(q, 8), 8));
-    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(q, 8));
-    return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, q), _mm512_set1_epi16(1)));
 #endif
+}
+
+// Codes too wide for that go in as magnitudes, without their offset, and their signs move to the activations.
+constexpr bool goes_in_signed(int type_id) { return has_wide_codes(type_id) && !kHasVnni; }
+
+inline __m512i negated_where(__mmask64 minus, __m512i q) {
+    return _mm512_mask_sub_epi8(q, minus, _mm512_setzero_si512(), q);
 }
 
 // Eight values to sixteen, each twice.
@@ -67,6 +73,7 @@ struct Chunk {
 #include "chunks_ternary_avx512.inc"
 #include "chunks_iq_avx512.inc"
 #include "grids_avx512.inc"
+#include "small_grids_avx512.inc"
 #include "superblocks_avx512.inc"
 #include "gemm_avx512.inc"
 #include "floats_avx512.inc"
@@ -75,7 +82,8 @@ template <int T, int N>
 __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t n_in,
                                                     const Ahead& ahead, const uint8_t* const* acts,
                                                     float* out) {
-    static_assert(has_wide_codes(T) == (Block<T>::offset > 64));
+    static_assert(has_wide_codes(T) == (Block<T>::offset == 128));
+    constexpr bool is_signed = goes_in_signed(T);
     const int64_t n_pad = padded(n_in);
     __m512 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm512_setzero_ps();
@@ -83,23 +91,30 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
         const Chunk<T> chunk(bytes);
         // What one unit of activation sum takes away: the codes' offset and the minimum.
         __m512 min = Block<T>::has_min ? chunk.min : _mm512_setzero_ps();
-        if (Block<T>::offset) min = _mm512_fmadd_ps(chunk.scale, _mm512_set1_ps(Block<T>::offset), min);
+        if (Block<T>::offset && !is_signed) min = _mm512_fmadd_ps(chunk.scale, _mm512_set1_ps(Block<T>::offset), min);
         __m512 scales[N];
         for (int t = 0; t < N; ++t) {
             const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32;
             const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16;
-            low[t] = _mm512_fmadd_ps(min, _mm512_loadu_ps(s), low[t]);
+            if (!is_signed) low[t] = _mm512_fmadd_ps(min, _mm512_loadu_ps(s), low[t]);
             scales[t] = _mm512_mul_ps(chunk.scale, doubled(_mm256_loadu_ps(d)));
         }
 #pragma GCC unroll 4
         for (int c = 0; c < 4; ++c) {
-            const __m512i codes = chunk.codes(c);
+            __m512i codes = chunk.codes(c);
+            __mmask64 minus = 0;
+            if constexpr (is_signed) {
+                const __m512i signed_codes = _mm512_xor_si512(codes, _mm512_set1_epi8(-128));
+                minus = _mm512_movepi8_mask(signed_codes);
+                codes = _mm512_abs_epi8(signed_codes);
+            }
             // A scale of 16 codes serves 4 of the 16 sums.
             const __m512i lanes = _mm512_add_epi32(
                 _mm512_set1_epi32(4 * c), _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3));
             for (int t = 0; t < N; ++t) {
-                const __m512i sums = add_dots<has_wide_codes(T)>(_mm512_setzero_si512(), codes,
-                                                                 load64(acts[t] + first + 64 * c));
+                __m512i q = load64(acts[t] + first + 64 * c);
+                if (is_signed) q = negated_where(minus, q);
+                const __m512i sums = add_dots(_mm512_setzero_si512(), codes, q);
                 acc[t][c % 2] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums),
                                                 _mm512_permutexvar_ps(lanes, scales[t]), acc[t][c % 2]);
             }
@@ -112,9 +127,9 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
 template <int T, bool Gather, int N>
 __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t n_in, const Ahead& ahead,
                                                     const uint8_t* const* acts, float* out) {
-    if constexpr (Gather)
-        dot_grid<T, N>(row, n_in, ahead, acts, out);
-    else if constexpr (T == Q4_K || T == Q5_K)
+    if constexpr (has_grid(T, Gather))
+        dot_grid<T, Gather, N>(row, n_in, ahead, acts, out);
+    else if constexpr (T == Q4_K || T == Q5_K || T == IQ4_XS)
         dot_superblocks<T, N>(row, n_in, ahead, acts, out);
     else
         dot_rows<T, N>(row, n_in, ahead, acts, out);
@@ -139,7 +154,7 @@ inline void dot_by(const Rows& rows, const uint8_t* const* acts, int64_t n_acts,
 
 template <int T>
 void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
-    if constexpr (has_grid(T))
+    if constexpr (has_grid(T, true))
         if (gathers_well()) return dot_by<T, true>(rows, acts, n_acts, out, out_stride);
     dot_by<T, false>(rows, acts, n_acts, out, out_stride);
 }

@@ -200,6 +200,12 @@ extern const TierKernels kAvx512BwKernels;  // without VNNI
 // The many-token products of AVX-512 again, by AMX: for types with scales of 32 elements.
 extern const MultiplyFn kAmxMultiply;
 
+// A grid of up to 512 groups, each packed to 16 bits: ranks of 8 values of 2 bits, or of 4 values of 4 bits.
+struct PackedGrid {
+    alignas(64) uint16_t groups[512];
+    uint8_t levels[16], next_levels[16];  // by 4 bits: the value of the first rank in them, and of the next
+};
+
 // Codebooks, filled by set_codebook(). Constants of the formats are in blocks.inc.
 struct Codebooks {
     uint64_t iq2_xxs[256], iq2_xs[512], iq2_s[1024];  // eight magnitudes
@@ -207,8 +213,9 @@ struct Codebooks {
     uint64_t iq1[2048];                               // eight bytes 8 * g + 9, g in -1, 0, 1
     // Each group of 8 once more, as ranks of its values: byte k holds that of k, and above it that of k + 4.
     uint32_t iq2_xxs_ranks[256], iq2_xs_ranks[512], iq2_s_ranks[1024], iq1_ranks[2048];
-    uint8_t iq2_levels[16];    // magnitude by rank
-    uint64_t sign_bytes[256];                         // 0xff where the bit is set
+    uint8_t iq2_levels[16];                           // magnitude by rank
+    PackedGrid iq2_xxs_packed, iq2_xs_packed, iq3_xxs_packed, iq3_s_packed;
+    uint64_t sign_bytes[256];  // 0xff where the bit is set
     uint8_t even_signs[128];  // 7-bit sign code to 8 sign bits: the parity bit goes on top
 };
 extern Codebooks g_codebooks;
