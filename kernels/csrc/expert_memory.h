@@ -116,7 +116,7 @@ class ExpertMemory {
     std::unique_ptr<LeastRecentlyUsed> order_;  // of the resident ones
     std::function<bool(ExpertKey)> may_leave_;
     int64_t resident_bytes_ = 0, most_ = 0, n_read_ = 0, n_dropped_ = 0;
-    int64_t loading_ = 0, total_ = 0, done_ = 0;  // bytes to be read at load
+    int64_t total_ = 0, done_ = 0;  // bytes to be read at load
     bool loaded_ = false;
     bool stopped_ = false;
     std::string failure_;
