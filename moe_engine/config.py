@@ -115,7 +115,7 @@ class EngineConfig(_Options):
                  comparisons).
     kv_dtype     type of the KV cache: "f16", "bf16", "f32" or "q8_0" (8 bits and a scale for each 32 values).
     ubatch       prompt tokens that go through the layers at once; default: 512 on the CPU, on a GPU as many as a
-                 fifth of the memory allows.
+                 fifth of what is left for experts allows.
     """
 
     device: str = "auto"
