@@ -54,7 +54,18 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
 
             box.y.normal_()
             box.answer[:24].view(torch.int64).copy_(torch.tensor([STEP * (N_LAYER + 1) + LAYER, 1, 0]))
-            apply = partial(wait, box, LAYER, step, routing, table, waited, out=out, hits=x)
+            apply = partial(
+                wait,
+                box,
+                LAYER,
+                step,
+                routing,
+                table,
+                waited,
+                torch.zeros(1, dtype=torch.int64, device=DEVICE),
+                out=out,
+                hits=x,
+            )
             apply()
             error = check_equal(label, out, x.cpu() + box.y if missed else x)
             reference = partial(added, box.y, x, out) if missed else None

@@ -13,8 +13,9 @@ from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, wait_k
 from moe_engine.kernels.router_kernel import Routing
 from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, Mailbox
 
-# Values that a program moves. One program's 8 KB for 2048 wide models, several for more: not tuned.
-_BLOCK = 4096
+# Values that a program moves to the host (16 KB), and back: so few that all its loads are on their way together. In the
+# compiled code those of 2048 values make seven trips over the bus, one after the other, for want of registers.
+_BLOCK, _ANSWER_BLOCK = 4096, 512
 WAIT_NANOSECONDS = 4_000_000_000
 _WAIT_LOOKS = 2000  # in Triton's interpreter, which has no clock; a look takes it about 2 ms
 
@@ -105,6 +106,7 @@ def wait(
     routing: Routing,
     slot_table: Tensor,
     waited: Tensor,
+    seen: Tensor,
     *,
     out: Tensor | None = None,
     hits: Tensor | None = None,
@@ -117,8 +119,8 @@ def wait(
     With `out` (f32 `[n_token, hidden]`): out = hits + what the CPU computed, and `late` (int32 `[n_token,
     top_k]`) receives the slots of experts fetched meanwhile, -1 for the others. Without `out` those slots replace
     the -1 in `routing.slots`. Evicted experts are taken out of slot_table, int32 `[n_layer, n_expert]`. waited: int64
-    `[n_layer]`, to which the nanoseconds are added. After `time_out` (nanoseconds, or looks where there is no GPU)
-    the mailbox's error is set, and neither this nor any later call waits.
+    `[n_layer]`, to which the nanoseconds are added. seen: int64 `[1]`, for the programs of a launch among themselves. After
+    `time_out` (nanoseconds, or looks where there is no GPU) the mailbox's error is set, and neither this nor any later call waits.
     """
     n_token, top_k = routing.ids.shape
     merge = out is None
@@ -126,7 +128,7 @@ def wait(
     assert merge or n_x == n_token * mailbox.hidden, (n_x, n_token)
     for part in (out, hits):
         assert part is None or part.is_contiguous()
-    block = 1 if merge else min(_BLOCK, triton.next_power_of_2(n_x))
+    block = 1 if merge else min(_ANSWER_BLOCK, triton.next_power_of_2(n_x))
     stand_in = mailbox.y  # never read
     if time_out is None:
         time_out = WAIT_NANOSECONDS if routing.ids.is_cuda else _WAIT_LOOKS
@@ -143,6 +145,7 @@ def wait(
         stand_in if hits is None else hits,
         stand_in if out is None else out,
         waited,
+        seen,
         step if stamps is None else stamps,
         layer,
         time_out,

@@ -130,6 +130,7 @@ def wait_kernel(
     hits,
     out,
     waited,
+    seen_by_first,
     stamps,
     layer,
     time_out,
@@ -149,6 +150,9 @@ def wait_kernel(
     OVERLAP: tl.constexpr,
 ):
     """Program i adds block i of what the CPU answers; program 0 also updates the slot table.
+
+    Only program 0 looks at the host's memory: looks of several delay each other. It hands the number that it has seen
+    on to the others in `seen_by_first`, or minus that number where there will be no answer.
 
     LATE: experts fetched for this very step go to `late`, else -1. MERGE: they go into `slots`, and nothing is added.
     time_out: nanoseconds on a GPU, looks elsewhere.
@@ -173,11 +177,14 @@ def wait_kernel(
         want = tl.load(step + zero) * (N_LAYER + 1) + layer
         start = _nanoseconds(ON_GPU)
         spent = tl.full([], 0, tl.int64)
-        seen = tl.load(answer, volatile=True)
+        look_at = answer
+        if program > 0:
+            look_at = seen_by_first
+        seen = tl.load(look_at, volatile=True)
         gone = tl.load(control, volatile=True) | tl.load(control + 1, volatile=True)
         looks = 0
-        while (seen != want) & (gone == 0):
-            seen = tl.load(answer, volatile=True)
+        while (seen != want) & (seen != -want) & (gone == 0):
+            seen = tl.load(look_at, volatile=True)
             looks += 1
             if looks % 64 == 0:  # seldom: every look is a read over the bus
                 gone = tl.load(control, volatile=True) | tl.load(control + 1, volatile=True)
@@ -188,8 +195,10 @@ def wait_kernel(
             if spent > time_out:  # a dead worker must not hang the GPU
                 gone = tl.full([], 1, tl.int64)
                 tl.store(control + 1, gone)
+        _fence(ON_GPU)
+        if program == 0 and tl.num_programs(0) > 1:
+            tl.store(seen_by_first, tl.where(seen == want, want, -want), cache_modifier=".wt")
         if seen == want:
-            _fence(ON_GPU)
             # All that may be needed is asked for at once: each load takes a trip over the bus.
             flags = tl.load(answer + 1, volatile=True)
             n_evicted = tl.load(answer + 2, volatile=True)

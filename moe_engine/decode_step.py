@@ -107,6 +107,7 @@ class DecodeStep:
         self._mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
         self.stamps: Tensor | None = None
         self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen = torch.zeros(1, dtype=torch.int64, device=device)
 
     def begin(self, sequences: Sequence[Running]) -> None:
         """Sets what the next step depends on."""
@@ -237,7 +238,7 @@ class DecodeStep:
     ) -> None:
         table = self.experts.slot_table
         wait(
-            *(self.mailbox, layer, self.step, routing, table, self.waited),
+            *(self.mailbox, layer, self.step, routing, table, self.waited, self._seen),
             out=out,
             hits=hits,
             late=late,

@@ -131,7 +131,18 @@ def test_an_answer_is_applied(hidden: int, flags: int) -> None:
     answer(box, 25, flags, [-1, 9, -1, -1, 5, -1, -1, -1], [7, 40])
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
     out, late, waited = torch.empty_like(x), torch.empty_like(routing.slots), on_device([0] * N_LAYER, torch.int64)
-    wait(box, 1, on_device([6], torch.int64), routing, table, waited, out=out, hits=x, late=late)
+    wait(
+        box,
+        1,
+        on_device([6], torch.int64),
+        routing,
+        table,
+        waited,
+        on_device([0], torch.int64),
+        out=out,
+        hits=x,
+        late=late,
+    )
     sync()
     expected = x.cpu() + (box.y[:2] if flags & 1 else 0)
     assert torch.equal(out.cpu(), expected)
@@ -144,7 +155,15 @@ def test_fetched_experts_can_join_the_hits() -> None:
     box, routing, _ = posted(48, [[0, -1, 2, 3], [-1, 1, 1, 1]], [3, 4])
     answer(box, 25, 2, [-1, 9, -1, -1, 5, -1, -1, -1], [])
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
-    wait(box, 1, on_device([6], torch.int64), routing, table, on_device([0] * N_LAYER, torch.int64))
+    wait(
+        box,
+        1,
+        on_device([6], torch.int64),
+        routing,
+        table,
+        on_device([0] * N_LAYER, torch.int64),
+        on_device([0], torch.int64),
+    )
     assert routing.slots.tolist() == [[0, 9, 2, 3], [5, 1, 1, 1]]
     assert not table.any()
 
@@ -153,7 +172,17 @@ def test_without_misses_nothing_is_waited_for() -> None:
     box, routing, x = posted(48, [[0, 1, 2, 3]], [3])
     out = torch.empty_like(x)
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
-    wait(box, 1, on_device([6], torch.int64), routing, table, on_device([0] * N_LAYER, torch.int64), out=out, hits=x)
+    wait(
+        box,
+        1,
+        on_device([6], torch.int64),
+        routing,
+        table,
+        on_device([0] * N_LAYER, torch.int64),
+        on_device([0], torch.int64),
+        out=out,
+        hits=x,
+    )
     assert torch.equal(out, x)
     assert not box.control.any()
 
@@ -166,7 +195,18 @@ def test_an_answer_that_never_comes_ends_the_wait(aborted: bool) -> None:
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
     out, waited = torch.empty_like(x), on_device([0] * N_LAYER, torch.int64)
     time_out = 20_000_000 if DEVICE.type == "cuda" else 20
-    wait(box, 1, on_device([6], torch.int64), routing, table, waited, out=out, hits=x, time_out=time_out)
+    wait(
+        box,
+        1,
+        on_device([6], torch.int64),
+        routing,
+        table,
+        waited,
+        on_device([0], torch.int64),
+        out=out,
+        hits=x,
+        time_out=time_out,
+    )
     sync()
     assert torch.equal(out, x)  # an answer to something else is not taken
     assert not table.any()

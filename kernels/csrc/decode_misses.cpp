@@ -12,7 +12,8 @@ void DecodeWorker::handle(const Step& step, int layer) {
     const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
     entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0, 0, 0};
     const double since_last = static_cast<double>(seen_ - last_seen_) * 1e-9;
-    if (layer > 0) layer_seconds_ += kNewest * (std::min(since_last, kLongLayer) - layer_seconds_);
+    const bool read = reads_disk(layer) || (layer > 0 && reads_disk(layer - 1));  // the disk's time says nothing here
+    if (layer > 0 && !read) layer_seconds_ += kNewest * (std::min(since_last, kLongLayer) - layer_seconds_);
     last_seen_ = seen_;
     read_message(step, layer, message);
     if (n_missed_ > 0)
@@ -223,6 +224,7 @@ void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& 
     stats_.cpu_experts += entry_.n_cpu;
     stats_.cpu_bytes += n_bytes;
     stats_.cpu_ns += ns;
+    if (reads_disk(layer)) return;  // which it may have waited for
     cost_of(step).note_cpu(n_bytes, static_cast<double>(ns) * 1e-9, beside_copies);
 }
 
