@@ -42,7 +42,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show what would go where and how fast it would be, before loading anything."""
-    from moe_engine import planner
+    from moe_engine import plan_report, planner
     from moe_engine.calibration import Calibration, this_machine
     from moe_engine.cli_trace import load_trace
 
@@ -63,10 +63,10 @@ def plan(
         **options,
     )
     if as_json:
-        sys.stdout.write(json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(plan_report.as_dict(found), ensure_ascii=False) + "\n")
         return
     table = Table(box=None, pad_edge=False, show_header=False)
-    for row in planner.lines(found):
+    for row in plan_report.lines(found):
         table.add_row(*row)
     out = Console(highlight=False, markup=False)
     out.width = max(out.width, 140)  # cut-off numbers are of no use in a file or a pipe

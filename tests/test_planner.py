@@ -31,6 +31,8 @@ from moe_engine.costs import BEHIND_CHOICE, PromptLayer, StepCosts, layer_terms,
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.inspection import inspect_file
 from moe_engine.model_work import ModelWork
+from moe_engine.plan_advice import doubling
+from moe_engine.plan_report import as_dict
 from moe_engine.planner import Plan, plan
 from moe_engine.predict import Placement, Predictor
 from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
@@ -300,7 +302,7 @@ def planned(file: Path, **options: object) -> Plan:
 
 
 def test_a_plan_adds_up(header: Callable[..., Path]) -> None:
-    found = planned(header("qwen3-30b-a3b"), vram_budget="8GiB").as_dict()
+    found = as_dict(planned(header("qwen3-30b-a3b"), vram_budget="8GiB"))
     vram = found["vram"]
     assert sum(n for name, n in vram.items() if name != "budget") == vram["budget"] == 8 * GIB
     assert found["experts"]["movable"] == 48 * 128
@@ -345,7 +347,7 @@ def test_only_layers_on_disk_are_read_from_it(header: Callable[..., Path]) -> No
 def test_what_doubles_the_speed_does(header: Callable[..., Path]) -> None:
     file = header("qwen3-30b-a3b")
     small = planned(file, vram_budget="4GiB")
-    text = small.doubling["decode"]
+    text = doubling(small)["decode"]
     budget = text.removeprefix("vram_budget ").partition(",")[0]
     assert small.decode
     assert (decode := planned(file, vram_budget=budget).decode)
@@ -368,7 +370,7 @@ def test_homes_decide_who_computes(header: Callable[..., Path]) -> None:
     assert placed.vram.placed == inspect_file(file).routed_bytes
     assert (placed.n_movable, placed.in_ram, on_cpu.n_slot, on_cpu.hit_rate) == (0, 0, 0, 0.0)
     assert on_cpu.prompts[0].binding == "cpu"
-    assert on_cpu.doubling["decode"].startswith("experts cache, vram_budget")
+    assert doubling(on_cpu)["decode"].startswith("experts cache, vram_budget")
 
 
 def test_without_a_gpu_everything_is_on_the_cpu(header: Callable[..., Path]) -> None:
@@ -418,7 +420,7 @@ def test_plan_command(header: Callable[..., Path], tmp_path: Path, capsys: pytes
     code, out, err = run(capsys, "plan", file, *options, "--json")
     assert code == 0, err
     expected = planned(Path(file), vram_budget="8GiB", ctx=8192)
-    assert json.loads(out) == json.loads(json.dumps(expected.as_dict()))
+    assert json.loads(out) == json.loads(json.dumps(as_dict(expected)))
     code, out, err = run(capsys, "plan", file, *options)
     assert code == 0, err
     for part in ("expert slots", "page-locked", "prompt of 8192", "decode", "to double it", "estimate"):
