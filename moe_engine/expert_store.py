@@ -19,7 +19,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_engine.gguf_file import GGUFFile, TensorInfo
+from moe_engine.gguf_file import GGUFFile
+from moe_engine.gguf_part import TensorInfo
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.quant_tensor import QuantTensor

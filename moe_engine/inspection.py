@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_engine.gguf_file import GGUFFile, TensorInfo
+from moe_engine.gguf_file import GGUFFile
+from moe_engine.gguf_part import TensorInfo
 from moe_engine.models import supported_architectures
 
 
