@@ -15,7 +15,7 @@ from moe_engine.cli import main
 from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
-from moe_engine.placement import block_of
+from moe_engine.placement import block_of, is_expert
 from moe_engine.plan_report import as_dict
 from moe_engine.planner import plan
 
@@ -45,7 +45,7 @@ def store_of(engine: Engine) -> ExpertStore:
 
 def expert_bytes(path: Path, *blocks: int) -> int:
     tensors = GGUFFile(path).tensors.items()
-    return sum(info.nbytes for name, info in tensors if "_exps." in name and (not blocks or block_of(name) in blocks))
+    return sum(info.nbytes for name, info in tensors if is_expert(name) and (not blocks or block_of(name) in blocks))
 
 
 MODES: dict[str, dict[str, Any]] = {
