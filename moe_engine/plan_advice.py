@@ -7,12 +7,12 @@ from typing import Any
 
 from moe_engine.errors import CapacityError, ConfigError
 from moe_engine.planner import ALL_FIT, Plan
-from moe_engine.predict import BOUND_BY, Placement, Prediction
+from moe_engine.predict import BOUND_BY, Prediction, RunShape
 
 SHARES_TO_TRY = (0.25, 0.5, 0.75, 1.0)  # of the experts in VRAM
 UBATCHES_TO_TRY = (1024, 2048, 4096, 8192)
 
-Change = tuple[str, Placement]  # what to set, and what comes of it
+Change = tuple[str, RunShape]  # what to set, and what comes of it
 
 
 def doubling(plan: Plan) -> dict[str, str]:
@@ -29,11 +29,11 @@ def doubling(plan: Plan) -> dict[str, str]:
     return found
 
 
-def _to_double(current: Prediction, again: Callable[[Placement], Prediction], changes: Sequence[Change]) -> str:
+def _to_double(current: Prediction, again: Callable[[RunShape], Prediction], changes: Sequence[Change]) -> str:
     """The least change with which `again` predicts twice the speed of `current`."""
     best: tuple[float, str] | None = None
-    for text, placement in changes:
-        rate = again(placement).rate
+    for text, shape in changes:
+        rate = again(shape).rate
         if rate >= 2 * current.rate:
             return f"{text}: {rate:.0f} tok/s"
         if best is None or rate > best[0]:
@@ -50,13 +50,13 @@ def _changes(plan: Plan) -> list[Change]:
     found = []
     for ubatch in UBATCHES_TO_TRY:
         if plan.ubatch < ubatch <= plan.ctx and (other := _with(plan, ubatch=ubatch)):
-            found.append((f"ubatch {ubatch}", other.placement))
+            found.append((f"ubatch {ubatch}", other.run_shape))
     for share in SHARES_TO_TRY if plan.n_movable else ():
         if share > plan.share and (other := _with_share(plan, share)):
             assert other.vram is not None
             cache = "experts cache, " if plan.config.experts == "cpu" else ""
             text = f"{cache}vram_budget {other.vram.budget >> 20}MiB, room for {other.share:.0%} of the experts"
-            found.append((text, other.placement))
+            found.append((text, other.run_shape))
     return found
 
 

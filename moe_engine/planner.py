@@ -19,7 +19,7 @@ from moe_engine.model import n_layer
 from moe_engine.model_work import ExpertLayer, ModelWork
 from moe_engine.models import model_class
 from moe_engine.placement import Home, placed_homes, uses_slots
-from moe_engine.predict import Placement, Prediction, Predictor
+from moe_engine.predict import Prediction, Predictor, RunShape
 from moe_engine.ram_plan import RamPlan, plan_ram
 from moe_engine.routing_estimate import RoutingEstimate, estimate
 from moe_engine.traces import Trace
@@ -108,8 +108,8 @@ class Plan:
         return self.ram_needed - self.in_ram
 
     @property
-    def placement(self) -> Placement:
-        return Placement(
+    def run_shape(self) -> RunShape:
+        return RunShape(
             shares=self._shares(),
             in_ram=self._in_ram(),
             fixed=tuple(not uses_slots(home) for home in self.homes),
@@ -148,14 +148,14 @@ class Plan:
 
     @cached_property
     def decode(self) -> Prediction | None:
-        return None if self.predictor is None else self.predictor.decode(self.placement, self.decode_context)
+        return None if self.predictor is None else self.predictor.decode(self.run_shape, self.decode_context)
 
     @cached_property
     def prompts(self) -> list[Prediction]:
         """Of the lengths that fit the context."""
         if self.predictor is None:
             return []
-        return [self.predictor.prompt(self.placement, n) for n in PROMPTS if n <= self.ctx]
+        return [self.predictor.prompt(self.run_shape, n) for n in PROMPTS if n <= self.ctx]
 
     @property
     def hit_rate(self) -> float:

@@ -46,4 +46,4 @@ class SimulatedModel:
             Found(hits / n, missed / outcome.n_token, (n - hits) / outcome.n_token)
             for hits, n, missed in zip(outcome.hits, outcome.accesses, outcome.missed_steps, strict=True)
         ]
-        return predictor.decode(self._plan.placement, self._plan.decode_context, found)
+        return predictor.decode(self._plan.run_shape, self._plan.decode_context, found)
