@@ -165,7 +165,7 @@ def _divide(
             kv_cache=_kv_bytes(meta, family, config, ctx),
             workspace=4 * scratch_elements
             + _workspace_bytes(file, meta, family, config, min(ubatch, ctx), ctx)
-            + _decode_bytes(file, meta, config, device),
+            + _decode_bytes(file, config, device),
             staging=0,
             ubatch=min(ubatch, ctx),
             caches_experts=config.experts != "cpu",
@@ -234,7 +234,7 @@ def _kv_bytes(meta: Metadata, family: type[Transformer], config: EngineConfig, c
     return config.n_sequence * n_layer(meta) * ctx * cached_bytes(config.kv_dtype, family.kv_values(meta))
 
 
-def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: torch.device) -> int:
+def _decode_bytes(file: GGUFFile, config: EngineConfig, device: torch.device) -> int:
     """What captured decode steps hold: PyTorch's pool for their tensors, and the graphs themselves."""
     if config.eager or device.type != "cuda":
         return 0
