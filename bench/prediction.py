@@ -43,20 +43,20 @@ def predicted(
         print("  no prediction: run moe-engine calibrate first", flush=True)
         return None
     planned = plan(path, machine=machine, **options)
-    predictor, placement = planned.predictor, planned.placement
+    predictor, shape = planned.predictor, planned.run_shape
     assert predictor is not None
     result: dict[str, Any] = {"hit_rate": planned.hit_rate}
     if decode is not None:
         if hit_rate is not None:
-            n = len(placement.shares)
-            placement = replace(placement, shares=(hit_rate,) * n, fixed=(True,) * n)
-        step = predictor.decode(placement, context, found)
+            n = len(shape.shares)
+            shape = replace(shape, shares=(hit_rate,) * n, fixed=(True,) * n)
+        step = predictor.decode(shape, context, found)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
         if used and used.get(n_token):
-            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).prompt(planned.placement, n_token)
+            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).prompt(planned.run_shape, n_token)
         else:
-            prompt = predictor.prompt(planned.placement, n_token)
+            prompt = predictor.prompt(planned.run_shape, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
         if name != "hit_rate":

@@ -18,6 +18,9 @@ _SMALLEST_SUM = 6.103515625e-05
 
 @dataclass(frozen=True)
 class RouterConfig:
+    """How scores become a token's experts and their weights. Where n_group > 1, only the experts of the n_group_used
+    best groups are chosen from."""
+
     n_expert: int
     top_k: int
     gating: Gating = "softmax"

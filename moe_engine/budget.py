@@ -15,7 +15,7 @@ from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import cached_bytes
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
-from moe_engine.placement import Home, block_of, placed_homes, uses_slots
+from moe_engine.placement import Home, block_of, is_expert, placed_homes, uses_slots
 
 CUDA_CONTEXT_BYTES = 704 << 20  # seen: 689 MiB on an H200, CUDA 13 (bench/results/check_gpu.json)
 DEFAULT_SHARE = 0.9  # of the free VRAM, when no budget is given
@@ -165,7 +165,7 @@ def _divide(
             kv_cache=_kv_bytes(meta, family, config, ctx),
             workspace=4 * scratch_elements
             + _workspace_bytes(file, meta, family, config, min(ubatch, ctx), ctx)
-            + _decode_bytes(file, meta, config, device),
+            + _decode_bytes(file, config, device),
             staging=0,
             ubatch=min(ubatch, ctx),
             caches_experts=config.experts != "cpu",
@@ -196,16 +196,12 @@ def _budget(config: EngineConfig, device: torch.device, memory: tuple[int, int] 
     return budget
 
 
-def _is_expert(name: str) -> bool:
-    return "_exps." in name
-
-
 def _dense_bytes(file: GGUFFile, meta: Metadata) -> int:
     """What is not a routed expert stays in VRAM as the file holds it; small tensors are expanded to f32."""
     skipped = tuple(f"blk.{i}." for i in range(n_layer(meta), meta.integer("block_count")))
     total = 0
     for info in file.tensors.values():
-        if _is_expert(info.name) or info.name.startswith(skipped or ("\0",)):
+        if is_expert(info.name) or info.name.startswith(skipped or ("\0",)):
             continue
         total += info.nbytes
         if ".attn_kv_b." in info.name:  # old MLA files: the keys' part is expanded to f32
@@ -215,7 +211,7 @@ def _dense_bytes(file: GGUFFile, meta: Metadata) -> int:
 
 def _placed_bytes(file: GGUFFile, homes: Mapping[int, Home]) -> int:
     """Slots for all experts of the layers that are in VRAM for good."""
-    experts = (info for info in file.tensors.values() if _is_expert(info.name))
+    experts = (info for info in file.tensors.values() if is_expert(info.name))
     placed = (info for info in experts if homes.get(block_of(info.name)) == "vram")
     return sum(info.shape[0] * aligned(info.nbytes // info.shape[0]) for info in placed)
 
@@ -225,7 +221,7 @@ def _least_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, homes: Ma
     top_k, n_expert = meta.integer("expert_used_count"), meta.integer("expert_count")
     layers: dict[str, list[tuple[str, int, int]]] = {}
     for info in file.tensors.values():
-        if _is_expert(info.name) and uses_slots(homes.get(block_of(info.name), "cache")):
+        if is_expert(info.name) and uses_slots(homes.get(block_of(info.name), "cache")):
             block, part = info.name.rsplit(".", 2)[0], info.name.rsplit(".", 2)[1]
             layers.setdefault(block, []).append((part, info.type_id, info.nbytes // n_expert))
     pools = {tuple(sorted(parts)) for parts in layers.values()}
@@ -238,7 +234,7 @@ def _kv_bytes(meta: Metadata, family: type[Transformer], config: EngineConfig, c
     return config.n_sequence * n_layer(meta) * ctx * cached_bytes(config.kv_dtype, family.kv_values(meta))
 
 
-def _decode_bytes(file: GGUFFile, meta: Metadata, config: EngineConfig, device: torch.device) -> int:
+def _decode_bytes(file: GGUFFile, config: EngineConfig, device: torch.device) -> int:
     """What captured decode steps hold: PyTorch's pool for their tensors, and the graphs themselves."""
     if config.eager or device.type != "cuda":
         return 0
@@ -252,7 +248,7 @@ def _workspace_bytes(
 ) -> int:
     """An upper estimate of what one micro-batch holds at once."""
     hidden, top_k = meta.integer("embedding_length"), meta.integer("expert_used_count")
-    experts = [info.shape for info in file.tensors.values() if _is_expert(info.name) and len(info.shape) == 3]
+    experts = [info.shape for info in file.tensors.values() if is_expert(info.name) and len(info.shape) == 3]
     n_expert, n_ff = max(((shape[0], min(shape[1:])) for shape in experts), default=(0, 0))
     widest = max(
         (info.shape[-2] for info in file.tensors.values() if len(info.shape) == 2 and info.name.startswith("blk.")),

@@ -1,32 +1,37 @@
 """The command line: `moe-engine generate | plan | calibrate | inspect | perplexity | tokenize | trace | bench`."""
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from moe_engine import cli_bench, cli_plan, cli_trace
-from moe_engine.config import DEFAULT_POLICY, format_size
+from moe_engine.cli_options import (
+    ENGINE,
+    SAMPLING,
+    AsJson,
+    Ctx,
+    Device,
+    KVType,
+    Model,
+    Place,
+    RamBudget,
+    Threads,
+    VramBudget,
+    loaded,
+    notes,
+    print_json,
+    progress,
+    read_text,
+)
+from moe_engine.config import format_size
 from moe_engine.errors import ConfigError, MoeEngineError
 
 if TYPE_CHECKING:
-    from moe_engine.engine import Engine
     from moe_engine.inspection import Inspection
 
 app = typer.Typer(
@@ -39,22 +44,8 @@ app.add_typer(cli_trace.app, name="trace")
 app.add_typer(cli_bench.app, name="bench")
 app.command()(cli_plan.plan)
 app.command()(cli_plan.calibrate)
-# Results go to stdout; progress, summaries and errors to stderr.
-_notes = Console(stderr=True, highlight=False)
 
-Model = Annotated[
-    Path | None, typer.Option("--model", "-m", help="GGUF file. Default: the small bundled model.", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or simulated (the CUDA path on the CPU).")]
-VramBudget = Annotated[str | None, typer.Option(help="All VRAM to use, such as 6GiB. Default: 90 % of what is free.")]
-RamBudget = Annotated[
-    str | None,
-    typer.Option(help="All RAM to use, such as 16GiB; experts beyond it are read from disk. Default: what is free."),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 Miss = Annotated[str, typer.Option(help="Experts not in VRAM: cpu computes them, fetch copies them, auto divides.")]
-KVType = Annotated[str, typer.Option(help="Type of the KV cache: f16, bf16, f32 or q8_0.")]
-Place = cli_plan.Place
 PolicyName = Annotated[
     str, typer.Option("--policy", help="Who leaves the VRAM slots: NAME[:key=value,...], as in trace simulate.")
 ]
@@ -65,7 +56,6 @@ Profile = Annotated[
 Exact = Annotated[bool, typer.Option("--exact", help="Output does not depend on the cache: fetch every miss.")]
 Lookahead = Annotated[bool, typer.Option(help="Pull experts that the CPU will probably need into its caches.")]
 Prefetch = Annotated[str, typer.Option(help="Copy experts into VRAM before they are needed: off, auto or always.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
 @app.command()
@@ -74,30 +64,34 @@ def generate(
     model: Model = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file; - for stdin.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Choose among the k most probable tokens; 0: all.")] = 40,
-    top_p: Annotated[float, typer.Option(help="Choose among the tokens that make up this probability.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the best one's probability.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = SAMPLING.max_tokens,
+    temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = SAMPLING.temperature,
+    top_k: Annotated[int, typer.Option(help="Choose among the k most probable tokens; 0: all.")] = SAMPLING.top_k,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the tokens that make up this probability.")
+    ] = SAMPLING.top_p,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this share of the best one's probability.")
+    ] = SAMPLING.min_p,
     repeat_penalty: Annotated[
         float | None, typer.Option(help="Penalty on recent tokens. Default: 1.1, or none at temperature 0.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the output repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End at this text; may be given several times.")] = None,
-    device: Device = "auto",
+    device: Device = ENGINE.device,
     vram_budget: VramBudget = None,
     ram_budget: RamBudget = None,
     threads: Threads = None,
-    ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
-    kv_type: KVType = "f16",
-    miss: Miss = "auto",
-    policy: PolicyName = DEFAULT_POLICY,
-    exact: Exact = False,
-    lookahead: Lookahead = True,
-    prefetch: Prefetch = "auto",
+    ctx: Ctx = None,
+    kv_type: KVType = ENGINE.kv_dtype,
+    miss: Miss = ENGINE.miss,
+    policy: PolicyName = ENGINE.policy,
+    exact: Exact = ENGINE.exact,
+    lookahead: Lookahead = ENGINE.lookahead,
+    prefetch: Prefetch = ENGINE.prefetch,
     place: Place = None,
     trace: TraceOutput = None,
-    profile: Profile = True,
+    profile: Profile = ENGINE.profile,
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
@@ -105,7 +99,7 @@ def generate(
     options: dict[str, Any] = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget}
     options |= {"threads": threads, "ctx": ctx, "kv_dtype": kv_type, "miss": miss, "policy": policy, "exact": exact}
     options |= {"lookahead": lookahead, "prefetch": prefetch, "place": tuple(place or ()), "profile": profile}
-    with _engine(model, **options, trace=None if trace is None else str(trace)) as engine:
+    with loaded(model, **options, trace=None if trace is None else str(trace)) as engine:
         generation = engine.stream(
             [{"role": "user", "content": text}] if chat else text,
             max_tokens=max_tokens,
@@ -124,14 +118,14 @@ def generate(
             sys.stdout.write("\n")
         result = generation.result()
     if as_json:
-        _print_json(
+        print_json(
             prompt_tokens=result.prompt_tokens,
             tokens=result.tokens,
             text=result.text,
             finish_reason=result.finish_reason,
             stats=result.stats.as_dict(),
         )
-    _notes.print(result.stats.summary(), style="dim", soft_wrap=True)
+    notes.print(result.stats.summary(), style="dim", soft_wrap=True)
 
 
 @app.command()
@@ -143,7 +137,7 @@ def inspect(
 
     found = inspect_file(file)
     if as_json:
-        _print_json(**found.as_dict())
+        print_json(**found.as_dict())
     else:
         _print_inspection(found)
 
@@ -153,21 +147,21 @@ def perplexity(
     file: Annotated[Path, typer.Option("--file", "-f", help="Text to score.")],
     model: Model = None,
     ctx: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    device: Device = "auto",
+    device: Device = ENGINE.device,
     vram_budget: VramBudget = None,
     ram_budget: RamBudget = None,
     threads: Threads = None,
-    kv_type: KVType = "f16",
+    kv_type: KVType = ENGINE.kv_dtype,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well a model predicts a text (windows of CTX tokens, the second half of each is scored)."""
     from moe_engine.perplexity import perplexity as measure
 
-    text = _read_text(file)
+    text = read_text(file)
     options = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget, "threads": threads, "ctx": ctx}
     with (
-        _engine(model, **options, kv_dtype=kv_type) as engine,
-        _progress("scoring", MofNCompleteColumn(), TextColumn("ppl {task.fields[ppl]:.3f}"), ppl=float("nan")) as (
+        loaded(model, **options, kv_dtype=kv_type) as engine,
+        progress("scoring", MofNCompleteColumn(), TextColumn("ppl {task.fields[ppl]:.3f}"), ppl=float("nan")) as (
             bar,
             task,
         ),
@@ -179,7 +173,7 @@ def perplexity(
             progress=lambda done, total, ppl: bar.update(task, completed=done, total=total, ppl=ppl),
         )
     if as_json:
-        _print_json(**result.as_dict())
+        print_json(**result.as_dict())
     else:
         print(f"perplexity {result.ppl:.4f} +/- {result.error:.4f} ({result.tokens} tokens, {result.chunks} windows)")
 
@@ -199,36 +193,10 @@ def tokenize(
     tokenizer = Tokenizer.from_metadata(GGUFFile(source).metadata, str(source))
     tokens = tokenizer.encode(text)
     if as_json:
-        _print_json(tokens=tokens, texts=[tokenizer.token_text(token) for token in tokens])
+        print_json(tokens=tokens, texts=[tokenizer.token_text(token) for token in tokens])
         return
     for token in tokens:
         print(f"{token:>8}  {tokenizer.token_text(token)!r}")
-
-
-@cli_trace.app.command()
-def record(
-    file: Annotated[Path, typer.Option("--file", "-f", help="Text to run through the model.")],
-    output: cli_trace.Output,
-    model: Model = None,
-    ctx: Annotated[
-        int, typer.Option(help="Tokens of a sequence: the text is cut into such, from empty contexts.")
-    ] = 1024,
-    device: Device = "auto",
-    vram_budget: VramBudget = None,
-    threads: Threads = None,
-) -> None:
-    """Record which experts a model chooses for a text."""
-    with (
-        _engine(
-            model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx, trace=str(output), profile=False
-        ) as engine,
-        _progress("recording", MofNCompleteColumn()) as (bar, task),
-    ):
-        tokens = engine.encode(_read_text(file))
-        for start in range(0, len(tokens), ctx):
-            engine.read(tokens[start : start + ctx])
-            bar.update(task, completed=start + ctx, total=len(tokens))
-    print(f"{output}: {len(tokens)} tokens")
 
 
 def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
@@ -237,41 +205,7 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None:
         return prompt
     assert prompt_file is not None
-    return sys.stdin.read() if str(prompt_file) == "-" else _read_text(prompt_file)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as e:
-        raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: is not UTF-8 text (byte {e.start})") from e
-
-
-@contextmanager
-def _engine(model: Path | None, **options: Any) -> "Iterator[Engine]":
-    """Loads the model under a progress bar."""
-    from moe_engine.engine import Engine
-
-    with _progress("loading", DownloadColumn(), TransferSpeedColumn()) as (bar, task):
-        engine = Engine.load(
-            model, progress=lambda done, total: bar.update(task, completed=done, total=total), **options
-        )
-    with engine:
-        yield engine
-
-
-@contextmanager
-def _progress(what: str, *columns: ProgressColumn, **fields: Any) -> "Iterator[tuple[Progress, Any]]":
-    """A bar on stderr that vanishes when done; nothing where stderr is not a terminal."""
-    columns = (TextColumn(what), BarColumn(), *columns, TimeElapsedColumn())
-    with Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal) as bar:
-        yield bar, bar.add_task(what, total=None, **fields)
-
-
-def _print_json(**values: Any) -> None:
-    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+    return sys.stdin.read() if str(prompt_file) == "-" else read_text(prompt_file)
 
 
 def _print_inspection(found: "Inspection") -> None:
@@ -302,10 +236,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except MoeEngineError as error:
-        _notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        _notes.print("interrupted", style="yellow")
+        notes.print("interrupted", style="yellow")
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from moe_engine.cli_options import notes
 from moe_engine.errors import ConfigError
 
 app = typer.Typer(invoke_without_command=True)
-_notes = Console(stderr=True, highlight=False)
 
 Texts = list[str] | None
 ENGINE, MODEL, PEERS, OUTPUT = "How the model is loaded (lists: all combinations)", "Which model", "Peers", "Output"
@@ -133,7 +132,7 @@ def bench(
         sys.stderr.write(tables.render(rows, output_err, sweep=sweep))
     if plot is not None:
         for picture in plots.write_plots(rows, plot):
-            _notes.print(str(picture), style="dim", markup=False, soft_wrap=True)
+            notes.print(str(picture), style="dim", markup=False, soft_wrap=True)
     if counts[0] < counts[1]:
         raise KeyboardInterrupt  # during the measurements: what there was has been shown
 
@@ -159,10 +158,10 @@ def compare_(
     sys.stdout.write(plain(["test", "before t/s", "after t/s", "change", "noise", ""], lines))
     for file, names in ((before, found.only_before), (after, found.only_after)):
         for name in names:
-            _notes.print(f"only in {file}: {name}", style="yellow", markup=False, soft_wrap=True)
+            notes.print(f"only in {file}: {name}", style="yellow", markup=False, soft_wrap=True)
     slower = sum(row.slower(limit) for row in found.differences)
     if slower:
-        _notes.print(f"{slower} of {len(lines)} slower by more than {limit:.1%} and noise", style="red")
+        notes.print(f"{slower} of {len(lines)} slower by more than {limit:.1%} and noise", style="red")
         raise typer.Exit(1)
 
 
@@ -198,7 +197,7 @@ def _bar(what: str) -> "Iterator[Callable[[int, int, str], None]]":
         TimeElapsedColumn(),
         TextColumn("{task.fields[last]}"),
     )
-    with Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal) as bar:
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task(what, total=None, last="")
         yield lambda done, total, last: bar.update(task, completed=done, total=total, last=last)
 

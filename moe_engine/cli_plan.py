@@ -1,7 +1,5 @@
 """The command line: `moe-engine plan | calibrate`."""
 
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,38 +9,29 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moe_engine.cli_options import ENGINE, AsJson, Ctx, Device, Place, Threads, notes, print_json
 from moe_engine.config import EngineConfig, format_size
 
 if TYPE_CHECKING:
     from moe_engine.calibration import Calibration
-
-_notes = Console(stderr=True, highlight=False)
-
-Place = Annotated[
-    list[str] | None,
-    typer.Option(metavar="REGEX=PLACE", help="Where layers' experts are, by tensor name: cuda:0, cache, cpu or disk."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or simulated (the CUDA path on the CPU).")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: all.")]
 
 
 def plan(
     file: Annotated[Path, typer.Argument(help="GGUF file; only its header is read.")],
     vram_budget: Annotated[str | None, typer.Option(help="As for generate. Default: 90 % of what is free.")] = None,
     ram_budget: Annotated[str | None, typer.Option(help="As for generate. Default: what is free.")] = None,
-    ctx: Annotated[int | None, typer.Option(help="Context in tokens. Default: 4096, or what the model has.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = 1,
+    ctx: Ctx = None,
+    batch: Annotated[int, typer.Option(help="Sequences that decode together.")] = ENGINE.n_sequence,
     ubatch: Annotated[int | None, typer.Option(help="Prompt tokens that go through the layers at once.")] = None,
     hardware: Annotated[Path | None, typer.Option(help="Plan for the machine of this file of calibrate.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Recorded routing of this model, to estimate hits from.")] = None,
     place: Place = None,
-    device: Device = "auto",
+    device: Device = ENGINE.device,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what would go where and how fast it would be, before loading anything."""
-    from moe_engine import planner
+    from moe_engine import plan_report, planner
     from moe_engine.calibration import Calibration, this_machine
     from moe_engine.cli_trace import load_trace
 
@@ -63,17 +52,17 @@ def plan(
         **options,
     )
     if as_json:
-        sys.stdout.write(json.dumps(found.as_dict(), ensure_ascii=False) + "\n")
+        print_json(**plan_report.as_dict(found))
         return
     table = Table(box=None, pad_edge=False, show_header=False)
-    for row in planner.lines(found):
+    for row in plan_report.lines(found):
         table.add_row(*row)
     out = Console(highlight=False, markup=False)
     out.width = max(out.width, 140)  # cut-off numbers are of no use in a file or a pipe
     out.print(f"{file}: context of {found.ctx} tokens, micro-batches of {found.ubatch}", soft_wrap=True)
     out.print(table)
     if found.machine is None:
-        _notes.print("no speeds: run moe-engine calibrate once, or give --hardware FILE", style="yellow")
+        notes.print("no speeds: run moe-engine calibrate once, or give --hardware FILE", style="yellow")
 
 
 def calibrate(
@@ -81,7 +70,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File to write. Default: where engine and plan look for it.")
     ] = None,
-    device: Device = "auto",
+    device: Device = ENGINE.device,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -96,13 +85,13 @@ def calibrate(
     n_threads = EngineConfig.of(threads=threads, device=device).n_threads
     found_device, _ = choose_device(device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_notes, transient=True, disable=not _notes.is_terminal) as bar:
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         task = bar.add_task("", total=n_steps(found_device, model is not None), completed=-1)
         found = measure(found_device, n_threads, model, lambda what: bar.update(task, description=what, advance=1))
     path = output or cache_path(None if found.gpu is None else found.gpu.name, n_threads)
     found.save(path)
     if as_json:
-        sys.stdout.write(json.dumps({"file": str(path), **asdict(found)}) + "\n")
+        print_json(file=str(path), **asdict(found))
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     for row in _rows(found):
@@ -110,7 +99,7 @@ def calibrate(
     out = Console(highlight=False, markup=False)
     out.width = max(out.width, 120)
     out.print(table)
-    _notes.print(f"kept in {path}", style="dim", soft_wrap=True)
+    notes.print(f"kept in {path}", style="dim", soft_wrap=True)
 
 
 def _rows(found: "Calibration") -> Iterator[tuple[str, str]]:

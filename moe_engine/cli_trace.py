@@ -1,14 +1,25 @@
-"""The command line: `moe-engine trace simulate | import | export | info`."""
+"""The command line: `moe-engine trace simulate | import | export | info | record`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
+from moe_engine.cli_options import (
+    ENGINE,
+    AsJson,
+    Device,
+    Model,
+    Threads,
+    VramBudget,
+    loaded,
+    print_json,
+    progress,
+    read_text,
+)
 from moe_engine.config import DEFAULT_POLICY, format_size, parse_size
 from moe_engine.errors import ConfigError
 
@@ -25,7 +36,6 @@ Experts = Annotated[
     int | None, typer.Option(help="Experts of a layer, for .npz files that do not say. Default: the largest id + 1.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
 
 @app.command()
@@ -103,7 +113,7 @@ def simulate(
         results = [outcome.as_dict() for outcome in outcomes]
         for result, found in zip(results, speeds or (), strict=speeds is not None):
             result.update(tokens_per_second=found.rate, bound_by=found.binding)
-        _print_json(**_facts(trace), warm=warm, shared=shared, results=results, **advice)
+        print_json(**_facts(trace), warm=warm, shared=shared, results=results, **advice)
         return
     _print_outcomes(trace, outcomes, speeds)
     if advise:
@@ -139,10 +149,36 @@ def info(file: TraceFile, as_json: AsJson = False) -> None:
     """Show what is in a trace."""
     trace = load_trace(file)
     if as_json:
-        _print_json(**_facts(trace))
+        print_json(**_facts(trace))
         return
     for name, value in _facts(trace).items():
         print(f"{name:<14}{value}")
+
+
+@app.command()
+def record(
+    file: Annotated[Path, typer.Option("--file", "-f", help="Text to run through the model.")],
+    output: Output,
+    model: Model = None,
+    ctx: Annotated[
+        int, typer.Option(help="Tokens of a sequence: the text is cut into such, from empty contexts.")
+    ] = 1024,
+    device: Device = ENGINE.device,
+    vram_budget: VramBudget = None,
+    threads: Threads = None,
+) -> None:
+    """Record which experts a model chooses for a text."""
+    with (
+        loaded(
+            model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx, trace=str(output), profile=False
+        ) as engine,
+        progress("recording", MofNCompleteColumn()) as (bar, task),
+    ):
+        tokens = engine.encode(read_text(file))
+        for start in range(0, len(tokens), ctx):
+            engine.read(tokens[start : start + ctx])
+            bar.update(task, completed=start + ctx, total=len(tokens))
+    print(f"{output}: {len(tokens)} tokens")
 
 
 def load_trace(path: Path, n_expert: int | None = None) -> "Trace":
@@ -165,10 +201,6 @@ def _facts(trace: "Trace") -> dict[str, object]:
         "sequences": len(trace.sequences),
         "weights": trace.weights is not None,
     }
-
-
-def _print_json(**values: object) -> None:
-    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]", speeds: "list[Prediction] | None") -> None:

@@ -37,7 +37,7 @@ from moe_engine.layers import MixtureOfExperts
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
 from moe_engine.models import model_class
-from moe_engine.placement import placed_homes
+from moe_engine.placement import is_expert, placed_homes
 from moe_engine.prefill import Prefill
 from moe_engine.profile import load_profile
 from moe_engine.prompt_experts import PromptExperts
@@ -336,7 +336,7 @@ class Engine:
     def dense_bytes(self) -> int:
         """Weights that every decode step reads."""
         embedding = "token_embd.weight"
-        read = (info for info in self.file.tensors.values() if "_exps." not in info.name and info.name != embedding)
+        read = (info for info in self.file.tensors.values() if not is_expert(info.name) and info.name != embedding)
         tied = 0 if "output.weight" in self.file.tensors else self.file.tensors[embedding].nbytes
         return sum(info.nbytes for info in read) + tied
 

@@ -19,13 +19,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moe_engine.gguf_file import GGUFFile, TensorInfo
+from moe_engine.gguf_file import GGUFFile
+from moe_engine.gguf_part import TensorInfo
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
 from moe_engine.page_lock import CudaDriver, Driver, PageLocker, StagingRing
-from moe_engine.placement import block_of
+from moe_engine.placement import block_of, is_expert
 from moe_engine.ram_plan import RamPlan
 
 _log = logging.getLogger("moe_engine")
@@ -80,7 +81,7 @@ class ExpertStore:
         mapped = [
             info
             for info in file.tensors.values()
-            if "_exps." not in info.name or (in_place and block_of(info.name) not in ram.disk_layers)
+            if not is_expert(info.name) or (in_place and block_of(info.name) not in ram.disk_layers)
         ]
         for part, offset, nbytes in _runs(mapped):
             self.memory.add_cached(part, offset, nbytes)

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_engine.gguf_file import GGUFFile, TensorInfo
+from moe_engine.gguf_file import GGUFFile
+from moe_engine.gguf_part import TensorInfo
 from moe_engine.models import supported_architectures
+from moe_engine.placement import is_expert
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def inspect_file(path: str | Path) -> Inspection:
 
 
 def _role(tensor_name: str) -> str:
-    if "_exps." in tensor_name:
+    if is_expert(tensor_name):
         return "routed"
     return "shared" if "_shexp." in tensor_name else "dense"
 

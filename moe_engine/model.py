@@ -46,7 +46,6 @@ class Transformer(ABC):
         self.meta, self.weights, self.experts = meta, weights, experts
         self.n_layer = n_layer(meta)
         self.hidden = meta.integer("embedding_length", high=1 << 20)
-        self.context_length = meta.integer("context_length")
         self.eps = meta.number("attention.layer_norm_rms_epsilon", high=1.0)
         self.router = self.router_config()
         self.rope_config = self.make_rope_config()
@@ -71,7 +70,7 @@ class Transformer(ABC):
     def make_rope_config(self) -> RopeConfig: ...
 
     @abstractmethod
-    def attention(self, prefix: str, layer: int) -> Attention: ...
+    def attention(self, prefix: str) -> Attention: ...
 
     @staticmethod
     @abstractmethod
@@ -91,7 +90,7 @@ class Transformer(ABC):
 
     def _block(self, layer: int) -> Block:
         prefix, weights, hidden = f"blk.{layer}.", self.weights, self.hidden
-        attn = self.attention(prefix, layer)
+        attn = self.attention(prefix)
         ffn: SwiGLU | MixtureOfExperts
         if weights.has(prefix + "ffn_gate_inp.weight"):
             shared = self.shared_expert(prefix)

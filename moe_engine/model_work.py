@@ -3,12 +3,13 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from moe_engine.gguf_file import GGUFFile, TensorInfo
+from moe_engine.gguf_file import GGUFFile
+from moe_engine.gguf_part import TensorInfo
 from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import cached_bytes
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
-from moe_engine.placement import block_of
+from moe_engine.placement import block_of, is_expert
 
 # Kernels of a captured decode step, see decode_step.py and the `decode` of the attentions
 ATTENTION_KERNELS = 6  # norm; q, k, v; rotation and append; attention (2); output
@@ -67,7 +68,7 @@ class ModelWork:
             block = block_of(info.name)
             if block >= n_block or info.type is None:
                 continue
-            if "_exps." in info.name:
+            if is_expert(info.name):
                 parts.setdefault(block, []).append(info)
                 continue
             is_head = info.name == ("output.weight" if "output.weight" in file.tensors else "token_embd.weight")

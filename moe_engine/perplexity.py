@@ -13,6 +13,8 @@ from moe_engine.errors import ConfigError
 
 @dataclass(frozen=True)
 class Perplexity:
+    """exp of the mean loss over the scored predictions. chunks: windows of the text."""
+
     ppl: float
     error: float  # standard error of `ppl`
     tokens: int  # predictions scored
@@ -28,7 +30,7 @@ def perplexity(
     """Cuts `text` into windows of `ctx` tokens, each from an empty context, and scores each one's second half.
 
     Where the model wants a start token it replaces the window's first. progress: called with (windows done,
-    windows in all, perplexity so far). Raises `ConfigError` if the text is shorter than two windows.
+    windows in all, perplexity so far). Raises `ConfigError` if the text is shorter than one window.
     """
     if ctx < 4 or ctx > engine.cache.capacity:
         raise ConfigError(f"ctx is {ctx}, expected 4 to {engine.cache.capacity}, the engine's context")

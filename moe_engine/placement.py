@@ -36,6 +36,11 @@ def block_of(name: str) -> int:
     return int(number) if head == "blk" and re.fullmatch(r"[0-9]{1,9}", number) else -1
 
 
+def is_expert(name: str) -> bool:
+    """Whether a tensor holds routed experts' weights."""
+    return "_exps." in name
+
+
 def placed_homes(file: GGUFFile, config: EngineConfig, device: str, n_layer: int) -> dict[int, Home]:
     """Homes of the layers that `config.place` names, by block.
 
@@ -54,9 +59,9 @@ def placed_homes(file: GGUFFile, config: EngineConfig, device: str, n_layer: int
             raise ConfigError(f"place '{rule}' matches no tensor of {file.path}: moe-engine inspect lists none such")
     homes: dict[int, tuple[Home, str]] = {}  # with the tensor that said so
     for name, (rule, place) in named.items():
-        is_expert, block = bool(_EXPERTS.match(name)), block_of(name)
-        _check_possible(name, rule, place, device, is_expert)
-        if is_expert and block < n_layer:
+        of_experts, block = bool(_EXPERTS.match(name)), block_of(name)
+        _check_possible(name, rule, place, device, of_experts)
+        if of_experts and block < n_layer:
             home: Home = "vram" if place.startswith("cuda") else cast(Home, place)
             before = homes.setdefault(block, (home, name))
             if before[0] != home:
@@ -72,13 +77,13 @@ def placed_homes(file: GGUFFile, config: EngineConfig, device: str, n_layer: int
     return result
 
 
-def _check_possible(name: str, rule: str, place: str, device: str, is_expert: bool) -> None:
+def _check_possible(name: str, rule: str, place: str, device: str, of_experts: bool) -> None:
     possible = ["cpu"] if device == "cpu" else ["cuda:0" if device == "simulated" else device]
-    if is_expert:
+    if of_experts:
         possible += ["disk"] if device == "cpu" else ["cache", "cpu", "disk"]
     on_any_gpu = device == "simulated" and place.startswith("cuda")
     if place not in possible and not on_any_gpu:
-        what = "" if is_expert else ", which is no routed expert,"
+        what = "" if of_experts else ", which is no routed expert,"
         raise ConfigError(f"place '{rule}': tensor '{name}'{what} can only be in: {', '.join(possible)}")
 
 

@@ -1,39 +1,37 @@
 """What goes where, and how fast it will be, before any weight is loaded: `moe-engine plan`."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from moe_engine.budget import VramPlan, host_bytes, plan_vram
 from moe_engine.calibration import Calibration
-from moe_engine.config import DEFAULT_UBATCH, EngineConfig, format_size, parse_size
+from moe_engine.config import DEFAULT_UBATCH, EngineConfig, parse_size
 from moe_engine.engine import bundled_model, context_of
-from moe_engine.errors import CapacityError, ConfigError
+from moe_engine.errors import ConfigError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.metadata import Metadata
 from moe_engine.model import n_layer
 from moe_engine.model_work import ExpertLayer, ModelWork
 from moe_engine.models import model_class
 from moe_engine.placement import Home, placed_homes, uses_slots
-from moe_engine.predict import BOUND_BY, Placement, Prediction, Predictor
+from moe_engine.predict import Prediction, Predictor, RunShape
 from moe_engine.ram_plan import RamPlan, plan_ram
-from moe_engine.routing_estimate import estimate
+from moe_engine.routing_estimate import RoutingEstimate, estimate
 from moe_engine.traces import Trace
 
 PROMPTS = (512, 2048, 8192)  # tokens, for which speeds are predicted
 DECODE_CONTEXT = 512  # tokens in the KV cache of the predicted decode step
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of the experts in VRAM, that are tried to double a speed
 ALL_FIT = 1.01  # of all experts' bytes: room for them in slots and a few staging slots
-UBATCHES = (1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """See `as_dict` for what it holds; `vram` is None where everything is on the CPU."""
+    """What is decided and what follows from it; `vram` is None where everything is on the CPU."""
 
     path: str
     config: EngineConfig
@@ -110,9 +108,9 @@ class Plan:
         return self.ram_needed - self.in_ram
 
     @property
-    def placement(self) -> Placement:
-        return Placement(
-            shares=self._shares(self.share),
+    def run_shape(self) -> RunShape:
+        return RunShape(
+            shares=self._shares(),
             in_ram=self._in_ram(),
             fixed=tuple(not uses_slots(home) for home in self.homes),
             ubatch=self.ubatch,
@@ -128,130 +126,42 @@ class Plan:
         window, held = self.ram.window / max(1, placed), self.in_ram / max(1, wanted)
         return tuple({"vram": 1.0, "disk": min(1.0, window)}.get(home, held) for home in self.homes)
 
-    def _shares(self, share: float) -> tuple[float, ...]:
-        """By MoE layer, with this share of the experts that are not placed."""
-        return tuple({"vram": 1.0, "cpu": 0.0, "cache": share, "disk": share}[home] for home in self.homes)
+    def _shares(self) -> tuple[float, ...]:
+        """By MoE layer, of its experts those in VRAM."""
+        share = {"vram": 1.0, "cpu": 0.0, "cache": self.share, "disk": self.share}
+        return tuple(share[home] for home in self.homes)
 
     # -- how fast ----------------------------------------------------------------------------------------------
 
     @cached_property
+    def routing(self) -> RoutingEstimate:
+        return estimate(self.trace, self.work.n_expert, self.work.top_k, self.config.n_sequence)
+
+    @cached_property
     def predictor(self) -> Predictor | None:
-        if self.machine is None:
-            return None
-        routing = estimate(self.trace, self.work.n_expert, self.work.top_k, self.config.n_sequence)
-        return Predictor(self.work, self.machine, routing)
+        return None if self.machine is None else Predictor(self.work, self.machine, self.routing)
+
+    @property
+    def decode_context(self) -> int:
+        """Tokens in the KV cache of the predicted decode step."""
+        return min(DECODE_CONTEXT, self.ctx)
 
     @cached_property
     def decode(self) -> Prediction | None:
-        return self._decode(self.placement)
-
-    def _decode(self, placement: Placement) -> Prediction | None:
-        return None if self.predictor is None else self.predictor.decode(placement, min(DECODE_CONTEXT, self.ctx))
+        return None if self.predictor is None else self.predictor.decode(self.run_shape, self.decode_context)
 
     @cached_property
     def prompts(self) -> list[Prediction]:
         """Of the lengths that fit the context."""
         if self.predictor is None:
             return []
-        return [self.predictor.prompt(self.placement, n) for n in PROMPTS if n <= self.ctx]
+        return [self.predictor.prompt(self.run_shape, n) for n in PROMPTS if n <= self.ctx]
 
     @property
     def hit_rate(self) -> float:
         """Share of a decode step's choices that are found in VRAM, an estimate."""
-        routing = estimate(self.trace, self.work.n_expert, self.work.top_k, self.config.n_sequence)
-        rates = [routing.found(share).hit_rate for share in self._shares(self.share)]
+        rates = [self.routing.found(share).hit_rate for share in self._shares()]
         return sum(rates) / max(1, len(rates))
-
-    def to_double(self, current: Prediction, again: Callable[[Placement], Prediction]) -> str:
-        """The least change with which `again` predicts twice the speed of `current`."""
-        best: tuple[float, str] | None = None
-        for text, placement in self._changes:
-            rate = again(placement).rate
-            if rate >= 2 * current.rate:
-                return f"{text}: {rate:.0f} tok/s"
-            if best is None or rate > best[0]:
-                best = rate, text
-        if best is None or best[0] < 1.05 * current.rate:
-            return f"no setting does; it takes a faster machine where the bound is: {BOUND_BY[current.binding]}"
-        return f"no single setting does; {best[1]}: {best[0]:.0f} tok/s"
-
-    @cached_property
-    def _changes(self) -> list[tuple[str, Placement]]:
-        """Settings to try, the cheaper ones first."""
-        if self.vram is None:
-            return []
-        found = []
-        for ubatch in UBATCHES:
-            if self.ubatch < ubatch <= self.ctx and (other := self._with(ubatch=ubatch)):
-                found.append((f"ubatch {ubatch}", other.placement))
-        for share in SHARES if self.n_movable else ():
-            if share > self.share and (other := self._with_share(share)):
-                assert other.vram is not None
-                cache = "experts cache, " if self.config.experts == "cpu" else ""
-                text = f"{cache}vram_budget {other.vram.budget >> 20}MiB, room for {other.share:.0%} of the experts"
-                found.append((text, other.placement))
-        return found
-
-    def _with(self, **changes: Any) -> Self | None:
-        """The plan with other settings, None if it is impossible."""
-        config = replace(self.config, **changes)
-        try:
-            return replace(self, config=config, vram=self.divide(config))
-        except (CapacityError, ConfigError):
-            return None
-
-    def _with_share(self, share: float) -> Self | None:
-        """The plan with just enough VRAM for a share of the experts; more of it also changes other terms."""
-        assert self.vram is not None
-        other: Self | None = self
-        for _ in range(6):
-            if other is None or other.vram is None or other.share >= share:
-                return other
-            missing = int((share - other.share) * ALL_FIT * self.movable_bytes)
-            budget = other.vram.budget + max(missing, 1 << 20)
-            other = self._with(vram_budget=budget >> 20 << 20, experts="cache")
-        return other
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, sizes in bytes, for JSON."""
-        vram = None
-        if self.vram is not None:
-            left = self.vram.slots - self.slot_bytes
-            vram = {"budget": self.vram.budget, **self.vram.terms, "expert slots": self.slot_bytes, "left": left}
-        return {
-            "file": self.path,
-            "ctx": self.ctx,
-            "n_sequence": self.config.n_sequence,
-            "ubatch": self.ubatch,
-            "vram": vram,
-            "ram": {
-                "experts": self.in_ram,
-                "pinned": self.vram is not None and self.vram.caches_experts,
-                "window": self.ram.window,
-            },
-            "disk": {"experts": self.on_disk},
-            "experts": {"movable": self.n_movable, "in_slots": self.n_slot},
-            "hit_rate": {"estimate": self.hit_rate, "from": self.hit_rate_source},
-            "decode": None if self.decode is None else self.decode.as_dict(),
-            "prompts": [prediction.as_dict() for prediction in self.prompts],
-            "to_double": self.doubling,
-        }
-
-    @property
-    def hit_rate_source(self) -> str:
-        return "a recorded trace of another, small model" if self.trace is None else "the given trace"
-
-    @property
-    def doubling(self) -> dict[str, str]:
-        """What to change for twice the speed."""
-        predictor, context = self.predictor, min(DECODE_CONTEXT, self.ctx)
-        if predictor is None or self.decode is None:
-            return {}
-        found = {"decode": self.to_double(self.decode, partial(predictor.decode, context=context))}
-        for prompt in self.prompts:
-            again = partial(predictor.prompt, n_token=prompt.tokens)
-            found[f"prompt of {prompt.tokens}"] = self.to_double(prompt, again)
-        return found
 
 
 def plan(
@@ -303,39 +213,3 @@ def _device(config: EngineConfig, machine: Calibration | None) -> tuple[torch.de
         budget = parse_size(config.vram_budget)
         return torch.device("cuda"), (budget, budget)
     return None, None
-
-
-def lines(plan: Plan) -> Sequence[tuple[str, str, str]]:
-    """The report for people: part, what, value."""
-    found = list[tuple[str, str, str]]()
-    if plan.vram is not None:
-        found.append(("VRAM", "budget", format_size(plan.vram.budget)))
-        found += [("", name, format_size(nbytes)) for name, nbytes in plan.vram.terms.items()]
-        of = f"{plan.n_slot} of {plan.n_movable} experts"
-        found.append(("", "expert slots", f"{format_size(plan.slot_bytes)}, {of}"))
-        found.append(("", "left", format_size(plan.vram.slots - plan.slot_bytes)))
-    pinned = "experts, page-locked" if plan.vram is not None and plan.vram.caches_experts else "experts"
-    found.append(("RAM", pinned, format_size(plan.in_ram)))
-    if plan.ram.window:
-        found.append(("", "window of experts on disk", format_size(plan.ram.window)))
-    if plan.on_disk:
-        found.append(("disk", "experts", format_size(plan.on_disk)))
-    if plan.n_slot:
-        found.append(("hits", "of decoding, estimate", f"{plan.hit_rate:.0%} (from {plan.hit_rate_source})"))
-    rows = [(f"prompt of {prompt.tokens}", prompt) for prompt in plan.prompts]
-    if plan.decode is not None:
-        name = "decode" if plan.config.n_sequence == 1 else f"decode, {plan.config.n_sequence} sequences"
-        rows.append((name, plan.decode))
-    for i, (name, speed) in enumerate(rows):
-        text = f"{speed.rate:.0f} tok/s, bound by {BOUND_BY[speed.binding]} ({_shares(speed)})"
-        found.append(("" if i else "speed, estimate", name, text))
-    for i, (name, text) in enumerate(plan.doubling.items()):
-        found.append(("" if i else "to double it", name, text))
-    return found
-
-
-def _shares(speed: Prediction) -> str:
-    terms = sorted(speed.terms.items(), key=lambda term: -term[1])
-    return ", ".join(
-        f"{name} {seconds / speed.seconds:.0%}" for name, seconds in terms if seconds > 0.01 * speed.seconds
-    )

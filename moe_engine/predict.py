@@ -50,7 +50,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Placement:
+class RunShape:
     """How a model is run: what the predictions depend on besides model and machine.
 
     shares: of each MoE layer's experts that are in VRAM; in_ram: of those that are not in VRAM for good, that are in
@@ -76,35 +76,31 @@ class Predictor:
     machine: Calibration
     routing: RoutingEstimate
 
-    def found(self, placement: Placement) -> list[Found]:
+    def found(self, shape: RunShape) -> list[Found]:
         """By MoE layer; misses in the model's terms."""
         ratio = self.work.top_k / self.routing.top_k
         return [
-            Found(share, float(share < 1), (1 - share) * self.work.top_k * placement.n_sequence)
+            Found(share, float(share < 1), (1 - share) * self.work.top_k * shape.n_sequence)
             if fixed
             else replace(f := self.routing.found(share), misses=f.misses * ratio)
-            for share, fixed in zip(placement.shares, placement.fixed, strict=True)
+            for share, fixed in zip(shape.shares, shape.fixed, strict=True)
         ]
-
-    def hit_rate(self, placement: Placement) -> float:
-        found = self.found(placement)
-        return sum(layer.hit_rate for layer in found) / max(1, len(found))
 
     # -- decode ------------------------------------------------------------------------------------------------
 
-    def decode(self, placement: Placement, context: int, found: Sequence[Found] | None = None) -> Prediction:
+    def decode(self, shape: RunShape, context: int, found: Sequence[Found] | None = None) -> Prediction:
         """One step, with `context` tokens in each sequence's KV cache. found: by MoE layer, where it is known; by
-        default as the placement lets expect it."""
-        gpu, n = self.machine.gpu, placement.n_sequence
-        disk = self._from_disk(placement)
-        if gpu is None or not placement.on_gpu:
+        default as `shape` lets expect it."""
+        gpu, n = self.machine.gpu, shape.n_sequence
+        disk = self._from_disk(shape)
+        if gpu is None or not shape.on_gpu:
             ram = self._cpu_step(n, context)
             return Prediction(n, {"ram": ram, "disk": disk}, ram + disk)
         work, per_choice = self.work, self.work.top_k * n
         kv_bytes = work.kv_bytes * context * n
         reads = kv_bytes / gpu.copy + _read_seconds(gpu, work.dense)
         beside = misses = fetched = n_missed = 0.0
-        for layer, of in zip(work.experts, found or self.found(placement), strict=True):
+        for layer, of in zip(work.experts, found or self.found(shape), strict=True):
             hits = of.hit_rate * per_choice * _read_seconds(gpu, layer.by_type)
             reads += (1 - of.missed_layers) * hits
             beside += of.missed_layers * (hits + HIT_KERNELS * gpu.kernel_seconds * (of.hit_rate > 0))
@@ -113,8 +109,8 @@ class Predictor:
             fetched += of.missed_layers * layer.nbytes * (of.hit_rate > 0)
         kernels = work.kernels + HIT_KERNELS * (len(work.experts) - n_missed)
         if n_missed > 0:  # then every layer has an exchange, and where there are slots what may come late
-            kernels += (EXCHANGE_KERNELS + HIT_KERNELS * any(placement.shares)) * len(work.experts)
-        if placement.fetches:
+            kernels += (EXCHANGE_KERNELS + HIT_KERNELS * any(shape.shares)) * len(work.experts)
+        if shape.fetches:
             seconds = misses / self._copy_rate(gpu)
         else:
             cpu = self._cpu_rate()
@@ -125,11 +121,11 @@ class Predictor:
         costs = StepCosts(kernels * gpu.kernel_seconds, reads, beside, seconds, n_missed * gpu.exchange_seconds)
         return Prediction(n, costs.terms | {"disk": disk}, costs.seconds + disk)
 
-    def _from_disk(self, placement: Placement) -> float:
+    def _from_disk(self, shape: RunShape) -> float:
         """Seconds of one step: experts that neither VRAM nor RAM holds, which is an LRU cache too."""
         if self.machine.disk is None:
             return 0.0
-        held = [max(shares) for shares in zip(placement.shares, placement.in_ram, strict=True)]
+        held = [max(shares) for shares in zip(shape.shares, shape.in_ram, strict=True)]
         misses = {share: self.routing.found(share).misses if share < 1 else 0.0 for share in set(held)}
         nbytes = sum(misses[share] * layer.nbytes for share, layer in zip(held, self.work.experts, strict=True))
         return nbytes * self.work.top_k / self.routing.top_k / self.machine.disk
@@ -161,15 +157,15 @@ class Predictor:
 
     # -- prompts -----------------------------------------------------------------------------------------------
 
-    def prompt(self, placement: Placement, n_token: int) -> Prediction:
+    def prompt(self, shape: RunShape, n_token: int) -> Prediction:
         """A prompt from an empty context, the faster of two ways, as the engine learns: micro-batches or steps."""
-        streamed = self.streamed(placement, n_token)
-        fits = n_token + PROMPT_TOKENS <= placement.ctx  # a step writes as many, whatever they are
-        if self.machine.gpu is None or not placement.on_gpu or placement.fetches or not fits:
+        streamed = self.streamed(shape, n_token)
+        fits = n_token + PROMPT_TOKENS <= shape.ctx  # a step writes as many, whatever they are
+        if self.machine.gpu is None or not shape.on_gpu or shape.fetches or not fits:
             return streamed
-        return min(streamed, self.in_steps(placement, n_token), key=lambda found: found.seconds)
+        return min(streamed, self.in_steps(shape, n_token), key=lambda found: found.seconds)
 
-    def in_steps(self, placement: Placement, n_token: int) -> Prediction:
+    def in_steps(self, shape: RunShape, n_token: int) -> Prediction:
         """A prompt through the decoder, PROMPT_TOKENS with each step. There must be a GPU."""
         gpu = self.machine.gpu
         assert gpu is not None
@@ -177,19 +173,19 @@ class Predictor:
         terms = defaultdict[str, float](float)
         for n, times in ((PROMPT_TOKENS, whole), (rest, 1)):
             if n and times:
-                step = self._prompt_step(placement, n, gpu)
+                step = self._prompt_step(shape, n, gpu)
                 for name, seconds in step.items():
                     terms[name] += times * seconds
         terms["reads"] += self.work.kv_bytes * n_token / 2 * -(-n_token // PROMPT_TOKENS) / gpu.copy
         return Prediction(n_token, dict(terms), sum(terms.values()))
 
-    def _prompt_step(self, placement: Placement, n: int, gpu: Gpu) -> dict[str, float]:
+    def _prompt_step(self, shape: RunShape, n: int, gpu: Gpu) -> dict[str, float]:
         """Seconds of a step with n tokens: the CPU computes what is missing while the GPU reads what is not."""
         work, n_used = self.work, len(self.routing.counts(n, self.work.n_expert, self.work.top_k))
         size = min((tokens for tokens in gpu.step_seconds if tokens >= n), default=max(gpu.step_seconds))
         terms = {"kernels": work.n_block * gpu.step_seconds[size], "reads": _read_seconds(gpu, work.dense)}
         terms |= {"misses": 0.0, "exchange": 0.0, "disk": 0.0}
-        for layer, share, in_ram in zip(work.experts, placement.shares, placement.in_ram, strict=True):
+        for layer, share, in_ram in zip(work.experts, shape.shares, shape.in_ram, strict=True):
             n_missing, n_pair = (1 - share) * n_used, (1 - share) * n * work.top_k
             hits = share * n_used * _read_seconds(gpu, layer.by_type)
             misses = max(self._cpu_product(layer, n_missing, n_pair), n_missing * layer.nbytes / self.machine.ram)
@@ -199,36 +195,36 @@ class Predictor:
                 terms["disk"] += n_missing * (1 - in_ram) * layer.nbytes / self.machine.disk
         return terms
 
-    def streamed(self, placement: Placement, n_token: int) -> Prediction:
+    def streamed(self, shape: RunShape, n_token: int) -> Prediction:
         """A prompt in micro-batches; without a GPU, on the CPU."""
         terms = dict.fromkeys(("misses", "gpu", "cpu", "launches", "disk"), 0.0)
-        for start in range(0, n_token, placement.ubatch):
-            n = min(placement.ubatch, n_token - start)
-            for name, seconds in self._micro_batch(placement, n, start).items():
+        for start in range(0, n_token, shape.ubatch):
+            n = min(shape.ubatch, n_token - start)
+            for name, seconds in self._micro_batch(shape, n, start).items():
                 terms[name] += seconds
         return Prediction(n_token, {k: s for k, s in terms.items() if s}, sum(terms.values()))
 
-    def _micro_batch(self, placement: Placement, n: int, start: int) -> dict[str, float]:
+    def _micro_batch(self, shape: RunShape, n: int, start: int) -> dict[str, float]:
         """Seconds by the resource that bounds each layer."""
         gpu, work = self.machine.gpu, self.work
         counts = self.routing.counts(n, work.n_expert, work.top_k)
         disk = 0.0 if self.machine.disk is None else len(counts) / self.machine.disk  # seconds of a byte of all in use
         attention = work.attention_operations * n * (start + (n + 1) / 2)
-        if gpu is None or not placement.on_gpu:
+        if gpu is None or not shape.on_gpu:
             products = sum(self._cpu_product(layer, len(counts), n * work.top_k) for layer in work.experts)
             for type, nbytes in work.prompt_dense.items():
                 share = nbytes / sum(work.prompt_dense.values())
                 operations = 2 * n * work.prompt_weights * share
                 products += closest(self.machine.cpu_experts, type).seconds(nbytes, operations)
             products += attention / next(iter(self.machine.cpu_experts.values())).operations
-            on_disk = sum((1 - r) * layer.nbytes for r, layer in zip(placement.in_ram, work.experts, strict=True))
+            on_disk = sum((1 - r) * layer.nbytes for r, layer in zip(shape.in_ram, work.experts, strict=True))
             return {"cpu": products, "disk": disk * on_disk}
         expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
         dense = (expand + 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention) / work.n_block
         plain = work.n_block - len(work.experts)  # blocks without routed experts
         bound = {"gpu": plain * max(dense, gpu.layer_seconds)}
         alike: dict[tuple[tuple[float, float, bool], object], list[ExpertLayer]] = {}
-        places = zip(placement.shares, placement.in_ram, placement.fixed, strict=True)
+        places = zip(shape.shares, shape.in_ram, shape.fixed, strict=True)
         for layer, place in zip(work.experts, places, strict=True):
             alike.setdefault((place, (layer.nbytes, *layer.by_type.items())), []).append(layer)
         for ((share, in_ram, fixed), _), layers in alike.items():

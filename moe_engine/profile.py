@@ -60,6 +60,7 @@ class Profile:
 
 
 def path_of(model: str) -> Path:
+    """Where the profile of a model is kept. model: its file's fingerprint."""
     return cache_folder() / f"profile-{model}.msgpack"
 
 

@@ -12,7 +12,7 @@ from moe_engine.errors import CapacityError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels.slot_layout import aligned
 from moe_engine.metadata import Metadata
-from moe_engine.placement import Home, block_of
+from moe_engine.placement import Home, block_of, is_expert
 
 SPARE_RAM_BYTES = 2 << 30  # without a budget, left to everything else on the machine
 SPARE_PART = 8  # one part in so many of a budget is left for what the process takes later
@@ -137,7 +137,7 @@ def _expert_bytes(file: GGUFFile, n_layer: int, n_expert: int) -> dict[int, int]
     layers: dict[int, int] = {}
     for info in file.tensors.values():
         block = block_of(info.name)
-        if "_exps." in info.name and 0 <= block < n_layer:
+        if is_expert(info.name) and 0 <= block < n_layer:
             layers[block] = layers.get(block, 0) + aligned(info.nbytes // n_expert)
     return layers
 

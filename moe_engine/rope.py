@@ -15,6 +15,8 @@ from moe_engine.metadata import Metadata
 
 @dataclass(frozen=True)
 class RopeConfig:
+    """What the rotation's angles follow from. factor: by how much the context is stretched."""
+
     n_rot: int  # dimensions of a head that are rotated
     base: float
     scaling: str = "none"  # none, linear or yarn

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moe_engine.calibration import Calibration
 from moe_engine.errors import ConfigError
-from moe_engine.planner import DECODE_CONTEXT, plan
+from moe_engine.planner import plan
 from moe_engine.predict import Prediction
 from moe_engine.routing_estimate import Found
 from moe_engine.simulator import Outcome
@@ -39,11 +39,11 @@ class SimulatedModel:
         return None if self._plan.vram is None else self._plan.vram.slots
 
     def decode(self, outcome: Outcome) -> Prediction:
-        """Of one sequence with `DECODE_CONTEXT` tokens of context. There must be a machine."""
-        predictor, context = self._plan.predictor, min(DECODE_CONTEXT, self._plan.ctx)
+        """Of one sequence with the plan's `decode_context`. There must be a machine."""
+        predictor = self._plan.predictor
         assert predictor is not None
         found = [
             Found(hits / n, missed / outcome.n_token, (n - hits) / outcome.n_token)
             for hits, n, missed in zip(outcome.hits, outcome.accesses, outcome.missed_steps, strict=True)
         ]
-        return predictor.decode(self._plan.placement, context, found)
+        return predictor.decode(self._plan.run_shape, self._plan.decode_context, found)

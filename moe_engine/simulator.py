@@ -11,7 +11,7 @@ What is simulated:
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,6 @@ def simulate(
     shared: bool = False,
     profile: Trace | None = None,
     expert_bytes: Sequence[int] | None = None,
-    progress: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
     """One outcome per policy and capacity (experts per layer), in this order.
 
@@ -127,7 +126,6 @@ def simulate(
             by_layer, missed = hits.sum(axis=0).tolist(), (hits < model.top_k).sum(axis=0).tolist()
             found = (tuple(by_layer), accesses, tuple(missed), trace.n_token, bounds[capacity])
             outcomes.append(Outcome(spec.text, capacity, *found, sizes))
-            progress()
     return outcomes
 
 

@@ -15,7 +15,8 @@ from moe_engine.cli import main
 from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
-from moe_engine.placement import block_of
+from moe_engine.placement import block_of, is_expert
+from moe_engine.plan_report import as_dict
 from moe_engine.planner import plan
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -44,7 +45,7 @@ def store_of(engine: Engine) -> ExpertStore:
 
 def expert_bytes(path: Path, *blocks: int) -> int:
     tensors = GGUFFile(path).tensors.items()
-    return sum(info.nbytes for name, info in tensors if "_exps." in name and (not blocks or block_of(name) in blocks))
+    return sum(info.nbytes for name, info in tensors if is_expert(name) and (not blocks or block_of(name) in blocks))
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -143,7 +144,7 @@ def test_reports_say_what_is_on_disk(path: Path, device: str, capsys: pytest.Cap
     done, total = reports[-1]
     assert done == total
     assert 0.9 * (path.stat().st_size - on_disk) < total <= path.stat().st_size - on_disk
-    found = plan(path, device=device, ctx=32, place=(LAST_TWO,)).as_dict()
+    found = as_dict(plan(path, device=device, ctx=32, place=(LAST_TWO,)))
     assert found["disk"]["experts"] == on_disk
     assert found["ram"]["experts"] == expert_bytes(path, 0)
     assert found["ram"]["window"] == ram.window > 0

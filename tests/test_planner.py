@@ -31,8 +31,10 @@ from moe_engine.costs import BEHIND_CHOICE, PromptLayer, StepCosts, layer_terms,
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.inspection import inspect_file
 from moe_engine.model_work import ModelWork
+from moe_engine.plan_advice import doubling
+from moe_engine.plan_report import as_dict
 from moe_engine.planner import Plan, plan
-from moe_engine.predict import Placement, Predictor
+from moe_engine.predict import Predictor, RunShape
 from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
 from moe_engine.simulated_speed import SimulatedModel
 from moe_engine.simulator import simulate
@@ -125,8 +127,8 @@ def test_decode_is_predicted_within_a_fifth(machine: Calibration, row: DecodeRow
     n = len(work.experts)
     share = row.share if row.hit_rate is None else row.hit_rate
     where = ((share,) * n, (1.0,) * n, (row.hit_rate is not None,) * n)
-    placement = Placement(*where, ubatch=512, n_sequence=row.n_sequence)
-    found = Predictor(work, machine, RoutingEstimate(bundled_trace())).decode(placement, context=640)
+    shape = RunShape(*where, ubatch=512, n_sequence=row.n_sequence)
+    found = Predictor(work, machine, RoutingEstimate(bundled_trace())).decode(shape, context=640)
     assert found.rate == pytest.approx(row.tokens_per_second, rel=0.2)
     assert found.seconds == pytest.approx(sum(found.terms.values()))
 
@@ -142,44 +144,44 @@ class Used(RoutingEstimate):
 
 
 @pytest.fixture
-def busy(header: Callable[..., Path]) -> tuple[ModelWork, Placement]:
+def busy(header: Callable[..., Path]) -> tuple[ModelWork, RunShape]:
     work = plan(header("qwen3-30b-a3b"), device="cpu").work
-    return work, Placement((400 / 6144,) * 48, (1.0,) * 48, (False,) * 48, ubatch=16384, ctx=16384)
+    return work, RunShape((400 / 6144,) * 48, (1.0,) * 48, (False,) * 48, ubatch=16384, ctx=16384)
 
 
 @pytest.mark.parametrize("row", BUSY_PROMPT_ROWS, ids=lambda row: str(row.tokens))
-def test_streamed_prompts_are_predicted_within_a_quarter(row: PromptRow, busy: tuple[ModelWork, Placement]) -> None:
-    work, placement = busy
+def test_streamed_prompts_are_predicted_within_a_quarter(row: PromptRow, busy: tuple[ModelWork, RunShape]) -> None:
+    work, shape = busy
     missing = row.streamed_bytes / (work.expert_bytes / work.n_expert)
-    found = Predictor(work, BUSY_H200, Used(round(missing / (1 - placement.shares[0])))).streamed(placement, row.tokens)
+    found = Predictor(work, BUSY_H200, Used(round(missing / (1 - shape.shares[0])))).streamed(shape, row.tokens)
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.25)
 
 
 @pytest.mark.parametrize("row", QUIET_PROMPT_ROWS, ids=lambda row: f"{row.tokens}-{row.share}")
-def test_streamed_prompts_are_predicted_within_a_fifth(row: StreamedRow, busy: tuple[ModelWork, Placement]) -> None:
-    work, placement = busy
-    placement = replace(placement, shares=(row.share,) * 48)
-    found = Predictor(work, QUIET_H200, Used(row.used)).streamed(placement, row.tokens)
+def test_streamed_prompts_are_predicted_within_a_fifth(row: StreamedRow, busy: tuple[ModelWork, RunShape]) -> None:
+    work, shape = busy
+    shape = replace(shape, shares=(row.share,) * 48)
+    found = Predictor(work, QUIET_H200, Used(row.used)).streamed(shape, row.tokens)
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
 
 
-def test_short_prompts_take_steps(busy: tuple[ModelWork, Placement]) -> None:
-    work, placement = busy
+def test_short_prompts_take_steps(busy: tuple[ModelWork, RunShape]) -> None:
+    work, shape = busy
     predictor = Predictor(work, BUSY_H200, RoutingEstimate(bundled_trace()))
-    found = predictor.prompt(placement, 1)
-    assert found == predictor.in_steps(placement, 1)
+    found = predictor.prompt(shape, 1)
+    assert found == predictor.in_steps(shape, 1)
     assert found.rate == pytest.approx(1 / BUSY_ONE_TOKEN_SECONDS, rel=0.2)
-    steps = [predictor.in_steps(placement, n).seconds for n in (1, PROMPT_TOKENS, PROMPT_TOKENS + 1, 2 * PROMPT_TOKENS)]
+    steps = [predictor.in_steps(shape, n).seconds for n in (1, PROMPT_TOKENS, PROMPT_TOKENS + 1, 2 * PROMPT_TOKENS)]
     assert steps == sorted(steps)
     assert steps[3] == pytest.approx(2 * steps[1], rel=0.01)
     assert BUSY_H200.gpu
     slower = replace(BUSY_H200.gpu, step_seconds={4: 28e-6, PROMPT_TOKENS: 1.0})
     later = replace(predictor, machine=replace(BUSY_H200, gpu=slower))
-    assert later.in_steps(placement, 4) == predictor.in_steps(placement, 4)
-    assert later.in_steps(placement, 5).terms["kernels"] == work.n_block
-    assert predictor.prompt(placement, 2048) == predictor.streamed(placement, 2048)
-    assert predictor.prompt(replace(placement, ctx=16), 1) == predictor.streamed(placement, 1)  # no room for a step
-    assert predictor.prompt(replace(placement, fetches=True), 1) == predictor.streamed(placement, 1)
+    assert later.in_steps(shape, 4) == predictor.in_steps(shape, 4)
+    assert later.in_steps(shape, 5).terms["kernels"] == work.n_block
+    assert predictor.prompt(shape, 2048) == predictor.streamed(shape, 2048)
+    assert predictor.prompt(replace(shape, ctx=16), 1) == predictor.streamed(shape, 1)  # no room for a step
+    assert predictor.prompt(replace(shape, fetches=True), 1) == predictor.streamed(shape, 1)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -300,7 +302,7 @@ def planned(file: Path, **options: object) -> Plan:
 
 
 def test_a_plan_adds_up(header: Callable[..., Path]) -> None:
-    found = planned(header("qwen3-30b-a3b"), vram_budget="8GiB").as_dict()
+    found = as_dict(planned(header("qwen3-30b-a3b"), vram_budget="8GiB"))
     vram = found["vram"]
     assert sum(n for name, n in vram.items() if name != "budget") == vram["budget"] == 8 * GIB
     assert found["experts"]["movable"] == 48 * 128
@@ -337,7 +339,7 @@ def test_only_layers_on_disk_are_read_from_it(header: Callable[..., Path]) -> No
     assert two.decode
     assert four.decode
     assert 0 < two.decode.terms["disk"] == pytest.approx(four.decode.terms["disk"] / 2, rel=0.2)
-    assert [in_ram < 1 for in_ram in two.placement.in_ram] == [layer in (2, 3) for layer in range(26)]
+    assert [in_ram < 1 for in_ram in two.run_shape.in_ram] == [layer in (2, 3) for layer in range(26)]
     for few, many in zip(two.prompts, four.prompts, strict=True):
         assert 0 < few.terms["disk"] < many.terms["disk"]
 
@@ -345,7 +347,7 @@ def test_only_layers_on_disk_are_read_from_it(header: Callable[..., Path]) -> No
 def test_what_doubles_the_speed_does(header: Callable[..., Path]) -> None:
     file = header("qwen3-30b-a3b")
     small = planned(file, vram_budget="4GiB")
-    text = small.doubling["decode"]
+    text = doubling(small)["decode"]
     budget = text.removeprefix("vram_budget ").partition(",")[0]
     assert small.decode
     assert (decode := planned(file, vram_budget=budget).decode)
@@ -368,7 +370,7 @@ def test_homes_decide_who_computes(header: Callable[..., Path]) -> None:
     assert placed.vram.placed == inspect_file(file).routed_bytes
     assert (placed.n_movable, placed.in_ram, on_cpu.n_slot, on_cpu.hit_rate) == (0, 0, 0, 0.0)
     assert on_cpu.prompts[0].binding == "cpu"
-    assert on_cpu.doubling["decode"].startswith("experts cache, vram_budget")
+    assert doubling(on_cpu)["decode"].startswith("experts cache, vram_budget")
 
 
 def test_without_a_gpu_everything_is_on_the_cpu(header: Callable[..., Path]) -> None:
@@ -418,7 +420,7 @@ def test_plan_command(header: Callable[..., Path], tmp_path: Path, capsys: pytes
     code, out, err = run(capsys, "plan", file, *options, "--json")
     assert code == 0, err
     expected = planned(Path(file), vram_budget="8GiB", ctx=8192)
-    assert json.loads(out) == json.loads(json.dumps(expected.as_dict()))
+    assert json.loads(out) == json.loads(json.dumps(as_dict(expected)))
     code, out, err = run(capsys, "plan", file, *options)
     assert code == 0, err
     for part in ("expert slots", "page-locked", "prompt of 8192", "decode", "to double it", "estimate"):

@@ -16,6 +16,7 @@ from moe_engine import __version__
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Hardware
 from moe_engine.inspection import inspect_file
+from moe_engine.placement import is_expert
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a model's weights, for its fingerprint
 
@@ -111,7 +112,7 @@ class ModelFacts:
 def _active_params(file: GGUFFile, share: float) -> int:
     """share: of the routed experts, that a token uses."""
     read = (info for info in file.tensors.values() if info.name.startswith("blk."))
-    return round(sum(torch.Size(t.shape).numel() * (share if "_exps." in t.name else 1) for t in read))
+    return round(sum(torch.Size(t.shape).numel() * (share if is_expert(t.name) else 1) for t in read))
 
 
 def fingerprint(path: Path) -> str:

@@ -1,7 +1,7 @@
 """The engine as a contender: loaded in one way, timed, and what its statistics say of a test."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Ours:
     """The engine on a file, loaded in one way.
 
     routing: a recording whose choices are followed in decoding. with_timeline: rows of generated tokens get the events
-    of a step. progress: see `Engine.load`.
+    of a step.
     """
 
     def __init__(
@@ -55,12 +55,11 @@ class Ours:
         *,
         routing: Path | None = None,
         with_timeline: bool = False,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.path, self.facts, self.load, self.machine = path, facts, load, machine
         self.routing = None if routing is None else RecordedRouting.load(routing)
         self.routing_name = "own" if routing is None else f"recorded, {routing.name}"
-        self.with_timeline, self.progress = with_timeline, progress
+        self.with_timeline = with_timeline
         self.name = load.name or "moe_engine"
         self.peak_vram = self.peak_ram = 0
         self.load_seconds = 0.0
@@ -81,7 +80,7 @@ class Ours:
         reset_peak_ram()
         options = engine_options(self.path, self.facts, self.load, max(test.n_ctx for test in tests))
         started = time.perf_counter()
-        self._engine = engine = Engine.load(self.path, progress=self.progress, **options)
+        self._engine = engine = Engine.load(self.path, **options)
         self.load_seconds = time.perf_counter() - started
         self.config, self.ubatch, self._n_sequence = engine.config, engine.prefill.ubatch, engine.cache.n_sequence
         engine.__dict__["hardware"] = self.machine.hardware  # in place of a measurement of its own

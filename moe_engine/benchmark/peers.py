@@ -18,6 +18,7 @@ from moe_engine.benchmark.results import Row, Sample, test_of
 from moe_engine.benchmark.tables import parse_rows
 from moe_engine.errors import ConfigError, MoeEngineError
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.placement import is_expert
 
 Knob = Literal["ncmoe", "ot", "cache"]
 """How it keeps experts off the GPU: -ncmoe N, -ot PATTERN=CPU, or all on the CPU and --moe-cache-mib N."""
@@ -155,7 +156,7 @@ def layer_bytes(path: Path) -> list[int]:
         match = re.match(r"blk\.(\d+)\.", info.name)
         if match:
             layer = int(match[1])
-            sizes[layer] = sizes.get(layer, 0) + (info.nbytes if "_exps." in info.name else 0)
+            sizes[layer] = sizes.get(layer, 0) + (info.nbytes if is_expert(info.name) else 0)
     return [sizes.get(layer, 0) for layer in range(max(sizes, default=-1) + 1)]
 
 

@@ -34,6 +34,8 @@ from moe_engine.weights import Weights
 
 @dataclass(frozen=True)
 class MLADimensions:
+    """Sizes of latent attention, in values of one head where nothing else is said."""
+
     n_head: int
     kv_lora: int  # width of the latent that stands for all heads' keys and values
     n_rot: int  # rotated part of a key, shared by all heads
@@ -57,6 +59,8 @@ class MLADimensions:
 
 
 class Model(Transformer):
+    """Latent attention; router and shared experts as the file's keys and tensors say."""
+
     def router_config(self) -> RouterConfig:
         # Files from before the gating key are V2's; a selection bias without the key means V3's sigmoid.
         has_bias = any(".exp_probs_b" in name for name in self.weights.file.tensors)
@@ -68,7 +72,7 @@ class Model(Transformer):
         # This family's YaRN attention factor sits in the softmax scale, see `softmax_scale`.
         return replace(config, attention_factor=1.0)
 
-    def attention(self, prefix: str, layer: int) -> Attention:
+    def attention(self, prefix: str) -> Attention:
         return LatentAttention(self.meta, self.weights, prefix, self.hidden, self.mla)
 
     @staticmethod

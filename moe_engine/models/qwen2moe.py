@@ -11,10 +11,12 @@ from moe_engine.model import GroupedQueryTransformer
 
 
 class Model(GroupedQueryTransformer):
+    """Weights of the chosen experts are the router's own; queries, keys and values have biases."""
+
     def router_config(self) -> RouterConfig:
         return router_config(self.meta, default_gating="softmax", normalize=False)
 
-    def attention(self, prefix: str, layer: int) -> Attention:
+    def attention(self, prefix: str) -> Attention:
         return GroupedQueryAttention(self.meta, self.weights, prefix, self.hidden, bias=True, qk_norm=False)
 
     def shared_expert(self, prefix: str) -> GatedSwiGLU:

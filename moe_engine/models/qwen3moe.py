@@ -6,8 +6,10 @@ from moe_engine.model import GroupedQueryTransformer
 
 
 class Model(GroupedQueryTransformer):
+    """Weights of the chosen experts sum to one; queries and keys have a norm per head."""
+
     def router_config(self) -> RouterConfig:
         return router_config(self.meta, default_gating="softmax", normalize=True)
 
-    def attention(self, prefix: str, layer: int) -> Attention:
+    def attention(self, prefix: str) -> Attention:
         return GroupedQueryAttention(self.meta, self.weights, prefix, self.hidden, bias=False, qk_norm=True)
