@@ -119,8 +119,9 @@ def wait(
     With `out` (f32 `[n_token, hidden]`): out = hits + what the CPU computed, and `late` (int32 `[n_token,
     top_k]`) receives the slots of experts fetched meanwhile, -1 for the others. Without `out` those slots replace
     the -1 in `routing.slots`. Evicted experts are taken out of slot_table, int32 `[n_layer, n_expert]`. waited: int64
-    `[n_layer]`, to which the nanoseconds are added. seen: int64 `[1]`, for the programs of a launch among themselves. After
-    `time_out` (nanoseconds, or looks where there is no GPU) the mailbox's error is set, and neither this nor any later call waits.
+    `[n_layer]`, to which the nanoseconds are added. seen: int64 `[1]`, for the programs of a launch among themselves.
+    After `time_out` (nanoseconds, or looks where there is no GPU) the mailbox's error is set, and neither this nor any
+    later call waits.
     """
     n_token, top_k = routing.ids.shape
     merge = out is None
