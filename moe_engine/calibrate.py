@@ -38,6 +38,10 @@ def calibrate(
     """device: CUDA, or the CPU where there is no graphics card. file: something large to read from the disk; None: the
     disk is not measured. progress: called with what is measured next. Raises `CalibrationError` for an unreadable file.
     """
+    disk = None
+    if file is not None:
+        progress("disk")
+        disk = disk_rate(file)
     progress("RAM")
     dram = _dram_rates(threads)
     cpu = CpuKernels(threads)
@@ -47,10 +51,6 @@ def calibrate(
         experts[type], seconds = _cpu_product(cpu, type)
         fixed.append(seconds)
     call = max(statistics.median(fixed), LEAST)
-    disk = None
-    if file is not None:
-        progress("disk")
-        disk = disk_rate(file)
     ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     gpu = None
     if device.type == "cuda":

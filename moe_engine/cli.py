@@ -231,6 +231,9 @@ def _print_inspection(found: "Inspection") -> None:
         out.print(f"\n{len(found.unknown_types)} tensors have types unknown to this version", markup=False)
 
 
+INTERRUPTED = 130
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: our errors become one line on stderr, Ctrl-C ends quietly. Always exits."""
     try:
@@ -238,9 +241,10 @@ def main(arguments: list[str] | None = None) -> None:
     except MoeEngineError as error:
         notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        notes.print("interrupted", style="yellow")
-        sys.exit(130)
+    except SystemExit as error:  # typer makes this of Ctrl-C
+        if error.code == INTERRUPTED:
+            notes.print("interrupted", style="yellow")
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)

@@ -98,6 +98,7 @@ def bench(
             raise ConfigError(f"output is {form!r}, expected one of: {', '.join(tables.FORMATS)}")
     if plot is not None:
         plots.require_matplotlib()
+        plots.make_folder(plot)
     if random is not None and model is not None:
         raise ConfigError("give either --model or --random")
     only_both = bool(both) and n_prompt is None and n_gen is None

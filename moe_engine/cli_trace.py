@@ -33,7 +33,8 @@ app = typer.Typer(help="Recorded routing: look at it, and try cache policies on 
 
 TraceFile = Annotated[Path, typer.Argument(metavar="TRACE", help="Trace file, or .npz with an array 'ids'.")]
 Experts = Annotated[
-    int | None, typer.Option(help="Experts of a layer, for .npz files that do not say. Default: the largest id + 1.")
+    int | None,
+    typer.Option(min=1, help="Experts of a layer, for .npz files that do not say. Default: the largest id + 1."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.")]
 
@@ -80,7 +81,7 @@ def simulate(
         raise ConfigError("--hardware needs the model's sizes, and a trace does not say them: give its file with -m")
     if expert_bytes is not None and model_file is not None:
         raise ConfigError("--expert-bytes is what -m MODEL says: give one of them")
-    sizes = None if expert_bytes is None else (parse_size(expert_bytes),) * model.n_layer
+    sizes = None if expert_bytes is None else (_positive(expert_bytes),) * model.n_layer
     predict = room = None
     if model_file is not None:
         simulated = SimulatedModel(model_file, trace, None if hardware is None else Calibration.load(hardware))
@@ -168,13 +169,14 @@ def record(
     threads: Threads = None,
 ) -> None:
     """Record which experts a model chooses for a text."""
+    text = read_text(file)
     with (
         loaded(
             model, device=device, vram_budget=vram_budget, threads=threads, ctx=ctx, trace=str(output), profile=False
         ) as engine,
         progress("recording", MofNCompleteColumn()) as (bar, task),
     ):
-        tokens = engine.encode(read_text(file))
+        tokens = engine.encode(text)
         for start in range(0, len(tokens), ctx):
             engine.read(tokens[start : start + ctx])
             bar.update(task, completed=start + ctx, total=len(tokens))
@@ -187,6 +189,13 @@ def load_trace(path: Path, n_expert: int | None = None) -> "Trace":
     from moe_engine.traces import Trace
 
     return import_npz(path, n_expert) if path.suffix == ".npz" else Trace.load(path)
+
+
+def _positive(size: str) -> int:
+    n_bytes = parse_size(size)
+    if n_bytes < 1:
+        raise ConfigError(f"expert-bytes is '{size}', expected a size above 0")
+    return n_bytes
 
 
 def _facts(trace: "Trace") -> dict[str, object]:

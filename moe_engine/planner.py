@@ -22,7 +22,7 @@ from moe_engine.placement import Home, placed_homes, uses_slots
 from moe_engine.predict import Prediction, Predictor, RunShape
 from moe_engine.ram_plan import RamPlan, plan_ram
 from moe_engine.routing_estimate import RoutingEstimate, estimate
-from moe_engine.traces import Trace
+from moe_engine.traces import Trace, TraceModel
 
 PROMPTS = (512, 2048, 8192)  # tokens, for which speeds are predicted
 DECODE_CONTEXT = 512  # tokens in the KV cache of the predicted decode step
@@ -188,11 +188,22 @@ def plan(
         return None if device is None else plan_vram(file, meta, family, config, ctx, device, memory)
 
     work, vram = ModelWork.of(file, meta, family, config.kv_dtype), divide(config)
+    if trace is not None:
+        require_same_shape(work, trace.model, source)
     homes = placed_homes(file, config, "cpu", n_layer(meta)) if vram is None else vram.homes
     besides = host_bytes(file, meta, family, config, ctx, device or torch.device("cpu"), vram)
     available = machine.ram_bytes if machine and elsewhere else None
     ram = plan_ram(file, meta, n_layer(meta), config, homes, besides, dense_in_ram=vram is None, available=available)
     return Plan(source, config, ctx, work, vram, ram, machine, trace, divide)
+
+
+def require_same_shape(work: ModelWork, recorded: TraceModel, source: str) -> None:
+    """Raises `ConfigError` if a trace is not of a model of this shape."""
+    has = len(work.experts), work.top_k, work.n_expert
+    given = recorded.n_layer, recorded.top_k, recorded.n_expert
+    if has != given:
+        texts = ["{} MoE layers with {} of {} experts a token".format(*shape) for shape in (given, has)]
+        raise ConfigError(f"the trace is of {texts[0]}, but {source} has {texts[1]}")
 
 
 def _device(config: EngineConfig, machine: Calibration | None) -> tuple[torch.device | None, tuple[int, int] | None]:
@@ -204,6 +215,8 @@ def _device(config: EngineConfig, machine: Calibration | None) -> tuple[torch.de
     if machine is not None:
         if machine.gpu is None and config.vram_budget is not None:
             raise ConfigError(f"vram_budget is {config.vram_budget!r}, but the machine of the hardware file has no GPU")
+        if machine.gpu is None and config.device != "auto":
+            raise ConfigError(f"device is {config.device!r}, but the machine of the hardware file has no GPU")
         if machine.gpu is None:
             return None, None
         return torch.device("cuda"), (machine.gpu.vram_bytes, machine.gpu.vram_bytes)
@@ -212,4 +225,9 @@ def _device(config: EngineConfig, machine: Calibration | None) -> tuple[torch.de
     if config.vram_budget is not None:  # of some machine that is not at hand
         budget = parse_size(config.vram_budget)
         return torch.device("cuda"), (budget, budget)
+    if config.device != "auto":
+        raise ConfigError(
+            f"device is {config.device!r}, but there is no CUDA device: give a vram_budget, or the hardware file of a "
+            "machine that has one"
+        )
     return None, None

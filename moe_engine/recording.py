@@ -47,12 +47,16 @@ class Recorder:
 
     def flush(self) -> None:
         """Writes what has been collected."""
-        if self._ids:
-            self._writer.append(np.concatenate(self._ids), np.concatenate(self._weights), begins=self._begins)
-            self._begins = False
-        self._ids.clear()
+        if not self._ids:
+            return
+        ids, weights = np.concatenate(self._ids), np.concatenate(self._weights)
+        self._ids.clear()  # also where they cannot be written: once is enough
         self._weights.clear()
+        self._writer.append(ids, weights, begins=self._begins)
+        self._begins = False
 
     def close(self) -> None:
-        self.flush()
-        self._writer.close()
+        try:
+            self.flush()
+        finally:
+            self._writer.close()

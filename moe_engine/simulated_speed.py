@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moe_engine.calibration import Calibration
 from moe_engine.errors import ConfigError
-from moe_engine.planner import plan
+from moe_engine.planner import plan, require_same_shape
 from moe_engine.predict import Prediction
 from moe_engine.routing_estimate import Found
 from moe_engine.simulator import Outcome
@@ -21,12 +21,7 @@ class SimulatedModel:
         if machine is not None and machine.gpu is None:
             raise ConfigError("the machine of the hardware file has no GPU: there is no cache whose speed to predict")
         self._plan = plan(model, device="cpu") if machine is None else plan(model, machine=machine, elsewhere=True)
-        work, recorded = self._plan.work, trace.model
-        has = len(work.experts), work.top_k, work.n_expert
-        given = recorded.n_layer, recorded.top_k, recorded.n_expert
-        if has != given:
-            texts = ["{} MoE layers with {} of {} experts a token".format(*shape) for shape in (given, has)]
-            raise ConfigError(f"the trace is of {texts[0]}, but {model} has {texts[1]}")
+        require_same_shape(self._plan.work, trace.model, str(model))
 
     @property
     def expert_bytes(self) -> tuple[int, ...]:

@@ -73,7 +73,7 @@ class Outcome:
 
 
 def capacity_of(text: str, n_expert: int, top_k: int, slot_bytes: int | None = None) -> int:
-    """Experts per layer from "25%" (rounded down) or "32"; at least top_k, at most n_expert. Raises ConfigError.
+    """Experts per layer from "25%" (rounded down) or "32"; at least top_k. Raises ConfigError.
 
     slot_bytes: of a slot in every layer; where it is known, sizes such as "6GiB" are understood too.
     """
@@ -84,9 +84,12 @@ def capacity_of(text: str, n_expert: int, top_k: int, slot_bytes: int | None = N
     number = text.strip().removesuffix("%")
     if not number.isascii() or not number.replace(".", "", 1).isdigit() or (number == text.strip() and "." in number):
         raise ConfigError(f"capacity is '{text}', expected experts per layer such as 32, or a share such as 25%")
+    is_share = text.strip().endswith("%")
     # A hundredth of a percent is exact in integers, a float product may fall just below one.
-    slots = int(round(float(number) * 100) * n_expert // 10_000) if text.strip().endswith("%") else int(number)
-    return min(max(slots, top_k), n_expert)
+    slots = int(round(float(number) * 100) * n_expert // 10_000) if is_share else int(number)
+    if not 0 < float(number) <= (100 if is_share else n_expert):
+        raise ConfigError(f"capacity is '{text}', expected 1 to {n_expert} experts per layer, or up to 100%")
+    return max(slots, top_k)
 
 
 def simulate(

@@ -11,7 +11,10 @@ A trace file is a stream of msgpack objects: a header (a map: magic, version, mo
 Whole frames are appended, so a file that was cut short is readable up to the cut.
 """
 
+import errno
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,6 +87,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Writes a trace file. Raises ConfigError if that is impossible."""
         with TraceWriter(path, self.model) as writer:
+            writer.begin()
             first = 0
             for length in self.sequences:
                 for start in range(first, first + length, FRAME_TOKENS):
@@ -122,15 +126,20 @@ class Trace:
 
 
 class TraceWriter:
-    """Writes a trace file frame by frame; every frame is on its way to the disk when `append` returns."""
+    """Writes a trace file frame by frame; every frame is on its way to the disk when `append` returns.
+
+    What is at the path stays until the first frame comes. Raises ConfigError if the file cannot be written.
+    """
 
     def __init__(self, path: str | Path, model: TraceModel) -> None:
-        self._model = model
-        try:
-            self._file: BinaryIO = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by close)
-        except OSError as e:
-            raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
-        self._write({"magic": MAGIC, "version": VERSION, "model": asdict(model)})
+        self._path, self._model = Path(path), model
+        self._file: BinaryIO | None = None
+        with self._told():
+            if self._path.exists():
+                open(path, "r+b").close()
+            elif not os.access(self._path.parent, os.W_OK):
+                reason = errno.EACCES if self._path.parent.is_dir() else errno.ENOENT
+                raise OSError(reason, os.strerror(reason))
 
     def append(self, ids: NDArray[Any], weights: NDArray[Any] | None = None, *, begins: bool = False) -> None:
         """Adds tokens of one sequence: ids [tokens, n_layer, top_k], weights of the same shape or None."""
@@ -140,13 +149,36 @@ class TraceWriter:
         if weights is not None:
             assert weights.shape == ids.shape
             frame["weights"] = weights.astype("<f2").tobytes()
-        self._write(frame)
+        with self._told():
+            self._write(self._begun(), frame)
 
-    def _write(self, value: object) -> None:
-        self._file.write(msgpack.packb(value))
+    def begin(self) -> None:
+        """Begins a new file, as the first frame does."""
+        with self._told():
+            self._begun()
+
+    def _begun(self) -> BinaryIO:
+        if self._file is None:
+            self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed by close)
+            self._write(self._file, {"magic": MAGIC, "version": VERSION, "model": asdict(self._model)})
+        return self._file
+
+    @staticmethod
+    def _write(file: BinaryIO, value: object) -> None:
+        rest = memoryview(msgpack.packb(value))
+        while rest:
+            rest = rest[file.write(rest) :]
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise ConfigError(f"{self._path}: cannot be written: {e.strerror}") from e
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -455,4 +455,4 @@ def test_a_trace_of_another_model_is_refused(
     np.savez(trace, ids=np.zeros((8, 2, 1), np.uint8), n_expert=4)
     code, _, err = run(capsys, "plan", str(header("qwen3-30b-a3b")), "--trace", str(trace), "--vram-budget", "8GiB")
     assert code == 1
-    assert "4 experts, 1 a token" in err
+    assert "the trace is of 2 MoE layers with 1 of 4 experts a token, but" in err

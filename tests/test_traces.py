@@ -47,14 +47,37 @@ def test_an_id_takes_less_than_1_2_bytes(tmp_path: Path, n_expert: int) -> None:
 
 
 def test_a_trace_without_tokens(tmp_path: Path) -> None:
-    TraceWriter(tmp_path / "t", TraceModel("x", 2, 4, 2)).close()
+    with TraceWriter(tmp_path / "t", TraceModel("x", 2, 4, 2)) as writer:
+        writer.begin()
     assert Trace.load(tmp_path / "t").ids.shape == (0, 2, 2)
+
+
+def test_an_older_file_stays_until_there_is_something_to_write(tmp_path: Path) -> None:
+    trace_of((3, 2), 300).save(tmp_path / "t")
+    before = (tmp_path / "t").read_bytes()
+    TraceWriter(tmp_path / "t", TraceModel("x", 2, 4, 2)).close()
+    assert (tmp_path / "t").read_bytes() == before
+    TraceWriter(tmp_path / "new", TraceModel("x", 2, 4, 2)).close()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("path", ["no/such/folder/t", "."])
+def test_what_cannot_be_written_is_known_at_once(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        TraceWriter(tmp_path / path, TraceModel("x", 2, 4, 2))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_an_error_that_names_the_file() -> None:
+    with pytest.raises(ConfigError, match="/dev/full: cannot be written: No space left"):
+        trace_of((3, 2), 300).save("/dev/full")
 
 
 def test_a_cut_file_is_readable_up_to_the_cut(tmp_path: Path) -> None:
     model, ends = TraceModel("x", 2, 4, 2), []
     ids = np.tile(np.array([[[0, 1], [3, 2]]]), (5, 1, 1))
     with TraceWriter(tmp_path / "t", model) as writer:
+        writer.begin()
         for frame in range(3):
             ends.append((tmp_path / "t").stat().st_size)
             writer.append(ids, begins=frame != 1)

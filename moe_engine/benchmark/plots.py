@@ -94,6 +94,14 @@ def require_matplotlib() -> None:
         raise ConfigError('--plot needs matplotlib: pip install "moe-engine[plot]"') from e
 
 
+def make_folder(folder: Path) -> None:
+    """For pictures. Raises `ConfigError`; call before anything that takes long."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"{folder}: pictures cannot be written: {e.strerror}") from e
+
+
 def write_plots(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Pictures (SVG) and traces of what the rows have; what they have not is left out. Raises `ConfigError`."""
     require_matplotlib()
@@ -112,8 +120,8 @@ def write_plots(rows: Sequence[Row], folder: Path) -> list[Path]:
         os.replace(unfinished, path)
         written.append(path)
 
+    make_folder(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if curves := cache_curves(rows):
             picture("decode-over-cache", 7, 4.2, lambda axes: _draw_curves(axes, curves, "share of experts in VRAM"))
         if prompts := prompt_curves(rows):
