@@ -228,7 +228,7 @@ def test_recorded_routing_needs_the_gpu_path() -> None:
 
 
 def bundled() -> Path:
-    from moe_engine.engine import bundled_model
+    from moe_engine.loading import bundled_model
 
     return bundled_model()
 

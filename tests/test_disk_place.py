@@ -189,7 +189,7 @@ def test_rules_and_a_budget_below_the_rest(path: Path, expected: dict[str, list[
     whole = plan(path, device="cpu", ctx=32, place=(rule,)).ram
     others = whole.routed - whole.placed_on_disk
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_engine.engine.host_bytes", lambda *arguments: 0)
+        patch.setattr("moe_engine.loading.host_bytes", lambda *arguments: 0)
         budget = 8 << 30
         taken = budget // 8 * 7 - whole.dense - whole.window - others * 3 // 4
         patch.setattr("moe_engine.ram_plan.process_bytes", lambda: taken)
