@@ -19,10 +19,11 @@ from torch import Tensor
 from moe_engine.budget import LOGIT_BYTES, VramPlan
 from moe_engine.config import DEFAULT_UBATCH, EngineConfig, SamplingParams
 from moe_engine.decode_step import DecodeStep, Running
-from moe_engine.decoder import Decoder, EagerDecoder, GraphDecoder, StagedDecoder, can_use_step
+from moe_engine.decoder import Decoder, EagerDecoder, StagedDecoder, can_use_step
 from moe_engine.errors import CapacityError, ConfigError
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.generation import Generation, Result
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.hardware import Bound, Hardware, measure
 from moe_engine.kernels.sampling_kernel import SamplerState
 from moe_engine.layers import MixtureOfExperts

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moe_engine.decode_step import PROMPT_TOKENS
-from moe_engine.decoder import Decoder, GraphDecoder
+from moe_engine.decoder import Decoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.experts import Experts
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kv_cache import KVCache
 from moe_engine.model import Transformer
 from moe_engine.prompt_split import PromptWay, Rates

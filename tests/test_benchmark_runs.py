@@ -19,8 +19,8 @@ from moe_engine.benchmark.plan import Load, Test, loads
 from moe_engine.benchmark.results import Row, Sample
 from moe_engine.benchmark.session import Session
 from moe_engine.cli import main
-from moe_engine.decoder import GraphDecoder
 from moe_engine.errors import ConfigError
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.inspection import inspect_file
 from moe_engine.kernels.mailbox import new_stamps
 

@@ -12,9 +12,9 @@ import torch
 
 from moe_engine import CapacityError, ConfigError, Engine
 from moe_engine.cli import main
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.placement import block_of
 from moe_engine.planner import plan
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from moe_engine import CapacityError, ConfigError, Engine, ModelFormatError
 from moe_engine.budget import host_bytes
 from moe_engine.config import EngineConfig
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.metadata import Metadata
