@@ -24,6 +24,11 @@ NOT_FINITE = "the model's logits are not finite: the file's weights are damaged"
 
 
 class Decoder(Protocol):
+    """Decodes what prompts have left in the KV caches, one generation after the other.
+
+    reset_stats -> begin -> next, next, ... with a drop now and then -> count
+    """
+
     def begin(self, sequences: Sequence[Running], n_step: int) -> None:
         """Sequence i has KV cache i. `next` will be called at most `n_step` times."""
         ...
@@ -36,13 +41,21 @@ class Decoder(Protocol):
         """A sequence that has ended while others go on."""
         ...
 
-    def reset_stats(self) -> None: ...
+    def await_slots(self) -> None:
+        """Returns when prompts find in VRAM what they rely on: slots may still be being filled."""
+        ...
+
+    def reset_stats(self) -> None:
+        """A generation begins to count."""
+        ...
 
     def count(self, stats: Stats) -> None:
         """Fills in what has happened to experts since `reset_stats`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends what runs beside Python; the decoder cannot be used afterwards."""
+        ...
 
 
 class EagerDecoder:
@@ -67,6 +80,9 @@ class EagerDecoder:
 
     def drop(self, index: int) -> None:
         self.sequences[index] = None
+
+    def await_slots(self) -> None:
+        pass
 
     def reset_stats(self) -> None:
         self.experts.hits = self.experts.misses = 0
@@ -104,6 +120,9 @@ class StagedDecoder:
     @torch.inference_mode()
     def drop(self, index: int) -> None:
         self.step.positions[index] = -1
+
+    def await_slots(self) -> None:
+        pass
 
     def reset_stats(self) -> None:
         pass

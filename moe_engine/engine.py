@@ -61,17 +61,7 @@ class Engine:
         self.recorder = self._recorder() if config.trace is not None else None
         self.device = model.output_norm.device
         self._in_cache: list[list[int]] = [[] for _ in range(cache.n_sequence)]  # tokens of each KV cache
-        self.decoder: Decoder = EagerDecoder(self._decode_step, experts)
-        if isinstance(experts, CachedExperts) and can_use_step(config, model):
-            sampler = SamplerState(cache.n_sequence, self.tokenizer.n_vocab, self.device, self.tokenizer.suppress_ids)
-            step = DecodeStep(model, experts, cache, self.rope, sampler)
-            if config.eager:
-                self.decoder = StagedDecoder(step, self.recorder)
-            else:
-                profile = load_profile(self.fingerprint, *experts.slot_table.shape) if config.profile else None
-                self.decoder = GraphDecoder.start(step, config, self.recorder, profile)
-        if isinstance(experts, CachedExperts) and not isinstance(self.decoder, GraphDecoder):
-            experts.fill()  # prompts use them
+        self.decoder = self._start_decoder()
         ubatch = vram_plan.ubatch if vram_plan is not None else config.ubatch or DEFAULT_UBATCH
         self.prefill = Prefill(model, experts, cache, self.rope, self.decoder, ubatch, self.recorder)
         if not config.exact:  # results may depend on how long things take
@@ -106,6 +96,40 @@ class Engine:
     def plan(path: str | Path | None = None, **options: Any) -> VramPlan:
         """How a VRAM budget would be divided, without loading anything. Raises as `load`."""
         return plan_model(EngineConfig.of(**options), path)
+
+    def _recorder(self) -> Recorder:
+        """Writes the routing of all MoE layers to the trace file."""
+        assert self.config.trace is not None
+        mixtures = [block.ffn for block in self.model.blk if isinstance(block.ffn, MixtureOfExperts)]
+        if not mixtures:
+            raise ConfigError(f"trace is '{self.config.trace}', but {self.file.path} has no mixture of experts")
+        router = self.model.router
+        model = TraceModel(self.file.architecture, len(mixtures), router.n_expert, router.top_k, self.fingerprint)
+        recorder = Recorder(self.config.trace, model)
+        for mixture in mixtures:
+            mixture.on_route = recorder.note_layer
+        return recorder
+
+    def _start_decoder(self) -> Decoder:
+        """The fastest that can run the model here."""
+        config, experts, cache, tokenizer = self.config, self.experts, self.cache, self.tokenizer
+        decoder: Decoder
+        if isinstance(experts, CachedExperts) and can_use_step(config, self.model):
+            sampler = SamplerState(cache.n_sequence, tokenizer.n_vocab, self.device, tokenizer.suppress_ids)
+            step = DecodeStep(self.model, experts, cache, self.rope, sampler)
+            if not config.eager:  # it fills the slots meanwhile
+                profile = load_profile(self.fingerprint, *experts.slot_table.shape) if config.profile else None
+                return GraphDecoder.start(step, config, self.recorder, profile)
+            decoder = StagedDecoder(step, self.recorder)
+        else:
+            decoder = EagerDecoder(self._decode_step, experts)
+        experts.fill()  # prompts use them
+        return decoder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart, whatever their files are called."""
+        return self.file.fingerprint()
 
     # -- text --------------------------------------------------------------------------------------------------
 
@@ -177,7 +201,7 @@ class Engine:
         The last token of a prompt is the first that decodes, so none is computed twice when more follow.
         """
         clock, stats = _Clock(), Stats()
-        prompt = self.experts.prompt if isinstance(self.experts, CachedExperts) else None
+        prompt = self.experts.prompt
         before = replace(prompt.counts) if prompt is not None else None
         running = []
         for index, generation in enumerate(generations):
@@ -210,51 +234,6 @@ class Engine:
                 self._complete(stats, running)
             yield
             clock.lap()  # what the caller did meanwhile is not ours
-
-    def _complete(self, stats: Stats, running: Sequence[Running]) -> None:
-        """Adds what a whole generation has cost."""
-        self.decoder.count(stats)
-        if self.recorder is not None:
-            self.recorder.flush()
-        stats.peak_vram_bytes, stats.peak_ram_bytes = self._peak_vram_bytes(), peak_ram_bytes()
-        if stats.steps:
-            middle = sum(len(sequence.tokens) for sequence in running) - stats.decode_tokens / 2
-            stats.dense_bytes = stats.steps * int(self.dense_bytes + middle * self.cache.token_bytes)
-            per_step = (stats.dense_bytes + stats.hit_bytes) / stats.steps, stats.miss_bytes / stats.steps
-            stats.bound = Bound.of(self.hardware, *per_step, stats.decode_seconds / stats.steps)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells models apart, whatever their files are called."""
-        return self.file.fingerprint()
-
-    def _recorder(self) -> Recorder:
-        """Writes the routing of all MoE layers to the trace file."""
-        assert self.config.trace is not None
-        mixtures = [block.ffn for block in self.model.blk if isinstance(block.ffn, MixtureOfExperts)]
-        if not mixtures:
-            raise ConfigError(f"trace is '{self.config.trace}', but {self.file.path} has no mixture of experts")
-        router = self.model.router
-        model = TraceModel(self.file.architecture, len(mixtures), router.n_expert, router.top_k, self.fingerprint)
-        recorder = Recorder(self.config.trace, model)
-        for mixture in mixtures:
-            mixture.on_route = recorder.note_layer
-        return recorder
-
-    @cached_property
-    def dense_bytes(self) -> int:
-        """Weights that every decode step reads."""
-        embedding = "token_embd.weight"
-        read = (info for info in self.file.tensors.values() if "_exps." not in info.name and info.name != embedding)
-        tied = 0 if "output.weight" in self.file.tensors else self.file.tensors[embedding].nbytes
-        return sum(info.nbytes for info in read) + tied
-
-    @cached_property
-    def hardware(self) -> Hardware:
-        """What the memories deliver: as calibrated, or else measured at the first use, in about half a second."""
-        assert isinstance(self.experts, CachedExperts)
-        calibration = calibration_of(self.device, self.config)
-        return measure(self.device, self.experts.cpu) if calibration is None else calibration.hardware
 
     def _prompt(self, index: int, ids: list[int], stats: Stats) -> None:
         """Brings all but the last token of a prompt into a sequence's KV cache, unless they are there."""
@@ -294,9 +273,6 @@ class Engine:
                 f"{len(ids)} tokens do not fit the context of {self.cache.capacity}: shorten them or raise ctx"
             )
 
-    def _peak_vram_bytes(self) -> int:
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
-
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
         checked = []
         for token in ids:
@@ -306,6 +282,37 @@ class Engine:
         if not checked:
             raise ConfigError("no tokens given: expected at least one")
         return checked
+
+    # -- what it cost ------------------------------------------------------------------------------------------
+
+    def _complete(self, stats: Stats, running: Sequence[Running]) -> None:
+        """Adds what a whole generation has cost."""
+        self.decoder.count(stats)
+        if self.recorder is not None:
+            self.recorder.flush()
+        stats.peak_vram_bytes, stats.peak_ram_bytes = self._peak_vram_bytes(), peak_ram_bytes()
+        if stats.steps:
+            middle = sum(len(sequence.tokens) for sequence in running) - stats.decode_tokens / 2
+            stats.dense_bytes = stats.steps * int(self.dense_bytes + middle * self.cache.token_bytes)
+            per_step = (stats.dense_bytes + stats.hit_bytes) / stats.steps, stats.miss_bytes / stats.steps
+            stats.bound = Bound.of(self.hardware, *per_step, stats.decode_seconds / stats.steps)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Weights that every decode step reads."""
+        embedding = "token_embd.weight"
+        read = (info for info in self.file.tensors.values() if "_exps." not in info.name and info.name != embedding)
+        tied = 0 if "output.weight" in self.file.tensors else self.file.tensors[embedding].nbytes
+        return sum(info.nbytes for info in read) + tied
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """What the memories deliver: as calibrated, or else measured at the first use, in about half a second."""
+        calibration = calibration_of(self.device, self.config)
+        return measure(self.device, self.experts.cpu) if calibration is None else calibration.hardware
+
+    def _peak_vram_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     # -- lifetime ----------------------------------------------------------------------------------------------
 
