@@ -30,7 +30,7 @@ from prediction import predicted
 from moe_engine import Engine
 from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import PrefetchMode, format_size
-from moe_engine.decoder import GraphDecoder
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.hardware import measure
 from moe_engine.inspection import inspect_file
 from moe_engine.kernels.cpu import CpuKernels
@@ -266,7 +266,7 @@ def main() -> None:
     results = begun("python bench/bench_decode.py", options)
     results |= {"python": platform.python_version(), "link": options.link}
     if options.link:
-        patch("moe_engine.decoder.DecodeWorker", limited_worker(device, options.link)).start()
+        patch("moe_engine.graph_decoder.DecodeWorker", limited_worker(device, options.link)).start()
     for path, rows in by_model(ROWS, options):
         for row in rows:
             try:

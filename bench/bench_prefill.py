@@ -23,8 +23,8 @@ from prediction import predicted
 from moe_engine import Engine
 from moe_engine.config import format_size
 from moe_engine.decode_step import PROMPT_TOKENS
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.inspection import inspect_file
 
 

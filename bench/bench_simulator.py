@@ -21,8 +21,8 @@ from moe_engine import Engine
 from moe_engine.benchmark.engine_replay import simulated_hits
 from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import DEFAULT_POLICY
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.policies.registry import policy_of
 from moe_engine.routing_estimate import Found
 

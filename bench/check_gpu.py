@@ -24,8 +24,8 @@ from moe_engine import Engine
 from moe_engine.benchmark.environment import gpu_id
 from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.perplexity import perplexity
 
 ROOT = Path(__file__).parent.parent

@@ -14,10 +14,10 @@ from torch import Tensor
 from moe_engine.benchmark.random_model import write_model
 from moe_engine.calibrate import FEW_TOKENS, GPU_TYPES, HIDDEN, LEAST, MANY_TOKENS, N_FF, TOP_K, down_type, filled
 from moe_engine.calibration import Gpu, Product, closest
-from moe_engine.decoder import PROMPT_SIZES, GraphDecoder
 from moe_engine.engine import Engine
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.expert_ring import N_CELL
+from moe_engine.graph_decoder import PROMPT_SIZES, GraphDecoder
 from moe_engine.hardware import copy_rate
 from moe_engine.kernels.decode_product import moe_decode
 from moe_engine.kernels.dequantize import dequantize

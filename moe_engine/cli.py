@@ -185,8 +185,8 @@ def tokenize(
     as_json: AsJson = False,
 ) -> None:
     """Show the tokens of a text."""
-    from moe_engine.engine import bundled_model
     from moe_engine.gguf_file import GGUFFile
+    from moe_engine.loading import bundled_model
     from moe_engine.tokenizer import Tokenizer
 
     source = model or bundled_model()

@@ -91,7 +91,7 @@ def bench(
         return
     from moe_engine.benchmark import plan, plots, tables
     from moe_engine.benchmark.session import Session
-    from moe_engine.engine import bundled_model
+    from moe_engine.loading import bundled_model
 
     for form in filter(None, (output, output_err)):
         if form not in tables.FORMATS:

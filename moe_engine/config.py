@@ -18,6 +18,7 @@ PrefetchMode = Literal["off", "auto", "always"]
 DEFAULT_POLICY = "blend:admit=outranks"
 
 MAX_SEQUENCES = 8  # that decode together
+DEFAULT_CTX = 4096  # tokens, or fewer if the model was trained for fewer
 DEFAULT_UBATCH = 512  # where nothing better is chosen
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}

@@ -6,10 +6,9 @@ decode    one token at a time: forward, sample, stop?
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
-from importlib.resources import files
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,51 +16,33 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from moe_engine.backend import AcceleratorBackend, Backend, CpuBackend, choose_device
-from moe_engine.budget import LOGIT_BYTES, VramPlan, host_bytes, plan_vram
-from moe_engine.calibration import Calibration, kept
+from moe_engine.budget import LOGIT_BYTES, VramPlan
 from moe_engine.config import DEFAULT_UBATCH, EngineConfig, SamplingParams
 from moe_engine.decode_step import DecodeStep, Running
-from moe_engine.decoder import Decoder, EagerDecoder, GraphDecoder, StagedDecoder, can_use_step
-from moe_engine.errors import CapacityError, ConfigError, ModelFormatError
+from moe_engine.decoder import Decoder, EagerDecoder, StagedDecoder, can_use_step
+from moe_engine.errors import CapacityError, ConfigError
 from moe_engine.expert_cache import CachedExperts
-from moe_engine.expert_store import ExpertStore
-from moe_engine.experts import CpuExperts, Experts
 from moe_engine.generation import Generation, Result
-from moe_engine.gguf_file import GGUFFile
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.hardware import Bound, Hardware, measure
-from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.sampling_kernel import SamplerState
-from moe_engine.kv_cache import KVCache
 from moe_engine.layers import MixtureOfExperts
-from moe_engine.metadata import Metadata
-from moe_engine.model import Transformer, n_layer
-from moe_engine.models import model_class
-from moe_engine.placement import is_expert, placed_homes
+from moe_engine.loading import Loaded, Progress, calibration_of, load_model, plan_model
+from moe_engine.placement import is_expert
 from moe_engine.prefill import Prefill
 from moe_engine.profile import load_profile
-from moe_engine.prompt_experts import PromptExperts
-from moe_engine.ram_plan import RamPlan, check_loaded, plan_ram
+from moe_engine.ram_plan import check_loaded
 from moe_engine.recording import Recorder
 from moe_engine.sampling import Sampler
 from moe_engine.stats import Stats, peak_ram_bytes
-from moe_engine.tokenizer import Tokenizer
 from moe_engine.traces import TraceModel
-from moe_engine.weights import Weights
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages (`{"role": ..., "content": ...}`), which go through the chat template."""
 
-DEFAULT_CTX = 4096
-
 # Attention of one token over fewer than these is done by one thread of PyTorch on the CPU. Its other threads spin
 # after every product, where the kernels' threads want to run, and wait for each other while other programs run.
 SHORT_CONTEXT = 256
-
-
-def bundled_model() -> Path:
-    """The small model that comes with the package."""
-    return Path(str(files("moe_engine") / "data" / "stories-deepseek-Q4_K_M.gguf"))
 
 
 class Engine:
@@ -71,37 +52,17 @@ class Engine:
     ...     result = engine.generate("Once upon a time", max_tokens=32, seed=7)
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        file: GGUFFile,
-        tokenizer: Tokenizer,
-        model: Transformer,
-        experts: Experts,
-        cache: KVCache,
-        ram_plan: RamPlan,
-        vram_plan: VramPlan | None,
-    ) -> None:
-        """Use `Engine.load`. ram_plan: bytes of experts in RAM and on disk. vram_plan: how the VRAM budget was divided,
-        None on the CPU.
-        """
-        self.config, self.file, self.tokenizer, self.experts = config, file, tokenizer, experts
-        self.model, self.cache, self.ram_plan, self.vram_plan = model, cache, ram_plan, vram_plan
+    def __init__(self, config: EngineConfig, loaded: Loaded) -> None:
+        """Use `Engine.load`."""
+        model, experts, cache, vram_plan = loaded.model, loaded.experts, loaded.cache, loaded.vram_plan
+        self.config, self.file, self.tokenizer = config, loaded.file, loaded.tokenizer
+        self.model, self.experts, self.cache = model, experts, cache
+        self.ram_plan, self.vram_plan = loaded.ram_plan, vram_plan
         self.rope = model.make_rope(cache.capacity)
         self.recorder = self._recorder() if config.trace is not None else None
         self.device = model.output_norm.device
         self._in_cache: list[list[int]] = [[] for _ in range(cache.n_sequence)]  # tokens of each KV cache
-        self.decoder: Decoder = EagerDecoder(self._decode_step, experts)
-        if isinstance(experts, CachedExperts) and can_use_step(config, model):
-            sampler = SamplerState(cache.n_sequence, tokenizer.n_vocab, self.device, tokenizer.suppress_ids)
-            step = DecodeStep(model, experts, cache, self.rope, sampler)
-            if config.eager:
-                self.decoder = StagedDecoder(step, self.recorder)
-            else:
-                kept = load_profile(self.fingerprint, *experts.slot_table.shape) if config.profile else None
-                self.decoder = GraphDecoder.start(step, config, self.recorder, kept)
-        if isinstance(experts, CachedExperts) and not isinstance(self.decoder, GraphDecoder):
-            experts.fill()  # prompts use them
+        self.decoder = self._start_decoder()
         ubatch = vram_plan.ubatch if vram_plan is not None else config.ubatch or DEFAULT_UBATCH
         self.prefill = Prefill(model, experts, cache, self.rope, self.decoder, ubatch, self.recorder)
         if not config.exact:  # results may depend on how long things take
@@ -112,7 +73,7 @@ class Engine:
         cls,
         path: str | Path | None = None,
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         **options: Any,
     ) -> Self:
         """Loads a GGUF file; without a path, the bundled model.
@@ -122,66 +83,11 @@ class Engine:
         `CapacityError` when the memory does not suffice.
         """
         config = EngineConfig.of(**options)
-        file = GGUFFile(bundled_model() if path is None else path)
-        source = str(file.path)
-        family = model_class(file.architecture, source)
-        meta = Metadata(file.metadata, file.architecture, source)
-        tokenizer = Tokenizer.from_metadata(file.metadata, source)
-        ctx = context_of(config, meta)
-
-        device, accelerated = choose_device(config.device)
-        held = 0
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            held = torch.cuda.memory_reserved(device)  # by others of this process
-        if not accelerated and config.experts == "cache":
-            raise ConfigError("experts is 'cache', but device 'cpu' has no VRAM: use a CUDA device or 'simulated'")
-        cpu = CpuKernels(config.n_threads, float_activations=config.activations == "float")
-        backend: Backend = CpuBackend(cpu)
-        plan = plan_vram(file, meta, family, config, ctx, device) if accelerated else None
-        homes = placed_homes(file, config, "cpu", n_layer(meta)) if plan is None else plan.homes
-        besides = host_bytes(file, meta, family, config, ctx, device, plan)
-        ram = plan_ram(file, meta, n_layer(meta), config, homes, besides, dense_in_ram=not accelerated)
-        in_place = not accelerated and ram.holds_all
-        store = ExpertStore(file, ram, meta.integer("expert_count"), cpu, device, in_place=in_place)
-        experts: Experts = CpuExperts(cpu, store)
-        if plan is not None:
-            backend = AcceleratorBackend(device, plan.scratch_elements, config.activations == "int8")
-            experts = CachedExperts(device, backend.scratch, cpu, plan.caches_experts, store, plan.homes)
-
-        def report() -> None:
-            if accelerated:
-                file.drop_pages()  # what is dense is in VRAM
-            if progress is not None:
-                progress(*store.progress())
-
-        with store.closed_on_error(), torch.inference_mode():
-            model = family(meta, Weights(file, backend), experts, report)
-            report()
-            store.finish(report)
-            if tokenizer.n_vocab > model.n_vocab:
-                raise ModelFormatError(
-                    f"{source}: the tokenizer has {tokenizer.n_vocab} tokens, but 'token_embd.weight' only "
-                    f"{model.n_vocab} rows"
-                )
-            cache = KVCache(model.kv_shapes, config.n_sequence, ctx, config.kv_dtype, device)
-            if plan is not None and isinstance(experts, CachedExperts):
-                n_choice = min(config.slots_at_once(model.router.top_k), model.router.n_expert)
-                if config.exact and plan.caches_experts and (config.cache_slots or n_choice) < n_choice:
-                    raise ConfigError(f"cache_slots is {config.cache_slots}, but exact needs at least {n_choice}")
-                n_stage = config.staging_slots(model.router.top_k)
-                experts.allocate(_slot_budget(plan, device, held), n_choice, config.cache_slots, plan.staging, n_stage)
-                if experts.n_slot and config.activations == "int8":
-                    routers = [
-                        partial(_ids, block.ffn) for block in model.blk if isinstance(block.ffn, MixtureOfExperts)
-                    ]
-                    experts.prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact, routers)
-                    if calibration := _calibration(device, config):
-                        experts.prompt.rates = calibration.rates(str(experts.layouts[0].gate.type))
-            engine = cls(config, file, tokenizer, model, experts, cache, ram, plan)
+        loaded = load_model(config, path, progress)
+        with loaded.store.closed_on_error(), torch.inference_mode():
+            engine = cls(config, loaded)
             try:
-                check_loaded(ram, config, store.on_demand_bytes)
+                check_loaded(loaded.ram_plan, config, loaded.store.on_demand_bytes)
             except CapacityError:
                 engine.close()
                 raise
@@ -190,13 +96,41 @@ class Engine:
     @staticmethod
     def plan(path: str | Path | None = None, **options: Any) -> VramPlan:
         """How a VRAM budget would be divided, without loading anything. Raises as `load`."""
-        config = EngineConfig.of(**options)
-        file = GGUFFile(bundled_model() if path is None else path)
-        meta = Metadata(file.metadata, file.architecture, str(file.path))
-        family, (device, accelerated) = model_class(file.architecture, str(file.path)), choose_device(config.device)
-        if not accelerated:
-            raise ConfigError("device 'cpu' has no VRAM to plan: use a CUDA device or 'simulated'")
-        return plan_vram(file, meta, family, config, context_of(config, meta), device)
+        return plan_model(EngineConfig.of(**options), path)
+
+    def _recorder(self) -> Recorder:
+        """Writes the routing of all MoE layers to the trace file."""
+        assert self.config.trace is not None
+        mixtures = [block.ffn for block in self.model.blk if isinstance(block.ffn, MixtureOfExperts)]
+        if not mixtures:
+            raise ConfigError(f"trace is '{self.config.trace}', but {self.file.path} has no mixture of experts")
+        router = self.model.router
+        model = TraceModel(self.file.architecture, len(mixtures), router.n_expert, router.top_k, self.fingerprint)
+        recorder = Recorder(self.config.trace, model)
+        for mixture in mixtures:
+            mixture.on_route = recorder.note_layer
+        return recorder
+
+    def _start_decoder(self) -> Decoder:
+        """The fastest that can run the model here."""
+        config, experts, cache, tokenizer = self.config, self.experts, self.cache, self.tokenizer
+        decoder: Decoder
+        if isinstance(experts, CachedExperts) and can_use_step(config, self.model):
+            sampler = SamplerState(cache.n_sequence, tokenizer.n_vocab, self.device, tokenizer.suppress_ids)
+            step = DecodeStep(self.model, experts, cache, self.rope, sampler)
+            if not config.eager:  # it fills the slots meanwhile
+                profile = load_profile(self.fingerprint, *experts.slot_table.shape) if config.profile else None
+                return GraphDecoder.start(step, config, self.recorder, profile)
+            decoder = StagedDecoder(step, self.recorder)
+        else:
+            decoder = EagerDecoder(self._decode_step, experts)
+        experts.fill()  # prompts use them
+        return decoder
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart, whatever their files are called."""
+        return self.file.fingerprint()
 
     # -- text --------------------------------------------------------------------------------------------------
 
@@ -268,7 +202,7 @@ class Engine:
         The last token of a prompt is the first that decodes, so none is computed twice when more follow.
         """
         clock, stats = _Clock(), Stats()
-        prompt = self.experts.prompt if isinstance(self.experts, CachedExperts) else None
+        prompt = self.experts.prompt
         before = replace(prompt.counts) if prompt is not None else None
         running = []
         for index, generation in enumerate(generations):
@@ -301,51 +235,6 @@ class Engine:
                 self._complete(stats, running)
             yield
             clock.lap()  # what the caller did meanwhile is not ours
-
-    def _complete(self, stats: Stats, running: Sequence[Running]) -> None:
-        """Adds what a whole generation has cost."""
-        self.decoder.count(stats)
-        if self.recorder is not None:
-            self.recorder.flush()
-        stats.peak_vram_bytes, stats.peak_ram_bytes = self._peak_vram_bytes(), peak_ram_bytes()
-        if stats.steps:
-            middle = sum(len(sequence.tokens) for sequence in running) - stats.decode_tokens / 2
-            stats.dense_bytes = stats.steps * int(self.dense_bytes + middle * self.cache.token_bytes)
-            per_step = (stats.dense_bytes + stats.hit_bytes) / stats.steps, stats.miss_bytes / stats.steps
-            stats.bound = Bound.of(self.hardware, *per_step, stats.decode_seconds / stats.steps)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tells models apart, whatever their files are called."""
-        return self.file.fingerprint()
-
-    def _recorder(self) -> Recorder:
-        """Writes the routing of all MoE layers to the trace file."""
-        assert self.config.trace is not None
-        mixtures = [block.ffn for block in self.model.blk if isinstance(block.ffn, MixtureOfExperts)]
-        if not mixtures:
-            raise ConfigError(f"trace is '{self.config.trace}', but {self.file.path} has no mixture of experts")
-        router = self.model.router
-        model = TraceModel(self.file.architecture, len(mixtures), router.n_expert, router.top_k, self.fingerprint)
-        recorder = Recorder(self.config.trace, model)
-        for mixture in mixtures:
-            mixture.on_route = recorder.note_layer
-        return recorder
-
-    @cached_property
-    def dense_bytes(self) -> int:
-        """Weights that every decode step reads."""
-        embedding = "token_embd.weight"
-        read = (info for info in self.file.tensors.values() if not is_expert(info.name) and info.name != embedding)
-        tied = 0 if "output.weight" in self.file.tensors else self.file.tensors[embedding].nbytes
-        return sum(info.nbytes for info in read) + tied
-
-    @cached_property
-    def hardware(self) -> Hardware:
-        """What the memories deliver: as calibrated, or else measured at the first use, in about half a second."""
-        assert isinstance(self.experts, CachedExperts)
-        calibration = _calibration(self.device, self.config)
-        return measure(self.device, self.experts.cpu) if calibration is None else calibration.hardware
 
     def _prompt(self, index: int, ids: list[int], stats: Stats) -> None:
         """Brings all but the last token of a prompt into a sequence's KV cache, unless they are there."""
@@ -385,9 +274,6 @@ class Engine:
                 f"{len(ids)} tokens do not fit the context of {self.cache.capacity}: shorten them or raise ctx"
             )
 
-    def _peak_vram_bytes(self) -> int:
-        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
-
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
         checked = []
         for token in ids:
@@ -397,6 +283,37 @@ class Engine:
         if not checked:
             raise ConfigError("no tokens given: expected at least one")
         return checked
+
+    # -- what it cost ------------------------------------------------------------------------------------------
+
+    def _complete(self, stats: Stats, running: Sequence[Running]) -> None:
+        """Adds what a whole generation has cost."""
+        self.decoder.count(stats)
+        if self.recorder is not None:
+            self.recorder.flush()
+        stats.peak_vram_bytes, stats.peak_ram_bytes = self._peak_vram_bytes(), peak_ram_bytes()
+        if stats.steps:
+            middle = sum(len(sequence.tokens) for sequence in running) - stats.decode_tokens / 2
+            stats.dense_bytes = stats.steps * int(self.dense_bytes + middle * self.cache.token_bytes)
+            per_step = (stats.dense_bytes + stats.hit_bytes) / stats.steps, stats.miss_bytes / stats.steps
+            stats.bound = Bound.of(self.hardware, *per_step, stats.decode_seconds / stats.steps)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Weights that every decode step reads."""
+        embedding = "token_embd.weight"
+        read = (info for info in self.file.tensors.values() if not is_expert(info.name) and info.name != embedding)
+        tied = 0 if "output.weight" in self.file.tensors else self.file.tensors[embedding].nbytes
+        return sum(info.nbytes for info in read) + tied
+
+    @cached_property
+    def hardware(self) -> Hardware:
+        """What the memories deliver: as calibrated, or else measured at the first use, in about half a second."""
+        calibration = calibration_of(self.device, self.config)
+        return measure(self.device, self.experts.cpu) if calibration is None else calibration.hardware
+
+    def _peak_vram_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     # -- lifetime ----------------------------------------------------------------------------------------------
 
@@ -437,31 +354,5 @@ class _Clock:
         return elapsed
 
 
-def _ids(mixture: MixtureOfExperts, x: Tensor) -> Tensor:
-    return mixture.choose(x)[0]
-
-
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _slot_budget(plan: VramPlan, device: torch.device, held: int) -> int:
-    """Bytes for expert slots and staging: by the plan, or less where loading took more than planned."""
-    planned = plan.slots + plan.staging
-    if device.type != "cuda":
-        return planned
-    measured = plan.budget - plan.context - plan.workspace - (torch.cuda.memory_reserved(device) - held)
-    return min(planned, measured)
-
-
-def _calibration(device: torch.device, config: EngineConfig) -> Calibration | None:
-    """What `moe-engine calibrate` has kept for this GPU."""
-    return kept(torch.cuda.get_device_name(device), config.n_threads) if device.type == "cuda" else None
-
-
-def context_of(config: EngineConfig, meta: Metadata) -> int:
-    """Tokens of context: as configured, or the default. Raises `ConfigError` for more than the model has."""
-    trained = meta.integer("context_length")
-    if config.ctx is not None and config.ctx > trained:
-        raise ConfigError(f"ctx is {config.ctx}, but the model was trained for at most {trained} tokens")
-    return config.ctx or min(DEFAULT_CTX, trained)

@@ -10,11 +10,16 @@ from torch import Tensor
 from moe_engine.expert_store import ExpertStore
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.quant_tensor import QuantTensor
+from moe_engine.prompt_experts import PromptExperts
 
 
 class Experts(Protocol):
+    """The routed experts of all layers. While the model is built, each MoE layer registers its own; then come calls."""
+
     hits: int  # experts found in VRAM, each counted once per call
     misses: int
+    cpu: CpuKernels  # for what the CPU computes
+    prompt: PromptExperts | None  # computes those of prompts on a GPU; None: calls do, as for any tokens
 
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
         """Announces a layer's experts: gate, up `[n_expert, n_ff, hidden]`, down `[n_expert, hidden, n_ff]`."""
@@ -28,6 +33,10 @@ class Experts(Protocol):
         """
         ...
 
+    def fill(self) -> None:
+        """Loads experts into the VRAM that is kept for them, in the order of the current stream."""
+        ...
+
     def close(self) -> None:
         """Gives back what is not PyTorch's memory."""
         ...
@@ -39,6 +48,7 @@ class CpuExperts:
     def __init__(self, cpu: CpuKernels, store: ExpertStore) -> None:
         self.cpu, self.store = cpu, store
         self.hits = self.misses = 0
+        self.prompt: PromptExperts | None = None
         self._layers: dict[int, ExpertHandle] = {}
 
     def register(self, layer: int, gate: QuantTensor, up: QuantTensor, down: QuantTensor) -> None:
@@ -48,6 +58,9 @@ class CpuExperts:
         expert_ids = expert_ids.cpu()
         self.misses += len(set(expert_ids.flatten().tolist()))
         return self.cpu.expert_ffn(self._layers[layer], x.cpu(), expert_ids, weights.cpu()).to(x.device)
+
+    def fill(self) -> None:
+        pass
 
     def close(self) -> None:
         self._layers.clear()

@@ -11,13 +11,10 @@ import torch
 from moe_engine.budget import VramPlan, host_bytes, plan_vram
 from moe_engine.calibration import Calibration
 from moe_engine.config import DEFAULT_UBATCH, EngineConfig, parse_size
-from moe_engine.engine import bundled_model, context_of
 from moe_engine.errors import ConfigError
-from moe_engine.gguf_file import GGUFFile
-from moe_engine.metadata import Metadata
+from moe_engine.loading import context_of, open_model
 from moe_engine.model import n_layer
 from moe_engine.model_work import ExpertLayer, ModelWork
-from moe_engine.models import model_class
 from moe_engine.placement import Home, placed_homes, uses_slots
 from moe_engine.predict import Prediction, Predictor, RunShape
 from moe_engine.ram_plan import RamPlan, plan_ram
@@ -178,9 +175,7 @@ def plan(
     fields of `EngineConfig`. Raises as `Engine.load`.
     """
     config = EngineConfig.of(**options)
-    file = GGUFFile(bundled_model() if path is None else path)
-    source = str(file.path)
-    meta, family = Metadata(file.metadata, file.architecture, source), model_class(file.architecture, source)
+    file, meta, family = open_model(path)
     ctx = context_of(config, meta)
     device, memory = _device(config, machine if elsewhere else None)
 
@@ -189,12 +184,12 @@ def plan(
 
     work, vram = ModelWork.of(file, meta, family, config.kv_dtype), divide(config)
     if trace is not None:
-        require_same_shape(work, trace.model, source)
+        require_same_shape(work, trace.model, str(file.path))
     homes = placed_homes(file, config, "cpu", n_layer(meta)) if vram is None else vram.homes
     besides = host_bytes(file, meta, family, config, ctx, device or torch.device("cpu"), vram)
     available = machine.ram_bytes if machine and elsewhere else None
     ram = plan_ram(file, meta, n_layer(meta), config, homes, besides, dense_in_ram=vram is None, available=available)
-    return Plan(source, config, ctx, work, vram, ram, machine, trace, divide)
+    return Plan(str(file.path), config, ctx, work, vram, ram, machine, trace, divide)
 
 
 def require_same_shape(work: ModelWork, recorded: TraceModel, source: str) -> None:

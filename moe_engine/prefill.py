@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from moe_engine.decode_step import PROMPT_TOKENS
-from moe_engine.decoder import Decoder, GraphDecoder
+from moe_engine.decoder import Decoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.experts import Experts
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kv_cache import KVCache
 from moe_engine.model import Transformer
 from moe_engine.prompt_split import PromptWay, Rates
@@ -40,16 +41,15 @@ class Prefill:
         self._experts = experts
         self._recorder = recorder
         self._way: PromptWay | None = None
+        self._steps: GraphDecoder | None = None  # takes short prompts, where it may
 
     def learn_ways(self) -> None:
         """Short prompts take the way that has been faster; until this is called, micro-batches."""
         on_gpu = self.device.type == "cuda"  # on the simulated device steps would be slow
         if isinstance(self.decoder, GraphDecoder) and self.decoder.takes_prompts and on_gpu:
-            self._way = self._learning_way()
+            self._steps, self._way = self.decoder, self._learning_way(self.decoder.step.experts)
 
-    def _learning_way(self) -> PromptWay:
-        experts = self._experts
-        assert isinstance(experts, CachedExperts)
+    def _learning_way(self, experts: CachedExperts) -> PromptWay:
         n_layer, n_expert = experts.slot_table.shape
         mean_bytes = sum(layout.slot_bytes for layout in experts.layouts) / n_layer
         missing = 1 - experts.n_slot / (n_layer * n_expert)
@@ -67,8 +67,8 @@ class Prefill:
         if self._way is not None and len(ids) + PROMPT_TOKENS <= self.cache.capacity:
             in_steps = self._way.in_steps(n, rates)
         if in_steps:
-            assert isinstance(self.decoder, GraphDecoder)
-            typical = self.decoder.prompt(index, ids[first:], first)
+            assert self._steps is not None
+            typical = self._steps.prompt(index, ids[first:], first)
         else:
             for _ in self.hidden(ids, first, index):
                 pass
@@ -78,14 +78,13 @@ class Prefill:
             self._way.note(n, in_steps, time.perf_counter() - started, rates)
 
     def _rates(self) -> Rates:
-        prompt = self._experts.prompt if isinstance(self._experts, CachedExperts) else None
+        prompt = self._experts.prompt
         return Rates() if prompt is None else prompt.rates
 
     @torch.inference_mode()
     def hidden(self, ids: Sequence[int], first: int = 0, index: int = 0) -> Iterator[Tensor]:
         """The hidden states f32 `[n, hidden]` of each micro-batch; on a GPU they may not be there yet."""
-        if isinstance(self.decoder, GraphDecoder):
-            self.decoder.await_slots()
+        self.decoder.await_slots()
         for start in range(first, len(ids), self.ubatch):
             tokens = torch.tensor(ids[start : start + self.ubatch], dtype=torch.int64, device=self.device)
             found = self.model.forward(tokens, start, self.cache.sequence(index), self.rope)

@@ -3,8 +3,8 @@
 import torch
 
 from moe_engine import Engine
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.graph_decoder import GraphDecoder
 
 
 @torch.inference_mode()  # as the model was loaded

@@ -19,8 +19,8 @@ from moe_engine.benchmark.plan import Load, Test, loads
 from moe_engine.benchmark.results import Row, Sample
 from moe_engine.benchmark.session import Session
 from moe_engine.cli import main
-from moe_engine.decoder import GraphDecoder
 from moe_engine.errors import ConfigError
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.inspection import inspect_file
 from moe_engine.kernels.mailbox import new_stamps
 
@@ -228,7 +228,7 @@ def test_recorded_routing_needs_the_gpu_path() -> None:
 
 
 def bundled() -> Path:
-    from moe_engine.engine import bundled_model
+    from moe_engine.loading import bundled_model
 
     return bundled_model()
 

@@ -66,7 +66,7 @@ def test_an_engine_divides_prompts_by_what_was_calibrated(
         asked.append((device.type, config.n_threads))
         return machine
 
-    monkeypatch.setattr("moe_engine.engine._calibration", calibration)
+    monkeypatch.setattr("moe_engine.loading.calibration_of", calibration)
     with Engine.load(device="simulated", experts="cache", ctx=32, threads=2) as engine:
         assert isinstance(engine.experts, CachedExperts)
         assert engine.experts.prompt

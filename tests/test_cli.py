@@ -63,7 +63,7 @@ def test_generate_json_is_one_object(run: Run, tmp_path: Path) -> None:
 
 
 def test_inspect(run: Run, tmp_path: Path) -> None:
-    from moe_engine.engine import bundled_model
+    from moe_engine.loading import bundled_model
 
     done = run("inspect", str(bundled_model()), "--json")
     found = json.loads(done.stdout)

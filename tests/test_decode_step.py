@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moe_engine import ConfigError, DecodeError, Engine
 from moe_engine.decode_step import StepForm
-from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
+from moe_engine.decoder import EagerDecoder, StagedDecoder
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.norm_rope_cache import cached_floats
 from moe_engine.layers import MixtureOfExperts
@@ -107,7 +108,7 @@ def test_auto_tries_to_fetch_now_and_then(
     eager: Callable[[str], tuple[list[int], list[Tensor]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moe_engine.decoder.PROBE_STEPS", 2)
+    monkeypatch.setattr("moe_engine.graph_decoder.PROBE_STEPS", 2)
     forms: list[str] = []
     with load(path_of("qwen3moe/plain"), miss="auto", cache_slots=3) as engine:
         assert isinstance(engine.decoder, GraphDecoder)

@@ -12,9 +12,9 @@ import torch
 
 from moe_engine import CapacityError, ConfigError, Engine
 from moe_engine.cli import main
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.placement import block_of, is_expert
 from moe_engine.plan_report import as_dict
 from moe_engine.planner import plan
@@ -190,7 +190,7 @@ def test_rules_and_a_budget_below_the_rest(path: Path, expected: dict[str, list[
     whole = plan(path, device="cpu", ctx=32, place=(rule,)).ram
     others = whole.routed - whole.placed_on_disk
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moe_engine.engine.host_bytes", lambda *arguments: 0)
+        patch.setattr("moe_engine.loading.host_bytes", lambda *arguments: 0)
         budget = 8 << 30
         taken = budget // 8 * 7 - whole.dense - whole.window - others * 3 // 4
         patch.setattr("moe_engine.ram_plan.process_bytes", lambda: taken)

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from moe_engine import CapacityError, ConfigError, Engine, ModelFormatError
 from moe_engine.budget import host_bytes
 from moe_engine.config import EngineConfig
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_store import ExpertStore
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.metadata import Metadata
@@ -85,7 +85,7 @@ def expected(path: Path) -> dict[str, list[int]]:
 def test_tokens_do_not_depend_on_how_many_experts_are_in_ram(
     path: Path, expected: dict[str, list[int]], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_engine.engine.plan_ram", room_for(6))
+    monkeypatch.setattr("moe_engine.loading.plan_ram", room_for(6))
     options = MODES[mode]
     with load(path, **options) as engine:
         if mode.startswith("worker"):
@@ -109,7 +109,7 @@ def test_a_budget_for_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = store_of(engine).ram
     budget, besides = 8 << 30, 12345
     taken = budget // 8 * 7 - besides - plan.dense - plan.routed * 3 // 4  # an eighth is kept
-    monkeypatch.setattr("moe_engine.engine.host_bytes", lambda *arguments: besides)
+    monkeypatch.setattr("moe_engine.loading.host_bytes", lambda *arguments: besides)
     monkeypatch.setattr("moe_engine.ram_plan.process_bytes", lambda: taken)
     with load(None, device="cpu", ram_budget=budget) as engine:
         ram = store_of(engine).ram

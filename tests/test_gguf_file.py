@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_engine import GGUFFile, ModelFormatError, UnsupportedModelError
-from moe_engine.engine import bundled_model
 from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES
+from moe_engine.loading import bundled_model
 
 
 def test_types_equal_the_gguf_packages() -> None:

@@ -12,8 +12,9 @@ from filled_slots import fill_slots
 
 from moe_engine import Engine
 from moe_engine.benchmark.timeline import record
-from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
+from moe_engine.decoder import EagerDecoder, StagedDecoder
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kernels.norm_rope_cache import cached_floats
 from moe_engine.perplexity import perplexity
 

@@ -10,9 +10,9 @@ import tiny_models
 from moe_engine import ConfigError, Engine
 from moe_engine.cli import main
 from moe_engine.config import EngineConfig
-from moe_engine.decoder import GraphDecoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.gguf_file import GGUFFile
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.placement import placed_homes
 
 PROMPT = [1, 2, 3]

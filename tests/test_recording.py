@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from moe_engine import ConfigError, Engine
 from moe_engine.cli import main
-from moe_engine.decoder import EagerDecoder, GraphDecoder, StagedDecoder
+from moe_engine.decoder import EagerDecoder, StagedDecoder
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kernels.router import route
 from moe_engine.layers import MixtureOfExperts
 from moe_engine.profile import Profile, load_profile, path_of

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_engine import DecodeError, Engine
-from moe_engine.decoder import GraphDecoder
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kernels import _cpu
 from moe_engine.kernels.worker import DecodeWorker, Mode, Rates
 from moe_engine.profile import Profile
@@ -222,7 +222,7 @@ class Held:
             self.copies.append(_cpu.HostCopyEngine(held=True))
             return DecodeWorker(*parts, **(others | options), copies=self.copies[-1])
 
-        monkeypatch.setattr("moe_engine.decoder.DecodeWorker", worker)
+        monkeypatch.setattr("moe_engine.graph_decoder.DecodeWorker", worker)
 
     def release(self, n: int = ALL) -> None:
         self.copies[-1].release(n)
@@ -293,7 +293,7 @@ def test_tokens_are_those_without_a_profile(
     """Over a link so slow that the fill goes on meanwhile."""
     some_profile(model).save()
     monkeypatch.setattr(
-        "moe_engine.decoder.DecodeWorker", lambda *parts, **others: DecodeWorker(*parts, **others, copy_rate=5e5)
+        "moe_engine.graph_decoder.DecodeWorker", lambda *parts, **others: DecodeWorker(*parts, **others, copy_rate=5e5)
     )
     with load(model, **options) as engine:
         assert greedy(engine) == expected

@@ -25,11 +25,11 @@ from moe_engine.benchmark.results import (
 )
 from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import EngineConfig
-from moe_engine.decoder import GraphDecoder
 from moe_engine.engine import Engine
 from moe_engine.errors import ConfigError
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.generation import Result
+from moe_engine.graph_decoder import GraphDecoder
 
 MODEL_FIELDS = ("model_filename", "model_type", "model_size", "model_n_params", "model_fingerprint")
 

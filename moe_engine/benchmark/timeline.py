@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_engine.decoder import GraphDecoder
 from moe_engine.engine import Engine
+from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kernels.mailbox import new_stamps
 
 LANES = ("GPU", "CPU", "PCIe")
