@@ -16,9 +16,9 @@ from torch import Tensor
 from moe_engine.kernels.decode_attention import decode_attention, workspace_size
 from moe_engine.kernels.decode_product import Activations, matvec, matvecs
 from moe_engine.kernels.norm_rope import (
+    fused_rms_norm,
     latent_norm_rope_append,
     qk_norm_rope_append,
-    rms_norm,
     rms_norm_reference,
     rope_reference,
 )
@@ -82,7 +82,7 @@ def grouped(model: Grouped, context: int) -> tuple[list[Step], Callable[[], Tens
     query, attended, out = torch.empty_like(q), torch.empty_like(q), torch.empty_like(x)
     workspace = torch.empty(workspace_size(1, model.n_head, model.n_kv, model.d, context), device=DEVICE)
     steps: list[Step] = [
-        ("norm", partial(rms_norm, x, norm, EPS, out=normed, activations=a)),
+        ("norm", partial(fused_rms_norm, x, norm, EPS, out=normed, activations=a)),
         ("q, k, v", partial(matvecs, normed, (w_q, w_k, w_v), qkv, a)),
         ("q/k norm, rope, append", partial(qk_norm_rope_append, q, k, v, cos, sin, position, k_cache, v_cache, norms=qk,
                                            eps=EPS, out=query)),
@@ -132,13 +132,13 @@ def latent(model: Latent, context: int) -> tuple[list[Step], Callable[[], Tensor
     out = torch.empty_like(x)
     workspace = torch.empty(workspace_size(1, h, 1, lora, context, latent=True), device=DEVICE)
     steps: list[Step] = [
-        ("norm", partial(rms_norm, x, norm, EPS, out=normed, activations=a)),
+        ("norm", partial(fused_rms_norm, x, norm, EPS, out=normed, activations=a)),
         ("q, kv", partial(matvecs, normed, (first, w_kv), both, a)),
     ]
     if model.q_lora:
         low = both[:, : first.n_out]
         steps += [
-            ("q norm", partial(rms_norm, low, q_norm, EPS, out=q_low, activations=a_low)),
+            ("q norm", partial(fused_rms_norm, low, q_norm, EPS, out=q_low, activations=a_low)),
             ("q of the heads", partial(matvec, q_low, w_q, q.view(1, -1), a_low)),
         ]
     steps += [
