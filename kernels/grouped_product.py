@@ -25,7 +25,6 @@ __all__ = ["Groups", "Sorted", "choose_method", "grouped_down", "grouped_gate_up
 
 Method = Literal["fused", "dequantized"]
 IntArray = npt.NDArray[np.integer[Any]]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -166,13 +165,12 @@ def grouped_gate_up(
 
 
 def grouped_down(
-    h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, row_weight: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16, tiling: _Tiling | None = None, out: Tensor | None = None,
-    tiles: tuple[Tensor, Tensor] | None = None,
+    h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, tiling: _Tiling | None = None,
+    out: Tensor | None = None, tiles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """down h for the rows of each group, times `row_weight` (f32 `[n_row]`) if given: `[n_row, n_out]` of `dtype`.
+    """down h for the rows of each group: bf16 `[n_row, n_out]`.
 
-    `out` and tiles: as for `grouped_gate_up`.
+    h: bf16 `[n_row, n_in]`. The rest is as for `grouped_gate_up`.
     """
     from moe_engine.kernels.grouped_kernels import down_kernel
 
@@ -181,7 +179,7 @@ def grouped_down(
     assert h.is_contiguous()
     assert h.shape[1] == down.n_in, (h.shape, down)
     n_row = len(h)
-    y = h.new_empty(n_row, down.n_out, dtype=dtype) if out is None else out
+    y = h.new_empty(n_row, down.n_out) if out is None else out
     if n_row == 0:
         return y
     tiling = tiling or _tiling(n_row, len(groups))
@@ -189,7 +187,6 @@ def grouped_down(
     n_column_tile = -(-down.n_out // tiling.block_n)
     down_kernel[(tile_group.numel() * n_column_tile,)](
         h,
-        h if row_weight is None else row_weight,
         y,
         pool,
         groups.offsets,
@@ -203,14 +200,13 @@ def grouped_down(
         down.n_in,
         down.n_out,
         n_column_tile,
-        HAS_WEIGHT=row_weight is not None,
         **_constants(down, pool, tiling),
     )
     return y
 
 
 def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
-    """Sums each token's rows of y in the order of its choices: f32 `[n_token, n_embd]`. Slot -1 counts as zero."""
+    """Sums each token's rows of y in the order of its choices: f32 `[n_token, hidden]`. Slot -1 counts as zero."""
     from moe_engine.kernels.grouped_kernels import sum_kernel
 
     n_token, top_k = ids.shape
@@ -248,7 +244,7 @@ class PromptProduct:
         self, x: Tensor, ids: Tensor, weights: Tensor, n_expert: int, layout: SlotLayout,
         method: Method | None = None, workspace: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """x: `[n_token, n_embd]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
+        """x: `[n_token, hidden]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
         weights: f32 of that shape. workspace: bf16, flat, at least `workspace_values`.
         """
         self.x, self.ids = x.to(torch.bfloat16).contiguous(), ids.contiguous()
@@ -304,7 +300,7 @@ class PromptProduct:
                 grouped_down(h, placed, scratch, part, tiling=tiling, out=y, tiles=tiles_of(some))
 
     def sum(self, added: Tensor) -> Tensor:
-        """The weighted sum of each token's experts: f32 `[n_token, n_embd]`.
+        """The weighted sum of each token's experts: f32 `[n_token, hidden]`.
 
         added: int32 `[n_expert]`; experts with -1 contribute nothing.
         """
