@@ -29,12 +29,12 @@ def alignment(type: QuantType, *offsets: int) -> int:
     return align if align % 2 == 0 or type.block_bytes % 2 == 1 else 0
 
 
-def unpacking_tile(type: QuantType, limit: int = 128) -> dict[str, int]:
+def unpacking_tile(type: QuantType) -> dict[str, int]:
     """The tile that unpack.py cuts a block into; single elements are bundled."""
     from moe_engine.kernels.unpack import RUN_WIDTHS
 
     width = RUN_WIDTHS[type.name]
-    return {"N_RUN": limit if type.block_size == 1 else type.block_size // width, "RUN_WIDTH": width}
+    return {"N_RUN": 128 if type.block_size == 1 else type.block_size // width, "RUN_WIDTH": width}
 
 
 def units(type: QuantType, n_in: int) -> int:
