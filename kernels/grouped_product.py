@@ -3,7 +3,7 @@
 Two ways. `fused` dequantizes weight tiles on their way to the tensor cores. `dequantized` writes the experts that
 have tokens out as bf16, some at a time, and multiplies those. `moe_prompt` takes the one that is faster for the type
 and the size. Nothing here waits for the device. Without a GPU the kernels run in Triton's interpreter, which must be
-switched on (TRITON_INTERPRET=1) before the first use; where it is not, call `moe_prompt_reference`.
+switched on (TRITON_INTERPRET=1) before the first use; where it is not, there is `PlainProduct`.
 """
 
 from dataclasses import dataclass
@@ -14,11 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_engine.kernels import reference
 from moe_engine.kernels.dequantize import _is_interpreted, _table
 from moe_engine.kernels.grouped_expand import check_pool, expanded, expanded_part
 from moe_engine.kernels.grouped_sort import Groups, Sorted, sort_by_expert
-from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
 
 __all__ = ["Groups", "Sorted", "choose_method", "grouped_down", "grouped_gate_up", "moe_prompt", "sort_by_expert"]
@@ -315,25 +313,3 @@ def moe_prompt(
     product = PromptProduct(x, ids, weights, len(slots), layout, method)
     product.add(pool, slots)
     return product.sum(slots)
-
-
-def moe_prompt_reference(
-    x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, pool: Tensor, layout: SlotLayout
-) -> Tensor:
-    """`moe_prompt` in f64 on the CPU, one expert after the other."""
-    x, ids, weights, pool = x.cpu().double(), ids.cpu(), weights.cpu().double(), pool.cpu()
-    total = torch.zeros_like(x)
-
-    def matrix(slot: int, part: SlotPart) -> Tensor:
-        data = pool[slot, part.offset : part.offset + part.nbytes].view(part.n_out, -1)
-        return reference.dequantize(QuantTensor(data, part.type, part.n_in)).double()
-
-    for expert, slot in enumerate(slots.tolist()):
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        if slot < 0 or not len(token):
-            continue
-        rows = x[token]
-        h = torch.nn.functional.silu(rows @ matrix(slot, layout.gate).T) * (rows @ matrix(slot, layout.up).T)
-        y = h @ matrix(slot, layout.down).T
-        total.index_add_(0, token, y * weights[token, choice, None])
-    return total
