@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_engine.kernels.dequantize import _is_interpreted, _table
+from moe_engine.kernels.device import is_interpreted, table
 from moe_engine.kernels.grouped_expand import check_pool, expanded, expanded_part
 from moe_engine.kernels.grouped_sort import Groups, Sorted, sort_by_expert
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
@@ -109,7 +109,7 @@ def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
     constants |= {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, "enable_fp_fusion": True}
     if part.type.name == "BF16":  # tiles in shared memory for two programs a core, and few registers for decoding
         constants["num_stages"] = min(3, tiling.num_stages)
-    elif tiling.maxnreg is not None and not _is_interpreted():
+    elif tiling.maxnreg is not None and not is_interpreted():
         constants["maxnreg"] = tiling.maxnreg
     return constants
 
@@ -148,7 +148,7 @@ def grouped_gate_up(
         groups.slots,
         tile_group,
         tile_row,
-        _table(gate.type.id, x.device),
+        table(gate.type.id, x.device),
         pool.stride(0),
         gate.offset,
         up.offset - gate.offset,
@@ -191,7 +191,7 @@ def grouped_down(
         groups.slots,
         tile_group,
         tile_row,
-        _table(down.type.id, h.device),
+        table(down.type.id, h.device),
         pool.stride(0),
         down.offset,
         down.type.row_bytes(down.n_in),

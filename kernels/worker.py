@@ -209,7 +209,7 @@ class DecodeWorker:
         self._memory = (mailbox, list(layers), slot_table, numbers)  # what the thread has addresses of
         classes = [[pool.data_ptr() for pool in pools].index(layer.slots.data_ptr()) for layer in layers]
         self._worker = _cpu.DecodeWorker(
-            kernels._pool,
+            kernels.pool,
             copies,
             mailbox.native(),
             mailbox.n_expert,

@@ -15,7 +15,7 @@ from moe_engine.config import EngineConfig, PrefetchMode
 from moe_engine.decode_step import PROMPT_TOKENS, DecodeStep, Misses, Running, StepForm
 from moe_engine.errors import DecodeError, ModelFormatError, MoeEngineError
 from moe_engine.experts import Experts
-from moe_engine.kernels.decode_matvec import run_kernels
+from moe_engine.kernels.device import run_kernels
 from moe_engine.kernels.sampling_kernel import variant_for
 from moe_engine.kernels.worker import MAX_AHEAD, DecodeWorker, Mode, WorkerLayer
 from moe_engine.layers import MixtureOfExperts
