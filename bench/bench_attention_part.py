@@ -13,12 +13,12 @@ import torch
 from gpu_timing import DEVICE, Call, Report, Row, check, copies, exact_values, int32, randn, random_weight
 from torch import Tensor
 
-from moe_engine.kernels.decode_attention import decode_attention, workspace_size
+from moe_engine.kernels.decode_attention import decode_attention
 from moe_engine.kernels.decode_product import Activations, matvec, matvecs
 from moe_engine.kernels.norm_rope import (
+    fused_rms_norm,
     latent_norm_rope_append,
     qk_norm_rope_append,
-    rms_norm,
     rms_norm_reference,
     rope_reference,
 )
@@ -80,14 +80,13 @@ def grouped(model: Grouped, context: int) -> tuple[list[Step], Callable[[], Tens
     qkv = torch.empty(1, heads + 2 * model.n_kv * model.d, device=DEVICE)
     q, k, v = (part.view(1, -1, model.d) for part in qkv.split([heads, *[model.n_kv * model.d] * 2], dim=1))
     query, attended, out = torch.empty_like(q), torch.empty_like(q), torch.empty_like(x)
-    workspace = torch.empty(workspace_size(1, model.n_head, model.n_kv, model.d, context), device=DEVICE)
     steps: list[Step] = [
-        ("norm", partial(rms_norm, x, norm, EPS, out=normed, activations=a)),
+        ("norm", partial(fused_rms_norm, x, norm, EPS, out=normed, activations=a)),
         ("q, k, v", partial(matvecs, normed, (w_q, w_k, w_v), qkv, a)),
         ("q/k norm, rope, append", partial(qk_norm_rope_append, q, k, v, cos, sin, position, k_cache, v_cache, norms=qk,
                                            eps=EPS, out=query)),
         ("attention", partial(decode_attention, query, k_cache, v_cache, position, scale, out=attended,
-                              workspace=workspace, activations=b)),
+                              activations=b)),
         ("output", partial(matvec, attended.view(1, -1), w_o, out, b, residual=x)),
     ]  # fmt: skip
 
@@ -130,15 +129,14 @@ def latent(model: Latent, context: int) -> tuple[list[Step], Callable[[], Tensor
     absorbed = query[..., :lora].transpose(0, 1)
     attended, mixed = torch.empty(1, h, lora, device=DEVICE), torch.empty(1, h, model.n_nope, device=DEVICE)
     out = torch.empty_like(x)
-    workspace = torch.empty(workspace_size(1, h, 1, lora, context, latent=True), device=DEVICE)
     steps: list[Step] = [
-        ("norm", partial(rms_norm, x, norm, EPS, out=normed, activations=a)),
+        ("norm", partial(fused_rms_norm, x, norm, EPS, out=normed, activations=a)),
         ("q, kv", partial(matvecs, normed, (first, w_kv), both, a)),
     ]
     if model.q_lora:
         low = both[:, : first.n_out]
         steps += [
-            ("q norm", partial(rms_norm, low, q_norm, EPS, out=q_low, activations=a_low)),
+            ("q norm", partial(fused_rms_norm, low, q_norm, EPS, out=q_low, activations=a_low)),
             ("q of the heads", partial(matvec, q_low, w_q, q.view(1, -1), a_low)),
         ]
     steps += [
@@ -146,7 +144,7 @@ def latent(model: Latent, context: int) -> tuple[list[Step], Callable[[], Tensor
                                               eps=EPS, out=query[..., lora:], q_nope=q_nope, activations=a_nope)),
         ("queries to latents", partial(matvec, q_nope.transpose(0, 1), w_kb, absorbed, a_nope)),
         ("attention", partial(decode_attention, query, cache, None, position, scale, d_value=lora, out=attended,
-                              workspace=workspace, activations=b)),
+                              activations=b)),
         ("latents to values", partial(matvec, attended.transpose(0, 1), w_vb, mixed.transpose(0, 1), b,
                                       out_activations=a_out)),
         ("output", partial(matvec, mixed.view(1, -1), w_o, out, a_out, residual=x)),

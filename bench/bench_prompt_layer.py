@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moe_engine.backend import AcceleratorBackend
 from moe_engine.budget import SCRATCH_ELEMENTS
-from moe_engine.kernels.norm_rope import rms_norm
+from moe_engine.kernels.norm_rope import fused_rms_norm
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kv_cache import KVCache
 from moe_engine.layers import GroupedQueryAttention, Span, SwiGLU
@@ -148,13 +148,13 @@ class Layer:
 
     def attention(self, x: Tensor, residual: Tensor) -> None:
         rounded = torch.empty(x.shape, dtype=torch.bfloat16, device=DEVICE)
-        rms_norm(x, self.norm, EPS, out=rounded)
+        fused_rms_norm(x, self.norm, EPS, out=rounded)
         self.attn.prompt(rounded, residual, self.span, self.cache.tensors, self.rope)
 
     def feed_forward(self, x: Tensor, residual: Tensor) -> None:
         assert self.ffn is not None
         rounded = torch.empty(x.shape, dtype=torch.bfloat16, device=DEVICE)
-        rms_norm(x, self.norm, EPS, out=rounded)
+        fused_rms_norm(x, self.norm, EPS, out=rounded)
         self.ffn.prompt(rounded, residual)
 
 
@@ -172,7 +172,7 @@ def errors(model: Model, n_token: int, kv_type: str) -> dict[str, float]:
     """Of both parts, against plain f32 with the same type of cache."""
     layer, plain = Layer(model, n_token, kv_type), Layer(model, n_token, kv_type, exact=True)
     x, found = randn(n_token, model.hidden), {}
-    normed = rms_norm(x, layer.norm, EPS)[0]
+    normed = fused_rms_norm(x, layer.norm, EPS)
     parts: dict[str, tuple[Callable[[Tensor, Tensor], None], Callable[[], Tensor]]] = {
         "attention": (layer.attention, lambda: plain.attn(normed, 0, plain.cache, plain.rope))
     }

@@ -94,7 +94,7 @@ class CpuKernels:
         _prepare()
         self.threads = threads
         self.float_activations = float_activations
-        self._pool = _cpu.ThreadPool(threads, spin_microseconds, pin)
+        self.pool = _cpu.ThreadPool(threads, spin_microseconds, pin)
         self._background: _cpu.BackgroundFfn | None = None
         self._background_uses: tuple[object, ...] = ()
 
@@ -121,7 +121,7 @@ class CpuKernels:
         y = torch.empty((*x.shape[:-1], weight.n_out), dtype=torch.float32)
         batch_stride = data.stride(0) if data.dim() == 3 else 0
         _cpu.matmul(
-            self._pool,
+            self.pool,
             weight.type.id,
             data.data_ptr(),
             batch_stride,
@@ -158,21 +158,21 @@ class CpuKernels:
 
     def _dequantize_rows(self, weight: QuantTensor, matrix: torch.Tensor, out: torch.Tensor) -> None:
         n_rows, stride = matrix.shape[0], matrix.stride(0)
-        _cpu.dequantize(self._pool, weight.type.id, matrix.data_ptr(), n_rows, weight.n_in, stride, out.data_ptr())
+        _cpu.dequantize(self.pool, weight.type.id, matrix.data_ptr(), n_rows, weight.n_in, stride, out.data_ptr())
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes, uint8 `[n]`, with all threads."""
         assert target.shape == source.shape, (target.shape, source.shape)
         assert target.is_contiguous(), target.stride()
         assert source.is_contiguous(), source.stride()
-        _cpu.copy_memory(self._pool, target.data_ptr(), source.data_ptr(), source.numel())
+        _cpu.copy_memory(self.pool, target.data_ptr(), source.data_ptr(), source.numel())
 
     def read_rate(self, memory: torch.Tensor) -> float:
         """Bytes per second at which all threads read `memory` (uint8, contiguous), once."""
         best = 0.0
         for prefetch in (0, 2048, 4096):  # bytes ahead; which is best differs between machines
             start = time.perf_counter()
-            _cpu.read_memory(self._pool, memory.data_ptr(), memory.numel(), prefetch)
+            _cpu.read_memory(self.pool, memory.data_ptr(), memory.numel(), prefetch)
             best = max(best, memory.numel() / (time.perf_counter() - start))
         return best
 
@@ -213,7 +213,7 @@ class CpuKernels:
         assert out.dtype == torch.float32, out.dtype
         assert out.is_contiguous()
         in_range = _cpu.expert_ffn(
-            self._pool,
+            self.pool,
             handle.layer,
             x.data_ptr(),
             n_tokens,
@@ -248,7 +248,7 @@ class CpuKernels:
         assert all(tensor.is_contiguous() for tensor in (x, expert_ids, weights, out))
         assert all(0 <= expert < handle.n_expert for expert in only), only
         if self._background is None:
-            self._background = _cpu.BackgroundFfn(self._pool)
+            self._background = _cpu.BackgroundFfn(self.pool)
         places = (x.data_ptr(), n_tokens, expert_ids.data_ptr(), top_k, weights.data_ptr())
         self._background.begin(handle.layer, *places, only, out.data_ptr(), self.float_activations)
         self._background_uses = (handle, x, expert_ids, weights, out)

@@ -56,7 +56,6 @@ def decode_attention(
     *,
     d_value: int | None = None,
     out: Tensor | None = None,
-    workspace: Tensor | None = None,
     tuning: Tuning | None = None,
     activations: Activations | None = None,
 ) -> Tensor:
@@ -66,7 +65,7 @@ def decode_attention(
     with `[n_sequence, capacity, n_kv_head, d]`. positions: int32, one element per sequence: its first token's.
     v_cache None (MLA): caches have no dimension for heads, the values are the first `d_value` (a power of two) of
     each key. Query head h reads key head `h // (n_head / n_kv_head)`. out: f32 `[..., n_head, d_value]`.
-    workspace: flat f32 of `workspace_size`, any contents. A position below zero sees nothing, and its result is 0.
+    A position below zero sees nothing, and its result is 0.
     activations: gets the result in 8 bits as well, d_value a multiple of 16: for the output matrix as
     `[tokens, n_head * d_value]`, or for a stack of one matrix per head as `[n_head * tokens, d_value]`.
     """
@@ -112,10 +111,8 @@ def decode_attention(
     n_row = n_sequence * n_token * n_head
     if n_row == 0:
         return out
-    size = n_row * n_split * (d_value + 2)
-    workspace = query.new_empty(size) if workspace is None else workspace[:size]
-    assert workspace.dtype == torch.float32, workspace.dtype
-    sums, maxima, totals = workspace.split([n_row * n_split * d_value, n_row * n_split, n_row * n_split])
+    parts = query.new_empty(n_row * n_split * (d_value + 2))
+    sums, maxima, totals = parts.split([n_row * n_split * d_value, n_row * n_split, n_row * n_split])
     rows, row_blocks = _row_blocks(cut, n_token, n_head, n_kv)
     # Shared memory bounds the stages of a wide or an f32 cache
     n_stage = 1 if k_values.dtype == torch.float32 else cut.num_stages if latent or d <= 128 else min(2, cut.num_stages)
@@ -177,14 +174,6 @@ def decode_attention(
             **overlap_options(query.device),
         )
     return out
-
-
-def workspace_size(
-    n_token: int, n_head: int, n_kv: int, d_value: int, capacity: int, *, n_sequence: int = 1, latent: bool = False
-) -> int:
-    """f32 elements of a workspace for these shapes and any type of cache."""
-    n_split = _splits(LATENT if latent else GROUPED, n_sequence, n_token, n_head, n_kv, capacity)
-    return n_sequence * n_token * n_head * n_split * (d_value + 2)
 
 
 def _row_blocks(cut: Tuning, n_token: int, n_head: int, n_kv: int) -> tuple[int, int]:

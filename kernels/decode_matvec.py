@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_engine.kernels import decode_tiles, dequantize, reference
+from moe_engine.kernels import decode_tiles, reference
 from moe_engine.kernels.decode_activations import RUN, Activations, quantize
-from moe_engine.kernels.dequantize import _table
+from moe_engine.kernels.device import run_kernels, table
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import QuantType
 
@@ -29,23 +29,19 @@ def alignment(type: QuantType, *offsets: int) -> int:
     return align if align % 2 == 0 or type.block_bytes % 2 == 1 else 0
 
 
-def unpacking_tile(type: QuantType, limit: int = 128) -> dict[str, int]:
+def unpacking_tile(type: QuantType) -> dict[str, int]:
     """The tile that unpack.py cuts a block into; single elements are bundled."""
     from moe_engine.kernels.unpack import RUN_WIDTHS
 
     width = RUN_WIDTHS[type.name]
-    return {"N_RUN": limit if type.block_size == 1 else type.block_size // width, "RUN_WIDTH": width}
+    return {"N_RUN": 128 if type.block_size == 1 else type.block_size // width, "RUN_WIDTH": width}
 
 
 def units(type: QuantType, n_in: int) -> int:
+    """Units in a row of n_in elements, by which 8-bit products step; one for types without them."""
     from moe_engine.kernels.decode_units import UNIT_SIZES
 
     return n_in // UNIT_SIZES.get(type.name, n_in)
-
-
-def run_kernels(tensor: Tensor) -> bool:
-    """Otherwise, with neither a GPU nor Triton's interpreter, the plain versions of reference.py answer."""
-    return tensor.is_cuda or dequantize._is_interpreted()
 
 
 def matvec(
@@ -120,7 +116,7 @@ def matvec(
             x,
             x if activations is None else activations.codes,  # stand-ins that are never used, as below
             x if activations is None else activations.pairs,
-            _table(weight.type.id, x.device),
+            table(weight.type.id, x.device),
             out if residual is None else residual,
             out,
             out if out_activations is None else out_activations.codes,

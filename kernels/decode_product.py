@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moe_engine.kernels import decode_tiles, reference
 from moe_engine.kernels.decode_activations import Activations, quantize
-from moe_engine.kernels.decode_matvec import alignment, is_fast, matvec, matvecs, run_kernels, units, unpacking_tile
-from moe_engine.kernels.dequantize import _table
+from moe_engine.kernels.decode_matvec import alignment, is_fast, matvec, matvecs, units, unpacking_tile
+from moe_engine.kernels.device import run_kernels, table
 from moe_engine.kernels.slot_layout import SlotLayout
 
 __all__ = ["DECODE_TOKENS", "Activations", "MoeBuffers", "is_fast", "matvec", "matvecs", "moe_decode", "quantize"]
@@ -139,8 +139,8 @@ def _launch_moe(
         x,
         activations.codes,
         activations.pairs,
-        _table(layout.gate.type.id, x.device),
-        _table(layout.up.type.id, x.device),
+        table(layout.gate.type.id, x.device),
+        table(layout.up.type.id, x.device),
         buffers.h_float,
         buffers.h.codes,
         buffers.h.pairs,
@@ -202,7 +202,7 @@ def _launch_moe(
             pool,
             slots,
             buffers.h_float,
-            _table(layout.down.type.id, x.device),
+            table(layout.down.type.id, x.device),
             out if residual is None else residual,
             out,
             BLOCK_BYTES=layout.down.type.block_bytes,

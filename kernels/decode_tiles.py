@@ -6,7 +6,7 @@ Measured on an H200 in CUDA graphs. Experts: microseconds for 8 of 2048x768 Q4_K
 
 from typing import Any
 
-from moe_engine.kernels.dequantize import _is_interpreted
+from moe_engine.kernels.device import is_interpreted
 
 # The interpreter's time goes by operation, not by element.
 _INTERPRETER_TILE: dict[str, Any] = {"ROWS": 256, "LANES": 16, "UNROLL": 1, "num_warps": 1}
@@ -18,7 +18,7 @@ FEW_ROWS = 16384
 
 def matvec_tile(n_token: int, n_row: int, n_unit: int, align: int, quantize: bool = False) -> dict[str, Any]:
     """n_unit: units of a row. align: of the blocks. quantize: the result's rows must come in runs of 16."""
-    if _is_interpreted():
+    if is_interpreted():
         return _INTERPRETER_TILE | {"TOKENS": 2 if n_token < 5 else 16, "PREFETCH": True}
     few = n_row < FEW_ROWS
     if n_token > 1:
@@ -51,18 +51,18 @@ def matvec_on_tensor_cores(n_token: int, n_row: int, n_in: int, n_unit: int) -> 
     # 151936x2048, 8 and 16 tokens: Q4_K 95 and 103 us, in 8-bit integers 132 and 305; Q6_K 155 and 165 (218, 420);
     # Q8_0 217 and 228 (157, -). With the asynchronous copies of two stages Q4_K takes 249 and 142: they go past the
     # first cache, and all programs want the same activations. With prefetching 111 and 121.
-    rows = 256 if _is_interpreted() else 64
+    rows = 256 if is_interpreted() else 64
     tile = {"ROWS": rows, "TOKENS": 16, "LANES": lanes, "UNROLL": 1, "PREFETCH": False}
     return tile | {"num_warps": 4, "num_stages": 1}
 
 
 def unpacked_tile(n_row: int = 4) -> dict[str, Any]:
     """For types without a fast path. Not tuned."""
-    return _INTERPRETER_TILE if _is_interpreted() else {"ROWS": n_row, "LANES": 32, "UNROLL": 1, "num_warps": 4}
+    return _INTERPRETER_TILE if is_interpreted() else {"ROWS": n_row, "LANES": 32, "UNROLL": 1, "num_warps": 4}
 
 
 def gate_up_tile() -> dict[str, Any]:
-    if _is_interpreted():
+    if is_interpreted():
         return _INTERPRETER_TILE
     # 16 rows make a run of the quantized result. The kernel alone: 6.7 us; with 4 warps 7.3, with 64 lanes 7.2, with
     # two loop turns at once 7.3, with 16 warps 8.3.
@@ -74,12 +74,12 @@ def down_tile(n_token: int, top_k: int, n_unit: int) -> dict[str, Any]:
     if n_token >= 4 and top_k > 1 and n_unit % 64:
         width = 8 if n_unit % 8 == 0 else 4
         lanes = width * (1 << (top_k - 1).bit_length())
-        if _is_interpreted():
+        if is_interpreted():
             return _INTERPRETER_TILE | {"LANES": lanes, "WIDTH": width}
         # Whole product of 8 of 128 experts for 4, 8 and 16 tokens: Q4_K 32.5, 54.7 and 93 us, Q6_K 47, 83 and 152;
         # with twice the warps 33.9, 58 and 101, 50, 90 and 167; the long row below 33.8, 58 and 104, 51, 89 and 159.
         return {"WIDTH": width, "ROWS": 8, "LANES": lanes, "UNROLL": 3, "num_warps": max(1, lanes // 16)}
-    if _is_interpreted():
+    if is_interpreted():
         return _INTERPRETER_TILE | {"WIDTH": 0}
     if n_unit % 64 and n_unit % 32 == 0:  # lanes of one expert then, which is faster. Not tuned further
         return {"WIDTH": 0, "ROWS": 8, "LANES": 32, "UNROLL": 1, "num_warps": 4}

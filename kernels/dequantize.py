@@ -5,14 +5,12 @@ set before the kernel was first used. Triton is imported only then.
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
 
-from moe_engine.kernels import codebooks, reference
+from moe_engine.kernels import device, reference
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import QuantType
 
@@ -30,29 +28,9 @@ _TILES = dict.fromkeys(WORD_TYPES, 8192) | dict.fromkeys(("Q8_0", "MXFP4"), 4096
 _INTERPRETER_TILE = 1 << 15
 
 
-@cache
-def _is_interpreted() -> bool:
-    """Whether the kernel was decorated for Triton's interpreter, which also takes CPU tensors."""
-    if "TRITON_INTERPRET" not in os.environ:
-        return False
-    from triton import JITFunction
-
-    from moe_engine.kernels.dequantize_kernel import dequantize_kernel
-
-    return not isinstance(dequantize_kernel, JITFunction)
-
-
 def _reads_words(type: QuantType) -> bool:
     """Whether to take the faster of two ways: not in the interpreter, which is slow at many small operations."""
-    return type.name in WORD_TYPES and not _is_interpreted()
-
-
-@cache
-def _table(type_id: int, device: torch.device) -> torch.Tensor:
-    """The type's codebook on `device`: int8, flat. Types without one get a stand-in that is never read."""
-    if not codebooks.has_codebook(type_id):
-        return torch.zeros(1, dtype=torch.int8, device=device)
-    return torch.tensor(codebooks.codebook(type_id).ravel(), device=device)
+    return type.name in WORD_TYPES and not device.is_interpreted()
 
 
 def _as_batch(data: torch.Tensor) -> torch.Tensor:
@@ -84,7 +62,7 @@ def dequantize(
     if data.numel() == 0:
         return out
     batch = _as_batch(data)
-    if not data.is_cuda and not _is_interpreted():
+    if not data.is_cuda and not device.is_interpreted():
         return out.copy_(reference.dequantize(weight))
     plain = _FLOATS.get(weight.type.name)
     is_fast = plain in (torch.float32, out.dtype)
@@ -106,7 +84,7 @@ def tile_constants(type: QuantType) -> dict[str, Any]:
     else:
         width = RUN_WIDTHS[type.name]
         n_run, distance = type.block_size // width, 0
-    tile = _INTERPRETER_TILE if _is_interpreted() else _TILES.get(type.name, _TILE)
+    tile = _INTERPRETER_TILE if device.is_interpreted() else _TILES.get(type.name, _TILE)
     return {
         "TYPE": type.name,
         "BLOCK_BYTES": type.block_bytes,
@@ -125,7 +103,7 @@ def _launch(batch: torch.Tensor, type: QuantType, out: torch.Tensor) -> None:
     with torch.cuda.device_of(batch):
         dequantize_kernel[-(-n_blocks // constants["TILE_BLOCKS"]), batch.shape[0]](
             batch,
-            _table(type.id, batch.device),
+            device.table(type.id, batch.device),
             out,
             n_blocks,
             batch.stride(0),

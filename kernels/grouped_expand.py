@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from moe_engine.kernels.dequantize import _table, tile_constants
+from moe_engine.kernels.dequantize import tile_constants
+from moe_engine.kernels.device import table
 from moe_engine.kernels.grouped_sort import Groups
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotPart
@@ -15,6 +16,7 @@ SCRATCH_BYTES = 200 << 20
 
 
 def check_pool(pool: Tensor, part: SlotPart) -> None:
+    """That `pool` is uint8 `[n_slot, slot_bytes]`, slots contiguous, with room for `part`."""
     assert pool.dtype == torch.uint8, pool.dtype
     assert pool.dim() == 2, pool.shape
     assert pool.stride(1) == 1, pool.stride()
@@ -32,7 +34,7 @@ def dequantize_groups(groups: Groups, pool: Tensor, part: SlotPart, out: Tensor)
         pool,
         groups.offsets,
         groups.slots,
-        _table(part.type.id, pool.device),
+        table(part.type.id, pool.device),
         out,
         pool.stride(0),
         part.offset,
@@ -67,4 +69,5 @@ def expanded(groups: Groups, pool: Tensor, parts: tuple[SlotPart, ...]) -> Itera
 
 
 def expanded_part(part: SlotPart, offset: int = 0) -> SlotPart:
+    """`part` in bf16, `offset` bytes into a slot."""
     return SlotPart(BY_NAME["BF16"], part.n_out, part.n_in, offset)

@@ -157,8 +157,8 @@ def _gate_up_tile(x, row_index, out, gate, row_bytes, up_from_gate, row, stop, c
 
 
 @triton.jit
-def _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_out, table,
-               HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
+def _down_tile(x, out, down, row_bytes, row, stop, column, n_in, n_out, table,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
                BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr,
                FAST: tl.constexpr):  # fmt: skip
     columns = column + tl.arange(0, BLOCK_N)
@@ -167,11 +167,8 @@ def _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_o
     source = tl.minimum(rows, stop - 1)
     x_rows = x + source.to(tl.int64)[:, None] * n_in
     acc = _product(x_rows, p, n_in, table, BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)
-    y = acc
-    if HAS_WEIGHT:
-        y *= tl.load(row_weight + source)[:, None]
     at = rows.to(tl.int64)[:, None] * n_out + columns[None, :]
-    tl.store(out + at, round_to(y, out.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n_out)[None, :])
+    tl.store(out + at, round_to(acc, out.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n_out)[None, :])
 
 
 @triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
@@ -200,12 +197,12 @@ def gate_up_kernel(
 
 @triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
 def down_kernel(
-    x, row_weight, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, down_at,
+    x, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, down_at,
     row_bytes, n_in, n_out, n_column_tile,
-    HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """down x, times the row's weight: program `t * n_column_tile + c` makes BLOCK_M rows by BLOCK_N columns."""
+    """down x: program `t * n_column_tile + c` makes BLOCK_M rows by BLOCK_N columns."""
     tile = tl.program_id(0) // n_column_tile
     group = tl.load(tile_group + tile)
     if group >= 0:
@@ -214,11 +211,11 @@ def down_kernel(
         stop = tl.load(offsets + group + 1)
         down = pool + tl.load(slots + group).to(tl.int64) * slot_bytes + down_at
         if stop - row <= BLOCK_M // 2 and BLOCK_M > 16:
-            _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_out, table, HAS_WEIGHT,
+            _down_tile(x, out, down, row_bytes, row, stop, column, n_in, n_out, table,
                        BLOCK_M // 2 if BLOCK_M > 16 else 16, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH,
                        FAST)  # fmt: skip
         else:
-            _down_tile(x, row_weight, out, down, row_bytes, row, stop, column, n_in, n_out, table, HAS_WEIGHT,
+            _down_tile(x, out, down, row_bytes, row, stop, column, n_in, n_out, table,
                        BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)  # fmt: skip
 
 

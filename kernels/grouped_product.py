@@ -3,7 +3,7 @@
 Two ways. `fused` dequantizes weight tiles on their way to the tensor cores. `dequantized` writes the experts that
 have tokens out as bf16, some at a time, and multiplies those. `moe_prompt` takes the one that is faster for the type
 and the size. Nothing here waits for the device. Without a GPU the kernels run in Triton's interpreter, which must be
-switched on (TRITON_INTERPRET=1) before the first use; where it is not, call `moe_prompt_reference`.
+switched on (TRITON_INTERPRET=1) before the first use; where it is not, there is `PlainProduct`.
 """
 
 from dataclasses import dataclass
@@ -14,18 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_engine.kernels import reference
-from moe_engine.kernels.dequantize import _is_interpreted, _table
+from moe_engine.kernels.device import is_interpreted, table
 from moe_engine.kernels.grouped_expand import check_pool, expanded, expanded_part
 from moe_engine.kernels.grouped_sort import Groups, Sorted, sort_by_expert
-from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
 
 __all__ = ["Groups", "Sorted", "choose_method", "grouped_down", "grouped_gate_up", "moe_prompt", "sort_by_expert"]
 
 Method = Literal["fused", "dequantized"]
 IntArray = npt.NDArray[np.integer[Any]]
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
     constants |= {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages, "enable_fp_fusion": True}
     if part.type.name == "BF16":  # tiles in shared memory for two programs a core, and few registers for decoding
         constants["num_stages"] = min(3, tiling.num_stages)
-    elif tiling.maxnreg is not None and not _is_interpreted():
+    elif tiling.maxnreg is not None and not is_interpreted():
         constants["maxnreg"] = tiling.maxnreg
     return constants
 
@@ -151,7 +148,7 @@ def grouped_gate_up(
         groups.slots,
         tile_group,
         tile_row,
-        _table(gate.type.id, x.device),
+        table(gate.type.id, x.device),
         pool.stride(0),
         gate.offset,
         up.offset - gate.offset,
@@ -166,13 +163,12 @@ def grouped_gate_up(
 
 
 def grouped_down(
-    h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, row_weight: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16, tiling: _Tiling | None = None, out: Tensor | None = None,
-    tiles: tuple[Tensor, Tensor] | None = None,
+    h: Tensor, groups: Groups, pool: Tensor, down: SlotPart, tiling: _Tiling | None = None,
+    out: Tensor | None = None, tiles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """down h for the rows of each group, times `row_weight` (f32 `[n_row]`) if given: `[n_row, n_out]` of `dtype`.
+    """down h for the rows of each group: bf16 `[n_row, n_out]`.
 
-    `out` and tiles: as for `grouped_gate_up`.
+    h: bf16 `[n_row, n_in]`. The rest is as for `grouped_gate_up`.
     """
     from moe_engine.kernels.grouped_kernels import down_kernel
 
@@ -181,7 +177,7 @@ def grouped_down(
     assert h.is_contiguous()
     assert h.shape[1] == down.n_in, (h.shape, down)
     n_row = len(h)
-    y = h.new_empty(n_row, down.n_out, dtype=dtype) if out is None else out
+    y = h.new_empty(n_row, down.n_out) if out is None else out
     if n_row == 0:
         return y
     tiling = tiling or _tiling(n_row, len(groups))
@@ -189,28 +185,26 @@ def grouped_down(
     n_column_tile = -(-down.n_out // tiling.block_n)
     down_kernel[(tile_group.numel() * n_column_tile,)](
         h,
-        h if row_weight is None else row_weight,
         y,
         pool,
         groups.offsets,
         groups.slots,
         tile_group,
         tile_row,
-        _table(down.type.id, h.device),
+        table(down.type.id, h.device),
         pool.stride(0),
         down.offset,
         down.type.row_bytes(down.n_in),
         down.n_in,
         down.n_out,
         n_column_tile,
-        HAS_WEIGHT=row_weight is not None,
         **_constants(down, pool, tiling),
     )
     return y
 
 
 def weighted_sum(y: Tensor, ids: Tensor, place: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
-    """Sums each token's rows of y in the order of its choices: f32 `[n_token, n_embd]`. Slot -1 counts as zero."""
+    """Sums each token's rows of y in the order of its choices: f32 `[n_token, hidden]`. Slot -1 counts as zero."""
     from moe_engine.kernels.grouped_kernels import sum_kernel
 
     n_token, top_k = ids.shape
@@ -248,7 +242,7 @@ class PromptProduct:
         self, x: Tensor, ids: Tensor, weights: Tensor, n_expert: int, layout: SlotLayout,
         method: Method | None = None, workspace: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """x: `[n_token, n_embd]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
+        """x: `[n_token, hidden]` of any float type (multiplied as bf16). ids: int32 or int64 `[n_token, top_k]`;
         weights: f32 of that shape. workspace: bf16, flat, at least `workspace_values`.
         """
         self.x, self.ids = x.to(torch.bfloat16).contiguous(), ids.contiguous()
@@ -304,7 +298,7 @@ class PromptProduct:
                 grouped_down(h, placed, scratch, part, tiling=tiling, out=y, tiles=tiles_of(some))
 
     def sum(self, added: Tensor) -> Tensor:
-        """The weighted sum of each token's experts: f32 `[n_token, n_embd]`.
+        """The weighted sum of each token's experts: f32 `[n_token, hidden]`.
 
         added: int32 `[n_expert]`; experts with -1 contribute nothing.
         """
@@ -319,25 +313,3 @@ def moe_prompt(
     product = PromptProduct(x, ids, weights, len(slots), layout, method)
     product.add(pool, slots)
     return product.sum(slots)
-
-
-def moe_prompt_reference(
-    x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, pool: Tensor, layout: SlotLayout
-) -> Tensor:
-    """`moe_prompt` in f64 on the CPU, one expert after the other."""
-    x, ids, weights, pool = x.cpu().double(), ids.cpu(), weights.cpu().double(), pool.cpu()
-    total = torch.zeros_like(x)
-
-    def matrix(slot: int, part: SlotPart) -> Tensor:
-        data = pool[slot, part.offset : part.offset + part.nbytes].view(part.n_out, -1)
-        return reference.dequantize(QuantTensor(data, part.type, part.n_in)).double()
-
-    for expert, slot in enumerate(slots.tolist()):
-        token, choice = (ids == expert).nonzero(as_tuple=True)
-        if slot < 0 or not len(token):
-            continue
-        rows = x[token]
-        h = torch.nn.functional.silu(rows @ matrix(slot, layout.gate).T) * (rows @ matrix(slot, layout.up).T)
-        y = h @ matrix(slot, layout.down).T
-        total.index_add_(0, token, y * weights[token, choice, None])
-    return total

@@ -13,60 +13,51 @@ from moe_engine.kernels.decode_overlap import overlap_options
 from moe_engine.kernels.norm_rope_cache import FLOATS, Cache, Q8Cache, cached_floats, planes, quantize_reference
 from moe_engine.kernels.norm_rope_kernel import latent_kernel, qk_kernel, rms_norm_kernel
 
-__all__ = ["Cache", "Q8Cache", "cached_floats", "latent_norm_rope_append", "planes", "qk_norm_rope_append"]
-__all__ += ["quantize_reference", "rms_norm", "rms_norm_reference", "rope_reference"]
+__all__ = ["Cache", "Q8Cache", "cached_floats", "fused_rms_norm", "latent_norm_rope_append", "planes"]
+__all__ += ["qk_norm_rope_append", "quantize_reference", "rms_norm_reference", "rope_reference"]
 
 
-def rms_norm(
+def fused_rms_norm(
     x: Tensor,
     weight: Tensor,
     eps: float,
     *,
-    residual: Tensor | None = None,
     out: Tensor | None = None,
-    residual_out: Tensor | None = None,
     activations: Activations | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`(normed, new residual)`: the new residual is x, or x + residual, and it is what is normed.
+) -> Tensor:
+    """Rows of x over their root mean square, times weight; sums are f32.
 
-    x: f32, f16 or bf16 `[n_token, n]`, rows contiguous. weight: f32 `[n]`. residual: `[n_token, n]`, contiguous.
-    out: default f32. residual_out: default like `residual`, which it may also be. Sums are f32; the norm is taken
-    before the residual is rounded to its dtype. activations: gets the normed rows in 8 bits as well, `[n_token, n]`
-    with n a multiple of 16, for the products that follow.
+    x: f32, f16 or bf16 `[n_token, n]`, rows contiguous. weight: f32 `[n]`. out: `[n_token, n]`, contiguous, default
+    f32. activations: gets the normed rows in 8 bits as well, `[n_token, n]` with n a multiple of 16, for the products
+    that follow. What is added to x is added by the product before (`matvec`, `moe_decode`).
     """
     n_token, n = x.shape
     assert x.stride(1) == 1, x.stride()
     assert x.dtype in FLOATS, x.dtype
     _checked(weight, (n,), torch.float32)
     out = x.new_empty(n_token, n, dtype=torch.float32) if out is None else _checked(out, (n_token, n))
-    if residual is not None:
-        _checked(residual, (n_token, n))
-        residual_out = torch.empty_like(residual) if residual_out is None else _checked(residual_out, (n_token, n))
     if activations is not None:
         assert n % RUN == 0, n
         assert activations.codes.shape == (n_token, n), (activations.codes.shape, x.shape)
     if n_token == 0:
-        return out, x if residual_out is None else residual_out
+        return out
     block = triton.next_power_of_2(n)
     with torch.cuda.device_of(x):
         rms_norm_kernel[n_token,](
             x,
-            x if residual is None else residual,  # stand-ins that are never used
             weight,
             out,
-            out if residual_out is None else residual_out,
-            out if activations is None else activations.codes,
+            out if activations is None else activations.codes,  # stand-ins that are never used
             out if activations is None else activations.pairs,
             n,
             x.stride(0),
             eps,
-            ADD=residual is not None,
             QUANTIZE=activations is not None,
             BLOCK=block,
             num_warps=min(16, max(1, block // 512)),  # not tuned, as below
             **overlap_options(x.device),
         )
-    return out, x if residual_out is None else residual_out
+    return out
 
 
 def qk_norm_rope_append(

@@ -13,30 +13,24 @@ from moe_engine.kernels.dequantize_kernel import round_to
 @triton.jit
 def rms_norm_kernel(
     x,
-    residual,
     weight,
     out,
-    residual_out,
     codes,
     pairs,
     n,
     x_stride,
     eps,
-    ADD: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Program t norms row t, after adding the residual's row."""
+    """Program t norms row t."""
     lane = tl.arange(0, BLOCK)
     inside = lane < n
     w = tl.load(weight + lane, mask=inside, other=0.0)
     row = tl.program_id(0).to(tl.int64) + wait_for_previous_kernel(OVERLAP)
     let_next_kernel_start(OVERLAP)
     v = tl.load(x + row * x_stride + lane, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        v += tl.load(residual + row * n + lane, mask=inside, other=0.0).to(tl.float32)
-        tl.store(residual_out + row * n + lane, round_to(v, residual_out.dtype.element_ty), mask=inside)
     v = v * tl.rsqrt(tl.sum(v * v, 0) / n + eps) * w
     tl.store(out + row * n + lane, round_to(v, out.dtype.element_ty), mask=inside)
     if QUANTIZE:

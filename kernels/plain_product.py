@@ -41,3 +41,10 @@ class PlainProduct:
         served = added[self.ids.long()] >= 0
         total: Tensor = (self._y * (self.weights * served)[..., None]).sum(dim=1)
         return total
+
+
+def plain_prompt(x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, pool: Tensor, layout: SlotLayout) -> Tensor:
+    """`moe_prompt` by `PlainProduct`: f32 on the CPU, wherever the tensors are."""
+    product = PlainProduct(x.cpu(), ids.cpu(), weights.cpu(), len(slots), layout)
+    product.add(pool.cpu(), slots.cpu())
+    return product.sum(slots.cpu())

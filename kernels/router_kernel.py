@@ -59,7 +59,7 @@ class Replay(NamedTuple):
     layer: int
 
 
-def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None, ahead: Sequence[Tensor] = ()) -> Tensor:
+def router_logits(x: Tensor, weight: Tensor, ahead: Sequence[Tensor] = ()) -> Tensor:
     """`x` f32 `[n_token, hidden]` times the router matrix f32 `[n_expert, hidden]`: f32 `[n_token, n_expert]`.
 
     For a few tokens: the matrix is read once per eight of them. ahead: at most MAX_AHEAD other matrices, whose logits
@@ -70,7 +70,7 @@ def router_logits(x: Tensor, weight: Tensor, out: Tensor | None = None, ahead: S
     _checked(x, (n_token, hidden), torch.float32)
     for matrix in (weight, *ahead):
         _checked(matrix, (n_expert, hidden), torch.float32)
-    out = x.new_empty(n_token, n_row) if out is None else _checked(out, (n_token, n_row), torch.float32)
+    out = x.new_empty(n_token, n_row)
     if n_token == 0:
         return out
     tokens = min(_TOKEN_TILE, triton.next_power_of_2(n_token))
@@ -99,22 +99,18 @@ def route_and_lookup(
     *,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
-    logits: Tensor | None = None,
     ahead: Sequence[NextRouter] = (),
     replay: Replay | None = None,
-    out: Routing | None = None,
 ) -> Routing:
     """Chooses each token's experts and looks up their slots, on the device, with no synchronisation.
 
     x: logits f32 `[n_token, n_expert]`, or, with `weight` (the router matrix, f32 `[n_expert, hidden]`), the normed
     hidden states f32 `[n_token, hidden]`. slot_table: int32 `[n_expert]`, an expert's slot or -1; without one the slots
-    stay unwritten. bias: f32
-    `[n_expert]`, for the selection only. logits: where to put them in the second form. ahead: of at most MAX_AHEAD
-    layers whose choice to guess, in the second form. replay: experts to choose; the weights stay the router's. All
-    contiguous.
+    stay unwritten. bias: f32 `[n_expert]`, for the selection only. ahead: of at most MAX_AHEAD layers whose choice to
+    guess, in the second form. replay: experts to choose; the weights stay the router's. All contiguous.
     """
     if weight is not None:
-        x = router_logits(x, weight, logits, [router.weight for router in ahead])
+        x = router_logits(x, weight, [router.weight for router in ahead])
     n_token, n_expert = x.shape[0], config.n_expert
     _checked(x, (n_token, (1 + len(ahead)) * n_expert), torch.float32)
     if slot_table is not None:
@@ -123,13 +119,7 @@ def route_and_lookup(
     assert len(biases) == (0 if bias is None else 1 + len(ahead))
     for each in biases:
         _checked(each, (n_expert,), torch.float32)
-    if out is None:
-        out = Routing.empty(n_token, config.top_k, x.device, len(ahead))
-    for tensor, dtype in zip(out[:3], (torch.int32, torch.float32, torch.int32), strict=True):
-        _checked(tensor, (n_token, config.top_k), dtype)
-    if out.ahead is not None or ahead:
-        assert out.ahead is not None
-        _checked(out.ahead, (len(ahead), n_token, config.top_k), torch.int32)
+    out = Routing.empty(n_token, config.top_k, x.device, len(ahead))
     if n_token == 0:
         return out
     if replay is not None:

@@ -13,6 +13,7 @@ ALIGNMENT = 16
 
 
 def aligned(n_bytes: int) -> int:
+    """The next multiple of ALIGNMENT."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 

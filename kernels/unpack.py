@@ -47,7 +47,7 @@ def _u16(p):
 
 
 @triton.jit
-def _u32(p):
+def word_at(p):
     return _u16(p) | (_u16(p + 2) << 16)
 
 
@@ -58,7 +58,7 @@ def _half(bits):
 
 
 @triton.jit
-def _f16(p):
+def half_at(p):
     return _half(_u16(p))
 
 
@@ -73,12 +73,12 @@ def _nibble(p, high):
 
 @triton.jit
 def f32(p, s, w):
-    return _u32(p + 4 * (s + w)).to(tl.float32, bitcast=True)
+    return word_at(p + 4 * (s + w)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def f16(p, s, w):
-    return _f16(p + 2 * (s + w))
+    return half_at(p + 2 * (s + w))
 
 
 @triton.jit
@@ -91,12 +91,12 @@ def bf16(p, s, w):
 
 @triton.jit
 def q4_0(p, s, w):
-    return _f16(p) * (_nibble(p + 2 + w, s) - 8).to(tl.float32)
+    return half_at(p) * (_nibble(p + 2 + w, s) - 8).to(tl.float32)
 
 
 @triton.jit
 def q4_1(p, s, w):
-    return _f16(p) * _nibble(p + 4 + w, s).to(tl.float32) + _f16(p + 2)
+    return half_at(p) * _nibble(p + 4 + w, s).to(tl.float32) + half_at(p + 2)
 
 
 @triton.jit
@@ -108,18 +108,18 @@ def _fifth_bit(p, s, w):
 @triton.jit
 def q5_0(p, s, w):
     q = _nibble(p + 6 + w, s) | _fifth_bit(p + 2, s, w)
-    return _f16(p) * (q - 16).to(tl.float32)
+    return half_at(p) * (q - 16).to(tl.float32)
 
 
 @triton.jit
 def q5_1(p, s, w):
     q = _nibble(p + 8 + w, s) | _fifth_bit(p + 4, s, w)
-    return _f16(p) * q.to(tl.float32) + _f16(p + 2)
+    return half_at(p) * q.to(tl.float32) + half_at(p + 2)
 
 
 @triton.jit
 def q8_0(p, s, w):
-    return _f16(p) * _i8(p + 2 + 32 * s + w).to(tl.float32)
+    return half_at(p) * _i8(p + 2 + 32 * s + w).to(tl.float32)
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def fp4_value(q):
 
 @triton.jit
 def iq4_nl(p, s, w, table):
-    return _f16(p) * iq4_value(_nibble(p + 2 + w, s))
+    return half_at(p) * iq4_value(_nibble(p + 2 + w, s))
 
 
 @triton.jit
@@ -173,8 +173,8 @@ def nvfp4(p, s, w, table):
 def q2_k(p, s, w):
     scale = _u8(p + s)
     q = (_u8(p + 16 + 32 * (s // 8) + 16 * (s % 2) + w) >> (2 * (s % 8 // 2))) & 3
-    d = _f16(p + 80) * (scale & 15).to(tl.float32)
-    m = _f16(p + 82) * (scale >> 4).to(tl.float32)
+    d = half_at(p + 80) * (scale & 15).to(tl.float32)
+    m = half_at(p + 82) * (scale >> 4).to(tl.float32)
     return d * q.to(tl.float32) - m
 
 
@@ -183,7 +183,7 @@ def q3_k(p, s, w):
     scale = _nibble(p + 96 + s % 8, s // 8) | (((_u8(p + 104 + s % 4) >> (2 * (s // 4))) & 3) << 4)
     low = (_u8(p + 32 + 32 * (s // 8) + 16 * (s % 2) + w) >> (2 * (s % 8 // 2))) & 3
     high = (_u8(p + 16 * (s % 2) + w) >> (s // 2)) & 1
-    d = _f16(p + 108) * (scale - 32).to(tl.float32)
+    d = half_at(p + 108) * (scale - 32).to(tl.float32)
     return d * ((low | (high << 2)) - 4).to(tl.float32)
 
 
@@ -195,8 +195,8 @@ def _scale_and_min(p, s, q):
     c = _u8(p + 12 + s % 4)
     scale = tl.where(s < 4, a & 63, (c & 15) | ((a >> 6) << 4))
     minimum = tl.where(s < 4, b & 63, (c >> 4) | ((b >> 6) << 4))
-    d = _f16(p) * scale.to(tl.float32)
-    m = _f16(p + 2) * minimum.to(tl.float32)
+    d = half_at(p) * scale.to(tl.float32)
+    m = half_at(p + 2) * minimum.to(tl.float32)
     return d * q.to(tl.float32) - m
 
 
@@ -215,7 +215,7 @@ def q5_k(p, s, w):
 def q6_k(p, s, w):
     low = _nibble(p + 64 * (s // 8) + 16 * (s % 4) + w, s // 4 % 2)
     high = (_u8(p + 128 + 32 * (s // 8) + 16 * (s % 2) + w) >> (2 * (s % 8 // 2))) & 3
-    d = _f16(p + 208) * _i8(p + 192 + s).to(tl.float32)
+    d = half_at(p + 208) * _i8(p + 192 + s).to(tl.float32)
     return d * ((low | (high << 4)) - 32).to(tl.float32)
 
 
@@ -230,13 +230,13 @@ def tq1_0(p, s, w):
     k = tl.where(i < 160, i // 32, tl.where(i < 240, (i - 160) // 16, (i - 240) // 4))
     power = tl.where(k == 0, 1, tl.where(k == 1, 3, tl.where(k == 2, 9, tl.where(k == 3, 27, 81))))
     digit = (((_u8(p + byte) * power) & 255) * 3) >> 8
-    return _f16(p + 52) * (digit - 1).to(tl.float32)
+    return half_at(p + 52) * (digit - 1).to(tl.float32)
 
 
 @triton.jit
 def tq2_0(p, s, w):
     q = (_u8(p + 32 * (s // 4) + w) >> (2 * (s % 4))) & 3
-    return _f16(p + 64) * (q - 1).to(tl.float32)
+    return half_at(p + 64) * (q - 1).to(tl.float32)
 
 
 # IQ types: an index stands for a run of 8 or 4 elements
@@ -261,37 +261,37 @@ def _signed_grid(db, entry, signs, w, first_sign):
 @triton.jit
 def iq2_xxs(p, s, w, table):
     group = p + 2 + 8 * (s // 4)
-    signs = _even_signs((_u32(group + 4) >> (7 * (s % 4))) & 127)
-    db = _f16(p) * (0.5 + (_u8(group + 7) >> 4).to(tl.float32)) * 0.25
+    signs = _even_signs((word_at(group + 4) >> (7 * (s % 4))) & 127)
+    db = half_at(p) * (0.5 + (_u8(group + 7) >> 4).to(tl.float32)) * 0.25
     return _signed_grid(db, table + 8 * _u8(group + s % 4), signs, w, 0)
 
 
 @triton.jit
 def iq2_xs(p, s, w, table):
     q = _u16(p + 2 + 2 * s)
-    db = _f16(p) * (0.5 + _nibble(p + 66 + s // 4, s // 2 % 2).to(tl.float32)) * 0.25
+    db = half_at(p) * (0.5 + _nibble(p + 66 + s // 4, s // 2 % 2).to(tl.float32)) * 0.25
     return _signed_grid(db, table + 8 * (q & 511), _even_signs(q >> 9), w, 0)
 
 
 @triton.jit
 def iq2_s(p, s, w, table):
     index = _u8(p + 2 + s) | (((_u8(p + 66 + s // 4) >> (2 * (s % 4))) & 3) << 8)
-    db = _f16(p) * (0.5 + _nibble(p + 74 + s // 4, s // 2 % 2).to(tl.float32)) * 0.25
+    db = half_at(p) * (0.5 + _nibble(p + 74 + s // 4, s // 2 % 2).to(tl.float32)) * 0.25
     return _signed_grid(db, table + 8 * index, _u8(p + 34 + s), w, 0)
 
 
 @triton.jit
 def iq3_xxs(p, s, w, table):
-    word = _u32(p + 66 + 4 * (s // 8))
+    word = word_at(p + 66 + 4 * (s // 8))
     signs = _even_signs((word >> (7 * (s // 2 % 4))) & 127)
-    db = _f16(p) * (0.5 + ((word >> 28) & 15).to(tl.float32)) * 0.5
+    db = half_at(p) * (0.5 + ((word >> 28) & 15).to(tl.float32)) * 0.5
     return _signed_grid(db, table + 4 * _u8(p + 2 + s), signs, w, 4 * (s % 2))
 
 
 @triton.jit
 def iq3_s(p, s, w, table):
     index = _u8(p + 2 + s) | (((_u8(p + 66 + s // 8) >> (s % 8)) & 1) << 8)
-    db = _f16(p) * (1 + 2 * _nibble(p + 106 + s // 16, s // 8 % 2)).to(tl.float32)
+    db = half_at(p) * (1 + 2 * _nibble(p + 106 + s // 16, s // 8 % 2)).to(tl.float32)
     return _signed_grid(db, table + 4 * index, _u8(p + 74 + s // 2), w, 4 * (s % 2))
 
 
@@ -299,7 +299,7 @@ def iq3_s(p, s, w, table):
 def iq1_s(p, s, w, table):
     high = _u16(p + 34 + 2 * (s // 4))
     index = _u8(p + 2 + s) | (((high >> (3 * (s % 4))) & 7) << 8)
-    d = _f16(p) * (2 * ((high >> 12) & 7) + 1).to(tl.float32)
+    d = half_at(p) * (2 * ((high >> 12) & 7) + 1).to(tl.float32)
     delta = 0.125 - 0.25 * (high >> 15).to(tl.float32)
     return d * (tl.load(table + 8 * index + w).to(tl.float32) + delta)
 
@@ -320,5 +320,5 @@ def iq1_m(p, s, w, table):
 def iq4_xs(p, s, w, table):
     j = s // 2  # two runs, low and high nibbles, share a scale
     scale = _nibble(p + 4 + j // 2, j % 2) | (((_u16(p + 2) >> (2 * j)) & 3) << 4)
-    d = _f16(p) * (scale - 32).to(tl.float32)
+    d = half_at(p) * (scale - 32).to(tl.float32)
     return d * iq4_value(_nibble(p + 8 + 16 * j + w, s % 2))

@@ -25,43 +25,43 @@ def _split(p):
 @triton.jit
 def _q4_0(p, w):
     low, high = _split(p + 2 + w)
-    d = unpack._f16(p)
+    d = unpack.half_at(p)
     return d * (low - 8).to(tl.float32), d * (high - 8).to(tl.float32)
 
 
 @triton.jit
 def _q4_1(p, w):
     low, high = _split(p + 4 + w)
-    d = unpack._f16(p)
-    m = unpack._f16(p + 2)
+    d = unpack.half_at(p)
+    m = unpack.half_at(p + 2)
     return d * low.to(tl.float32) + m, d * high.to(tl.float32) + m
 
 
 @triton.jit
 def _q5_0(p, w):
     low, high = _split(p + 6 + w)
-    bits = unpack._u32(p + 2) >> w
+    bits = unpack.word_at(p + 2) >> w
     low |= (bits & 1) << 4
     high |= ((bits >> 16) & 1) << 4
-    d = unpack._f16(p)
+    d = unpack.half_at(p)
     return d * (low - 16).to(tl.float32), d * (high - 16).to(tl.float32)
 
 
 @triton.jit
 def _q5_1(p, w):
     low, high = _split(p + 8 + w)
-    bits = unpack._u32(p + 4) >> w
+    bits = unpack.word_at(p + 4) >> w
     low |= (bits & 1) << 4
     high |= ((bits >> 16) & 1) << 4
-    d = unpack._f16(p)
-    m = unpack._f16(p + 2)
+    d = unpack.half_at(p)
+    m = unpack.half_at(p + 2)
     return d * low.to(tl.float32) + m, d * high.to(tl.float32) + m
 
 
 @triton.jit
 def _iq4_nl(p, w):
     low, high = _split(p + 2 + w)
-    d = unpack._f16(p)
+    d = unpack.half_at(p)
     return d * unpack.iq4_value(low), d * unpack.iq4_value(high)
 
 

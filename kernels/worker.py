@@ -20,15 +20,13 @@ from moe_engine.kernels import _cpu
 from moe_engine.kernels.cpu import CpuKernels, ExpertHandle
 from moe_engine.kernels.policy import native_policy
 from moe_engine.kernels.slot_layout import SlotLayout
-from moe_engine.policies.registry import PolicySpec, policy_of
+from moe_engine.policies.registry import PolicySpec
 
 MAX_AHEAD = 2  # layers whose choices a message may predict
 RING = 4  # steps whose messages and tokens have a place of their own
 HEADER_BYTES = 64  # of every record: int64[8]
 
 Mode = Literal["cpu", "fetch", "auto", "exact"]
-
-LRU = policy_of("lru")
 
 
 def _whole_lines(n_bytes: int) -> int:
@@ -169,8 +167,8 @@ class DecodeWorker:
         slot_table: Tensor,
         kernels: CpuKernels,
         *,
-        mode: Mode = "auto",
-        policy: PolicySpec = LRU,
+        mode: Mode,
+        policy: PolicySpec,
         rates: Rates = Rates(),
         max_background: int = 1,
         stall_seconds: float = 4.0,
@@ -209,7 +207,7 @@ class DecodeWorker:
         self._memory = (mailbox, list(layers), slot_table, numbers)  # what the thread has addresses of
         classes = [[pool.data_ptr() for pool in pools].index(layer.slots.data_ptr()) for layer in layers]
         self._worker = _cpu.DecodeWorker(
-            kernels._pool,
+            kernels.pool,
             copies,
             mailbox.native(),
             mailbox.n_expert,

@@ -14,8 +14,8 @@ from moe_engine.errors import ConfigError
 from moe_engine.kernels import dequantize as device_kernels
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.decode_activations import RUN
-from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.decode_product import DECODE_TOKENS, Activations, matvec
+from moe_engine.kernels.device import run_kernels
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
 

@@ -17,7 +17,7 @@ from moe_engine.cache_files import cache_folder, replace_file
 from moe_engine.errors import CalibrationError
 from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
-from moe_engine.prompt_split import Rates
+from moe_engine.prompt_split import PromptRates
 
 MAGIC, VERSION = "moe_engine calibration", 3
 _LARGEST_FILE = 1 << 20
@@ -106,10 +106,10 @@ class Calibration:
             return Hardware(vram=self.ram, pcie=self.ram, dram=self.ram)
         return Hardware(self.gpu.copy, max(self.gpu.pcie.values()), self.ram)
 
-    def rates(self, type: str) -> Rates:
+    def rates(self, type: str) -> PromptRates:
         """For the division of a prompt's experts of a type between bus and CPU. There must be a GPU."""
         assert self.gpu is not None
-        return Rates(
+        return PromptRates(
             pcie=max(self.gpu.pcie.values()),
             dram=self.ram,
             cpu=closest(self.cpu_experts, type).operations,

@@ -13,7 +13,7 @@ from moe_engine.config import EngineConfig
 from moe_engine.decode_step import DecodeStep, Running, StepForm
 from moe_engine.errors import ModelFormatError
 from moe_engine.experts import Experts
-from moe_engine.kernels.decode_matvec import run_kernels
+from moe_engine.kernels.device import run_kernels
 from moe_engine.kernels.sampling_kernel import variant_for
 from moe_engine.layers import MixtureOfExperts
 from moe_engine.model import Transformer

@@ -16,8 +16,7 @@ from moe_engine.kernels.attention import attention
 from moe_engine.kernels.decode_activations import RUN, Activations
 from moe_engine.kernels.decode_attention import decode_attention
 from moe_engine.kernels.decode_product import matvec, matvecs, moe_decode
-from moe_engine.kernels.norm_rope import qk_norm_rope_append
-from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
+from moe_engine.kernels.norm_rope import fused_rms_norm, qk_norm_rope_append
 from moe_engine.kernels.norm_rope_cache import Cache, half_type, part
 from moe_engine.kernels.prompt_attention import grouped_prompt_attention
 from moe_engine.kernels.router import RouterConfig, route
@@ -72,7 +71,7 @@ class Normed(NamedTuple):
     @classmethod
     def of(cls, x: Tensor, weight: Tensor, eps: float) -> "Normed":
         rounded = empty_activations(x.shape[0], x.shape[1], x.device)
-        return cls(rms_norm_kernel(x, weight, eps, activations=rounded)[0], rounded)
+        return cls(fused_rms_norm(x, weight, eps, activations=rounded), rounded)
 
 
 class GroupedQueryAttention:

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_engine.config import EngineConfig
 from moe_engine.experts import Experts
 from moe_engine.kernels.decode_product import DECODE_TOKENS
-from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
+from moe_engine.kernels.norm_rope import fused_rms_norm
 from moe_engine.kernels.prompt_attention import EXPANDED_BYTES
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kv_cache import LayerCache, TokenShapes
@@ -116,7 +116,7 @@ class Transformer(ABC):
             few = len(ids) <= DECODE_TOKENS and all(block.attn.can_decode for block in self.blk)
             for block, layer_cache in zip(self.blk, cache, strict=True):
                 x = (self._few_tokens if few else self._many_tokens)(block, x, span, layer_cache, rope)
-            return rms_norm_kernel(x, self.output_norm, self.eps)[0]
+            return fused_rms_norm(x, self.output_norm, self.eps)
         for block, layer_cache in zip(self.blk, cache, strict=True):
             x = x + block.attn(rms_norm(x, block.attn_norm, self.eps), position, layer_cache, rope)
             x = x + block.ffn(rms_norm(x, block.ffn_norm, self.eps))
@@ -131,12 +131,12 @@ class Transformer(ABC):
     def _many_tokens(self, block: Block, x: Tensor, span: Span, cache: LayerCache, rope: Rope) -> Tensor:
         """A layer on the tensor cores; x is overwritten."""
         rounded = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
-        rms_norm_kernel(x, block.attn_norm, self.eps, out=rounded)
+        fused_rms_norm(x, block.attn_norm, self.eps, out=rounded)
         block.attn.prompt(rounded, x, span, cache.tensors, rope)
         if isinstance(block.ffn, MixtureOfExperts):
-            block.ffn.prompt(rms_norm_kernel(x, block.ffn_norm, self.eps)[0], x)
+            block.ffn.prompt(fused_rms_norm(x, block.ffn_norm, self.eps), x)
         else:
-            rms_norm_kernel(x, block.ffn_norm, self.eps, out=rounded)
+            fused_rms_norm(x, block.ffn_norm, self.eps, out=rounded)
             block.ffn.prompt(rounded, x)
         return x
 

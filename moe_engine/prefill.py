@@ -13,7 +13,7 @@ from moe_engine.experts import Experts
 from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.kv_cache import KVCache
 from moe_engine.model import Transformer
-from moe_engine.prompt_split import PromptWay, Rates
+from moe_engine.prompt_split import PromptRates, PromptWay
 from moe_engine.recording import Recorder
 from moe_engine.rope import Rope
 from moe_engine.routing_estimate import estimate
@@ -77,9 +77,9 @@ class Prefill:
         if self._way is not None and typical:
             self._way.note(n, in_steps, time.perf_counter() - started, rates)
 
-    def _rates(self) -> Rates:
+    def _rates(self) -> PromptRates:
         prompt = self._experts.prompt
-        return Rates() if prompt is None else prompt.rates
+        return PromptRates() if prompt is None else prompt.rates
 
     @torch.inference_mode()
     def hidden(self, ids: Sequence[int], first: int = 0, index: int = 0) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from moe_engine.kernels.grouped_product import PromptProduct, tile_map
 from moe_engine.kernels.host_copy import upload
 from moe_engine.kernels.layer_choice import ChoiceOnHost, LayerChoice
 from moe_engine.kernels.plain_product import PlainProduct
-from moe_engine.prompt_split import Rates, choose_for_cpu, cpu_seconds
+from moe_engine.prompt_split import NEWEST, PromptRates, choose_for_cpu, cpu_seconds
 from moe_engine.stats import PromptCounts
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 FORECAST_TOKENS = 1024  # of a micro-batch, from which the next layer's choice is foreseen
-NEWEST = 0.2  # weight of the newest measurement in a rate
 
 Chooser = Callable[[Tensor], Tensor]
 """A layer's router: x f32 `[n_token, hidden]` to the ids of the chosen experts, int `[n_token, top_k]`."""
@@ -62,7 +61,7 @@ class PromptExperts:
         self, experts: "CachedExperts", n_token: int, top_k: int, exact: bool, choosers: Sequence[Chooser] = ()
     ) -> None:
         self.experts, self.exact, self.choosers = experts, exact, choosers
-        self.rates, self.counts = Rates(), PromptCounts()
+        self.rates, self.counts = PromptRates(), PromptCounts()
         device, n_expert, hidden = experts.device, experts.n_expert, experts.layouts[0].hidden
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         largest = max(layout.slot_bytes for layout in experts.layouts)

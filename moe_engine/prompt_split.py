@@ -6,9 +6,11 @@ from itertools import accumulate
 
 from moe_engine.routing_estimate import RoutingEstimate
 
+NEWEST = 0.2  # weight of the newest measurement in what is learnt
+
 
 @dataclass(frozen=True)
-class Rates:
+class PromptRates:
     """Bytes and operations per second, and seconds. The defaults are of a PCIe 5 machine with 16 cores; measured ones
     replace them.
 
@@ -26,13 +28,13 @@ class Rates:
     stream_layer: float = 2.5e-3  # seconds of the host for a streamed layer, mostly launches
 
 
-def cpu_seconds(n_token: int, nbytes: int, operations: int, rates: Rates) -> float:
+def cpu_seconds(n_token: int, nbytes: int, operations: int, rates: PromptRates) -> float:
     """For one expert; operations: of one token. Its weights are read beside the copies to the GPU."""
     reading = nbytes / max(rates.dram - rates.pcie, rates.dram / 4)
     return rates.cpu_factor * max(reading, n_token * operations / rates.cpu)
 
 
-def choose_for_cpu(counts: Sequence[int], n_elsewhere: int, nbytes: int, operations: int, rates: Rates) -> int:
+def choose_for_cpu(counts: Sequence[int], n_elsewhere: int, nbytes: int, operations: int, rates: PromptRates) -> int:
     """How many of the experts that would have to be copied, those with the fewest tokens, the CPU should compute.
 
     counts: tokens of each, ascending. n_elsewhere: (token, expert) pairs of other experts. operations: of one pair,
@@ -45,9 +47,6 @@ def choose_for_cpu(counts: Sequence[int], n_elsewhere: int, nbytes: int, operati
     cpu = [0.0, *(seconds + rates.hand_over for seconds in accumulate(each))]
     times = [max(gpu, *pair) for pair in zip(link, cpu, strict=True)]
     return times.index(min(times))
-
-
-NEWEST = 0.2  # weight of the newest measurement
 
 
 @dataclass
@@ -65,11 +64,11 @@ class PromptWay:
     stream_factor: float = 1.0
     n_in_steps: int = 0  # prompts that were measured
 
-    def in_steps(self, n_token: int, rates: Rates) -> bool:
+    def in_steps(self, n_token: int, rates: PromptRates) -> bool:
         steps = self.step_factor * self._step_seconds(n_token, rates)
         return steps < self.stream_factor * self._stream_seconds(n_token, rates)
 
-    def note(self, n_token: int, in_steps: bool, seconds: float, rates: Rates) -> None:
+    def note(self, n_token: int, in_steps: bool, seconds: float, rates: PromptRates) -> None:
         """What a prompt took; those in steps without what was done for the first time."""
         expected = (self._step_seconds if in_steps else self._stream_seconds)(n_token, rates)
         measured = min(3.0, seconds / expected)  # the first of a length compiles kernels
@@ -83,11 +82,11 @@ class PromptWay:
         """Of a layer."""
         return len(self.routing.counts(n_token, self.n_expert, self.top_k)) * self.expert_bytes if n_token else 0.0
 
-    def _step_seconds(self, n_token: int, rates: Rates) -> float:
+    def _step_seconds(self, n_token: int, rates: PromptRates) -> float:
         whole, rest = divmod(n_token, self.tokens_per_step)
         used = whole * self._used_bytes(self.tokens_per_step) + self._used_bytes(rest)
         reading = max(self.missing * used / rates.dram, (1 - self.missing) * used / rates.hits)
         return self.n_layer * ((whole + (rest > 0)) * rates.step_layer + reading)
 
-    def _stream_seconds(self, n_token: int, rates: Rates) -> float:
+    def _stream_seconds(self, n_token: int, rates: PromptRates) -> float:
         return self.n_layer * max(rates.stream_layer, self.missing * self._used_bytes(n_token) / rates.dram)

@@ -14,10 +14,12 @@ from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
-from moe_engine.kernels.worker import LRU, RING, DecodeWorker, Mailbox, Mode, Rates, WorkerLayer
-from moe_engine.policies.registry import PolicySpec
+from moe_engine.kernels.worker import RING, DecodeWorker, Mailbox, Mode, Rates, WorkerLayer
+from moe_engine.policies.registry import PolicySpec, policy_of
 
 N_LAYER, N_EXPERT, TOP_K, MAX_BATCH, HIDDEN, N_FF = 3, 6, 2, 4, 256, 256
+
+LRU = policy_of("lru")
 
 Ids = npt.NDArray[np.int64]
 

@@ -22,7 +22,7 @@ from moe_engine.config import EngineConfig
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.reference import dequantize
 from moe_engine.planner import plan
-from moe_engine.prompt_split import Rates
+from moe_engine.prompt_split import PromptRates
 
 CPU_ONLY = replace(H200, gpu=None, disk=None)
 
@@ -71,7 +71,7 @@ def test_an_engine_divides_prompts_by_what_was_calibrated(
         assert isinstance(engine.experts, CachedExperts)
         assert engine.experts.prompt
         assert str(engine.experts.layouts[0].gate.type) == "Q4_K"
-        assert engine.experts.prompt.rates == (Rates() if machine is None else machine.rates("Q4_K"))
+        assert engine.experts.prompt.rates == (PromptRates() if machine is None else machine.rates("Q4_K"))
     assert asked == [("cpu", 2)]
 
 

@@ -158,7 +158,7 @@ def test_matvecs(names: tuple[str, ...], n_token: int) -> None:
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a GPU nor the interpreter: the reference answers."""
-    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    monkeypatch.setattr("moe_engine.kernels.device.is_interpreted", lambda: False)
     weight = random_weight(BY_NAME["Q4_K"], 5, 256)
     weight = QuantTensor(weight.data.cpu(), weight.type, 256)
     x = random_input(2, 256).cpu()

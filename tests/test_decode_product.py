@@ -175,7 +175,7 @@ def test_replayed_in_a_graph() -> None:
 
 def test_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a GPU nor the interpreter: the reference answers."""
-    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    monkeypatch.setattr("moe_engine.kernels.device.is_interpreted", lambda: False)
     layout = layout_of("Q4_K", "Q4_K", "Q6_K", 256, 256)
     pool = random_pool(layout, 2).cpu()
     x = random_input(2, 256).cpu()

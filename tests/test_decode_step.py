@@ -18,7 +18,7 @@ from moe_engine import ConfigError, DecodeError, Engine
 from moe_engine.decode_step import StepForm
 from moe_engine.decoder import EagerDecoder, StagedDecoder
 from moe_engine.graph_decoder import GraphDecoder
-from moe_engine.kernels.decode_matvec import run_kernels
+from moe_engine.kernels.device import run_kernels
 from moe_engine.kernels.norm_rope_cache import cached_floats
 from moe_engine.layers import MixtureOfExperts
 
@@ -280,7 +280,7 @@ def test_sampling_follows_its_seed(path_of: Callable[[str], Path], monkeypatch: 
     with load(path, experts="cpu") as engine:
         first = engine.generate(PROMPT, max_tokens=2, **options).tokens
         assert engine.generate(PROMPT, max_tokens=2, **options).tokens == first
-    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    monkeypatch.setattr("moe_engine.kernels.device.is_interpreted", lambda: False)
     with load(path) as engine:
         assert isinstance(engine.decoder, EagerDecoder)  # draws on the CPU
         assert engine.generate(PROMPT, max_tokens=2, **options).tokens == first
@@ -288,7 +288,7 @@ def test_sampling_follows_its_seed(path_of: Callable[[str], Path], monkeypatch: 
 
 
 def test_without_kernels_decoding_is_eager(path_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    monkeypatch.setattr("moe_engine.kernels.device.is_interpreted", lambda: False)
     with load(path_of("qwen3moe/plain")) as engine:
         assert not run_kernels(engine.model.output_norm)
         assert isinstance(engine.decoder, EagerDecoder)

@@ -201,7 +201,7 @@ def test_reference_takes_its_own_memory(type: QuantType) -> None:
 
 
 def test_cpu_without_interpreter_uses_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dequantize, "_is_interpreted", lambda: False)
+    monkeypatch.setattr("moe_engine.kernels.device.is_interpreted", lambda: False)
     monkeypatch.setattr(dequantize, "_launch", None)
     data, type, n_in = random_weight("IQ1_M", 3, 1)
     weight = QuantTensor(torch.from_numpy(data), type, n_in)

@@ -178,7 +178,7 @@ def test_too_small_a_budget_says_what_is_needed() -> None:
 
 
 def test_experts_fall_back_to_the_cpu_only_when_asked_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)
+    monkeypatch.setattr("moe_engine.kernels.device.is_interpreted", lambda: False)
     with Engine.load(experts="cpu", **SIMULATED) as engine:
         assert engine.vram_plan is not None
         without_slots = engine.vram_plan.budget - engine.vram_plan.slots
@@ -204,7 +204,7 @@ def test_tokens_do_not_depend_on_what_is_in_slots(
     slots: int | None, activations: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of prompts, which also decodes where the decode step cannot."""
-    monkeypatch.setattr("moe_engine.kernels.dequantize._is_interpreted", lambda: False)  # fast stand-ins
+    monkeypatch.setattr("moe_engine.kernels.device.is_interpreted", lambda: False)  # fast stand-ins
     ids = [39, 449, 78, 11, 1302, 0]
     with Engine.load(device="cpu", activations="float", kv_dtype="f32", ctx=64, threads=1) as cpu:
         expected = cpu.generate(ids, temperature=0, max_tokens=6).tokens

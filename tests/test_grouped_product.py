@@ -1,4 +1,4 @@
-"""The grouped product against float64 products of the gguf package's values: on a GPU, else in the interpreter."""
+"""The grouped product against float64 products and `PlainProduct`: on a GPU, else in the interpreter."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_engine.kernels import grouped_product as gp
 from moe_engine.kernels import reference
+from moe_engine.kernels.plain_product import plain_prompt
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME, QUANT_TYPES, QuantType
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
@@ -86,8 +87,7 @@ def check_products(layout: SlotLayout, pool: Tensor, counts: Sequence[int], tili
     x = random_x(n_row + 3, layout.gate.n_in)
     row_index = torch.randperm(n_row + 3, generator=torch.Generator().manual_seed(1))[:n_row].int().to(DEVICE)
     h = gp.grouped_gate_up(x, row_index, groups, pool, layout.gate, layout.up, tiling=tiling)
-    weight = torch.rand(n_row, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    y = gp.grouped_down(h, groups, pool, layout.down, weight, torch.float32, tiling=tiling)
+    y = gp.grouped_down(h, groups, pool, layout.down, tiling=tiling)
     rows, hidden = x[row_index].double().cpu(), h.double().cpu()
     start = 0
     h_exact, y_exact = torch.zeros(n_row, layout.gate.n_out).double(), torch.zeros(n_row, layout.down.n_out).double()
@@ -95,7 +95,7 @@ def check_products(layout: SlotLayout, pool: Tensor, counts: Sequence[int], tili
         here = slice(start, start + count)
         gate, up = (rows[here] @ values(pool, slot, part).T for part in (layout.gate, layout.up))
         h_exact[here] = torch.nn.functional.silu(gate) * up
-        y_exact[here] = hidden[here] @ values(pool, slot, layout.down).T * weight[here, None].double().cpu()
+        y_exact[here] = hidden[here] @ values(pool, slot, layout.down).T
         start += count
     assert error(h, h_exact) < 1e-2
     assert error(y, y_exact) < 1e-2
@@ -176,7 +176,7 @@ def test_moe_prompt(method: gp.Method, names: tuple[str, str, str]) -> None:
     x = random_x(11, 256)
     out = gp.moe_prompt(x, ids if method == "fused" else ids.long(), weights, slots, pool, layout, method)
     assert out.dtype == torch.float32
-    assert error(out, gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)) < 1e-2
+    assert error(out, plain_prompt(x, ids, weights, slots, pool, layout)) < 1e-2
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -188,7 +188,7 @@ def test_all_tokens_to_the_same_experts(method: gp.Method) -> None:
     weights = torch.rand(70, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     x = random_x(70, 256)
     out = gp.moe_prompt(x, ids, weights, slots, pool, layout, method)
-    assert error(out, gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)) < 1e-2
+    assert error(out, plain_prompt(x, ids, weights, slots, pool, layout)) < 1e-2
 
 
 def test_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = random_pool(layout, 5, seed=7)
     ids, weights = routing(9, 2, 5)
     x, slots = random_x(9, 128), torch.tensor([4, 0, -1, 3, 1], dtype=torch.int32, device=DEVICE)
-    expected = gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)
+    expected = plain_prompt(x, ids, weights, slots, pool, layout)
     for limit in (4 * 2 * 128 * 128, 0):
         monkeypatch.setattr("moe_engine.kernels.grouped_expand.SCRATCH_BYTES", limit)
         assert error(gp.moe_prompt(x, ids, weights, slots, pool, layout, "dequantized"), expected) < 1e-2
@@ -272,6 +272,6 @@ def test_large_groups_on_the_gpu() -> None:
     slots = torch.arange(8, dtype=torch.int32, device=DEVICE)
     ids, weights = routing(3000, 2, 8)
     x = random_x(3000, 2048)
-    expected = gp.moe_prompt_reference(x, ids, weights, slots, pool, layout)
+    expected = plain_prompt(x, ids, weights, slots, pool, layout)
     for method in METHODS:
         assert error(gp.moe_prompt(x, ids, weights, slots, pool, layout, method), expected) < 1e-2

@@ -14,10 +14,10 @@ from moe_engine.kernels.norm_rope import (
     Cache,
     Q8Cache,
     cached_floats,
+    fused_rms_norm,
     latent_norm_rope_append,
     qk_norm_rope_append,
     quantize_reference,
-    rms_norm,
     rms_norm_reference,
     rope_reference,
 )
@@ -58,31 +58,18 @@ def assert_stored(cache: Cache, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm(n: int, dtype: str) -> None:
     x, weight = randn(3, 2 * n).to(DTYPES[dtype])[:, :n], randn(n, seed=1)
-    y, same = rms_norm(x, weight, EPS)
-    assert same is x
+    y = fused_rms_norm(x, weight, EPS)
     torch.testing.assert_close(y, rms_norm_reference(x, weight, EPS), rtol=1e-5, atol=1e-6)
-    rounded, _ = rms_norm(x, weight, EPS, out=torch.empty(3, n, dtype=DTYPES[dtype], device=DEVICE))
+    rounded = fused_rms_norm(x, weight, EPS, out=torch.empty(3, n, dtype=DTYPES[dtype], device=DEVICE))
     assert rounded.dtype == DTYPES[dtype]
     torch.testing.assert_close(rounded.float(), y, rtol=2**-7, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_adds_the_residual(dtype: str) -> None:
-    x, weight, residual = randn(5, 300), randn(300, seed=1), randn(5, 300, seed=2).to(DTYPES[dtype])
-    both = x + residual.float()
-    y, new = rms_norm(x, weight, EPS, residual=residual)
-    assert torch.equal(new, both.to(DTYPES[dtype]))
-    torch.testing.assert_close(y, rms_norm_reference(both, weight, EPS), rtol=1e-5, atol=1e-6)
-    _, in_place = rms_norm(x, weight, EPS, residual=residual, residual_out=residual)
-    assert in_place is residual
-    assert torch.equal(residual, new)
-
-
 @pytest.mark.parametrize("n", [48, 2048])
 def test_rms_norm_quantizes(n: int) -> None:
-    x, weight, residual = randn(3, n), randn(n, seed=1), randn(3, n, seed=2)
+    x, weight = randn(3, n), randn(n, seed=1)
     activations = Activations.empty(3, n, x.device)
-    y, _ = rms_norm(x, weight, EPS, residual=residual, activations=activations)
+    y = fused_rms_norm(x, weight, EPS, activations=activations)
     assert_quantized(activations, y)
 
 

@@ -19,14 +19,14 @@ from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.prompt_experts import PromptExperts
-from moe_engine.prompt_split import Rates, choose_for_cpu, cpu_seconds
+from moe_engine.prompt_split import PromptRates, choose_for_cpu, cpu_seconds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N_LAYER, N_EXPERT, TOP_K, HIDDEN, N_FF, N_TOKEN = 3, 6, 2, 64, 32, 20
 DOWN = ["Q8_0", "Q4_0", "Q8_0"]  # two layouts
 TOLERANCE = 0.03  # random weights, 8-bit activations on the CPU; an expert left out changes far more
-SLOW_LINK = Rates(pcie=1.0)  # every expert would rather be computed on the CPU
-SLOW_CPU = Rates(cpu=1.0)
+SLOW_LINK = PromptRates(pcie=1.0)  # every expert would rather be computed on the CPU
+SLOW_CPU = PromptRates(cpu=1.0)
 
 
 def weights_of(layer: int) -> list[QuantTensor]:
@@ -43,7 +43,9 @@ def weights_of(layer: int) -> list[QuantTensor]:
 class Layers:
     """Three MoE layers, of two layouts, with `n_slot` slots a pool that hold the experts in `resident`."""
 
-    def __init__(self, n_slot: int, n_stage: int, resident: list[tuple[int, int]], exact: bool, rates: Rates) -> None:
+    def __init__(
+        self, n_slot: int, n_stage: int, resident: list[tuple[int, int]], exact: bool, rates: PromptRates
+    ) -> None:
         scratch = torch.empty(1 << 16, device=DEVICE)
         cpu = CpuKernels(2)
         self.experts = experts = CachedExperts(DEVICE, scratch, cpu, caches=True, store=TensorStore(cpu), homes={})
@@ -79,7 +81,7 @@ def choice(n_token: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def reference(layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Expert by expert in f32, of an engine's experts that caches nothing."""
-    others = Layers(2, 2, [], exact=True, rates=Rates())
+    others = Layers(2, 2, [], exact=True, rates=PromptRates())
     found = others.experts._one_by_one(layer, x, ids, weights)
     others.close()
     return found
@@ -95,10 +97,10 @@ ALL = [(layer, expert) for layer in range(N_LAYER) for expert in range(N_EXPERT)
 @torch.inference_mode()
 @pytest.mark.parametrize(
     ("n_slot", "n_stage", "rates"),
-    [(2, 2, SLOW_LINK), (3, 9, SLOW_LINK), (3, 9, SLOW_CPU), (2, 2, Rates()), (12, 2, Rates())],
+    [(2, 2, SLOW_LINK), (3, 9, SLOW_LINK), (3, 9, SLOW_CPU), (2, 2, PromptRates()), (12, 2, PromptRates())],
     ids=["cpu", "cpu and run-ahead", "copies", "both", "all in slots"],
 )
-def test_prompts_give_what_expert_by_expert_gives(n_slot: int, n_stage: int, rates: Rates) -> None:
+def test_prompts_give_what_expert_by_expert_gives(n_slot: int, n_stage: int, rates: PromptRates) -> None:
     layers = Layers(n_slot, n_stage, ALL if n_slot == 12 else ALL[::2], exact=False, rates=rates)
     for n_token in (1, N_TOKEN):
         for layer in range(N_LAYER):
@@ -149,7 +151,7 @@ def test_exact_results_do_not_depend_on_the_cache(
     """
     some, all_missed = (
         Layers(n_slot, n_stage, resident, exact=True, rates=SLOW_LINK),
-        Layers(2, 2, [], exact=True, rates=Rates()),
+        Layers(2, 2, [], exact=True, rates=PromptRates()),
     )
     for step, layer in enumerate(order):
         inputs = choice(n_token, seed=step)
@@ -164,7 +166,7 @@ def test_exact_results_do_not_depend_on_the_cache(
 def test_what_is_foreseen_of_the_next_layer_is_copied_ahead() -> None:
     inputs = [choice(N_TOKEN, seed=layer) for layer in range(N_LAYER)]
     foreseen = [inputs[0][1], inputs[1][1], inputs[1][1]]  # right for layer 1, that of layer 1 for layer 2
-    layers = Layers(2, 8, [], exact=True, rates=Rates())
+    layers = Layers(2, 8, [], exact=True, rates=PromptRates())
     layers.prompt.choosers = [lambda x, ids=ids: ids for ids in foreseen]  # type: ignore[misc]
     copied: list[tuple[int, int]] = []
     copy = layers.experts.store.copy
@@ -187,7 +189,7 @@ def test_what_is_foreseen_of_the_next_layer_is_copied_ahead() -> None:
 
 @torch.inference_mode()
 def test_an_interrupted_prompt_leaves_the_ring_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = Layers(2, 4, [], exact=True, rates=Rates())
+    layers = Layers(2, 4, [], exact=True, rates=PromptRates())
     product = layers.prompt._product
     add, calls = product.add, []
 
@@ -217,7 +219,7 @@ def test_the_cut_between_cpu_and_copies_is_the_best(
     counts: list[int], n_elsewhere: int, pcie: float, dram: float, cpu: float
 ) -> None:
     counts, nbytes, operations = sorted(counts), 3_000_000, 9_000_000
-    rates = Rates(pcie=pcie, dram=dram, cpu=cpu)
+    rates = PromptRates(pcie=pcie, dram=dram, cpu=cpu)
 
     def seconds(n: int) -> float:
         work = sum(cpu_seconds(count, nbytes, operations, rates) for count in counts[:n])

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from moe_engine import ConfigError, Engine
 from moe_engine.kernels import prompt_attention
-from moe_engine.kernels.decode_matvec import run_kernels
 from moe_engine.kernels.decode_product import DECODE_TOKENS
+from moe_engine.kernels.device import run_kernels
 from moe_engine.kernels.norm_rope_cache import Q8Cache, cached_floats
 from moe_engine.kv_cache import KVCache, cached_bytes
 from moe_engine.layers import MixtureOfExperts, Span

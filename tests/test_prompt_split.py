@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from moe_engine.prompt_split import PromptWay, Rates
+from moe_engine.prompt_split import PromptRates, PromptWay
 from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
 
-RATES = Rates(pcie=50e9, dram=110e9, step_layer=70e-6, stream_layer=2.5e-3)
+RATES = PromptRates(pcie=50e9, dram=110e9, step_layer=70e-6, stream_layer=2.5e-3)
 
 
 @pytest.fixture(scope="module")

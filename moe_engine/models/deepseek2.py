@@ -17,8 +17,7 @@ from moe_engine.kernels.decode_activations import RUN
 from moe_engine.kernels.decode_attention import decode_attention
 from moe_engine.kernels.decode_product import matvec, matvecs
 from moe_engine.kernels.dequantize import dequantize
-from moe_engine.kernels.norm_rope import latent_norm_rope_append
-from moe_engine.kernels.norm_rope import rms_norm as rms_norm_kernel
+from moe_engine.kernels.norm_rope import fused_rms_norm, latent_norm_rope_append
 from moe_engine.kernels.norm_rope_cache import Cache, cached_halves, half_type, part
 from moe_engine.kernels.prompt_attention import EXPANDED_BYTES, heads_at_once, prompt_attention
 from moe_engine.kernels.quant_tensor import QuantTensor
@@ -181,7 +180,7 @@ class LatentAttention:
         q, kv = matvecs(x.values, weights, activations=x.rounded)
         if self.attn_q_a_norm is not None:
             rounded = empty_activations(n, q.shape[1], device)
-            q, _ = rms_norm_kernel(q, self.attn_q_a_norm, self.eps, activations=rounded)
+            q = fused_rms_norm(q, self.attn_q_a_norm, self.eps, activations=rounded)
             q = matvec(q, decode_weight(self.attn_q), activations=rounded)
         q_nope, q_pe = q.unflatten(1, (d.n_head, -1)).split([d.qk_nope, d.n_rot], dim=-1)
         rounded = empty_activations(d.n_head * n, d.qk_nope, device)
@@ -222,7 +221,7 @@ class LatentAttention:
         q, kv = prompt_products(x, first, self.attn_kv_a_mqa)
         if self.attn_q_a_norm is not None:
             normed = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            rms_norm_kernel(q, self.attn_q_a_norm, self.eps, out=normed)
+            fused_rms_norm(q, self.attn_q_a_norm, self.eps, out=normed)
             (q,) = prompt_products(normed, self.attn_q)
         q_nope, q_pe = q.unflatten(1, (d.n_head, -1)).split([d.qk_nope, d.n_rot], dim=-1)
         rotated = torch.empty(q_pe.shape, dtype=half_type(latents), device=q.device)

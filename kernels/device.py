@@ -1,0 +1,33 @@
+"""Where the Triton kernels run, and what lies there for them. Triton is imported only if it may be interpreted."""
+
+import os
+from functools import cache
+
+import torch
+
+from moe_engine.kernels import codebooks
+
+
+@cache
+def is_interpreted() -> bool:
+    """Whether the kernels were decorated for Triton's interpreter, which also takes CPU tensors."""
+    if "TRITON_INTERPRET" not in os.environ:
+        return False
+    from triton import JITFunction
+
+    from moe_engine.kernels.dequantize_kernel import dequantize_kernel
+
+    return not isinstance(dequantize_kernel, JITFunction)
+
+
+def run_kernels(tensor: torch.Tensor) -> bool:
+    """Otherwise, with neither a GPU nor Triton's interpreter, the plain versions of reference.py answer."""
+    return tensor.is_cuda or is_interpreted()
+
+
+@cache
+def table(type_id: int, device: torch.device) -> torch.Tensor:
+    """The type's codebook on `device`: int8, flat. Types without one get a stand-in that is never read."""
+    if not codebooks.has_codebook(type_id):
+        return torch.zeros(1, dtype=torch.int8, device=device)
+    return torch.tensor(codebooks.codebook(type_id).ravel(), device=device)
