@@ -243,6 +243,7 @@ class Engine:
         reused = min(_common_prefix(ids, before), len(ids) - 1)
         stats.prompt_tokens += len(ids)
         stats.reused_tokens += reused
+        stats.prefilled_tokens += len(ids) - 1 - reused
         self._in_cache[index] = ids[:reused]
         self.prefill(ids[:-1], reused, index)
         self._in_cache[index] = ids[:-1]
@@ -320,14 +321,16 @@ class Engine:
     def close(self) -> None:
         """Frees the weights and caches. The engine cannot be used afterwards."""
         if "decoder" in self.__dict__:
-            if self.recorder is not None:
-                self.recorder.close()
-            if self.config.profile and isinstance(self.decoder, GraphDecoder):
-                use = self.decoder.use_of_experts(self.fingerprint)
-                if use is not None:
-                    use.save()
-            self.decoder.close()
-            self.experts.close()
+            try:
+                if self.recorder is not None:
+                    self.recorder.close()
+                if self.config.profile and isinstance(self.decoder, GraphDecoder):
+                    use = self.decoder.use_of_experts(self.fingerprint)
+                    if use is not None:
+                        use.save()
+            finally:
+                self.decoder.close()
+                self.experts.close()
         for name in ("prefill", "decoder", "model", "experts", "cache", "rope", "file"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():

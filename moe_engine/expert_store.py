@@ -125,6 +125,11 @@ class ExpertStore:
         return handle
 
     @property
+    def reads_on_demand(self) -> bool:
+        """Whether a layer has experts that are in RAM only while they are held."""
+        return any(layer.on_demand for layer in self._layers)
+
+    @property
     def on_demand_bytes(self) -> int:
         """Of experts that are in RAM now and can leave it."""
         return sum(memory.counts().resident_bytes for memory in self._memories if memory.counts().limit >= 0)

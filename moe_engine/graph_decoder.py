@@ -116,8 +116,8 @@ class GraphDecoder:
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether `prompt` is possible: not where experts have to be fetched first, for a step may choose too many."""
-        return self.misses[0] in ("none", "cpu")
+        """Whether `prompt` may be called: not where a step chooses more than can be fetched or read for it at once."""
+        return self.misses[0] in ("none", "cpu") and not self.step.experts.store.reads_on_demand
 
     @torch.inference_mode()
     def prompt(self, index: int, ids: Sequence[int], position: int) -> bool:

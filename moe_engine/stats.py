@@ -38,6 +38,7 @@ class Stats:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompt's, whose keys and values were in the cache already
+    prefilled_tokens: int = 0  # of the prompt's, computed in prompt_seconds: the last one decodes
     prompt_seconds: float = 0.0
     prompt_experts: PromptCounts | None = None  # of prompts that did not go through the decoder's steps, on a GPU
     decode_tokens: int = 0  # generated, of all sequences
@@ -100,8 +101,7 @@ class Stats:
 
     @property
     def prompt_rate(self) -> float | None:
-        computed = self.prompt_tokens - self.reused_tokens
-        return computed / self.prompt_seconds if self.prompt_seconds and computed else None
+        return self.prefilled_tokens / self.prompt_seconds if self.prompt_seconds and self.prefilled_tokens else None
 
     @property
     def decode_rate(self) -> float | None:

@@ -29,6 +29,8 @@ def test_result_is_whole(engine: Engine) -> None:
     assert result.finish_reason == "length"
     assert result.text == engine.tokenizer.decode(result.tokens)
     assert result.stats.prompt_tokens == len(result.prompt_tokens)
+    assert result.stats.prefilled_tokens == len(result.prompt_tokens) - 1
+    assert engine.generate([1], max_tokens=1).stats.prompt_rate is None  # it decodes
     assert result.stats.decode_tokens == 12
     assert result.stats.peak_ram_bytes > 0
 
