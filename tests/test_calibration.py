@@ -151,7 +151,6 @@ def test_impossible_rates_are_not_kept() -> None:
         replace(H200.gpu, prompt={"Q4_K": Product(1e12, 511e12), "Q8_0": Product(1e12, 1020e12)})
 
 
-@settings(deadline=None)  # the first call imports
 @given(data=st.binary(max_size=200))
 def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.msgpack"
@@ -160,7 +159,7 @@ def test_any_bytes(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Non
         Calibration.load(path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_damaged_files(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.msgpack"

@@ -262,7 +262,6 @@ def cases(n: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
         return settings(
             max_examples=n,
             derandomize=True,
-            deadline=None,
             database=None,
             suppress_health_check=[HealthCheck.function_scoped_fixture],  # the folder is reused on purpose
         )(given_damage)

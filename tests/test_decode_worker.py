@@ -20,7 +20,7 @@ IDS = random_ids(np.random.default_rng(0), 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 # An expert that leaves for one of the step is foreseen to be needed: it is not fetched by the same answer.
 @example(seed=100000, n_token=4, spare=(0, 0), releases=[0, 0, 0], allow_late=[False] * 3, predicts=2)
 @given(

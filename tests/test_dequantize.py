@@ -104,7 +104,7 @@ SCALES = {"Q5_1": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,), "Q5_K": (0, 2), "Q6_
 SCALES |= {"IQ2_S": (0,), "IQ3_XXS": (0,), "IQ1_S": (0,), "TQ1_0": (52,)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), name=st.sampled_from(sorted(SCALES)), n_blocks=st.integers(1, 5), offset=st.integers(0, 9))
 def test_any_block_equals_gguf(data: st.DataObject, name: str, n_blocks: int, offset: int) -> None:
     type = BY_NAME[name]

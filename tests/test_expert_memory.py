@@ -126,7 +126,7 @@ def opens_direct(path: Path) -> bool:
 LIMIT = 28 * PAGE  # half of all
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.lists(
         st.tuples(

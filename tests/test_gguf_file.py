@@ -98,9 +98,7 @@ def test_whole_bundled_model_equals_the_gguf_packages_reading() -> None:
     assert file.metadata == {key: field.contents() for key, field in fields.items()}
 
 
-@settings(
-    max_examples=150, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_headers_raise_our_error(path: Path, data: st.DataObject) -> None:
     raw = bytearray(path.read_bytes())

@@ -337,7 +337,7 @@ def test_wrong_arguments() -> None:
         CpuKernels(0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(sorted(BY_NAME)),
     n_rows=st.integers(1, 40),

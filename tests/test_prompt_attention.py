@@ -43,7 +43,7 @@ def test_causal(kind: str, shape: tuple[int, int, int, int, int, int]) -> None:
     check(kind, *shape)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(position=st.integers(0, 70), n_token=st.integers(1, 70))
 def test_any_position(position: int, n_token: int) -> None:
     check("f16", 2, 1, 16, 16, position, n_token)

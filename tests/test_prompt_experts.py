@@ -127,7 +127,7 @@ def test_long_prompts_send_the_cpu_only_the_tokens_it_needs(monkeypatch: pytest.
 
 
 @torch.inference_mode()
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @example(resident=[], n_slot=5, n_stage=9, order=[0, 1, 2], n_token=6, arriving=ALL[N_EXPERT + 1 :])
 @given(
     resident=st.lists(st.sampled_from(ALL), max_size=12),

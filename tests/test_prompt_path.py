@@ -128,7 +128,7 @@ def test_every_type_of_cache_on_the_cpu(load: Load, kv_type: str) -> None:
 splits = st.lists(st.integers(1, N_PROMPT - 1), max_size=6, unique=True).map(lambda found: [0, *sorted(found)])
 
 
-@settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(["norms", "mla"]), splits=splits)
 def test_any_split_gives_the_same_attention_in_fused_kernels(load: Load, name: str, splits: list[int]) -> None:
     engine, plain = fused(load, name), exact(load, name)

@@ -58,7 +58,7 @@ def test_group_limits_and_bias(n_expert: int, n_group: int, n_used: int, gating:
     check(torch.randn(2, n_expert, generator=torch.Generator().manual_seed(3)).to(DEVICE), config, bias)
 
 
-@settings(max_examples=40 if DEVICE == "cpu" else 15, deadline=None)
+@settings(max_examples=40 if DEVICE == "cpu" else 15)
 @given(data=st.data(), gating=st.sampled_from(GATINGS), rule=st.sampled_from(RULES), normalize=st.booleans())
 def test_any_grid_of_ties(data: st.DataObject, gating: Gating, rule: GroupRule, normalize: bool) -> None:
     n_group = data.draw(st.sampled_from([1, 2, 3, 5]))

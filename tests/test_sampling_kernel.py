@@ -103,7 +103,7 @@ def test_flat_distributions_reach_every_chunk() -> None:
     assert len({token // 512 for token in drawn}) > 2
 
 
-@settings(max_examples=30 if DEVICE == "cpu" else 25, deadline=None)
+@settings(max_examples=30 if DEVICE == "cpu" else 25)
 @given(data=st.data(), variant=st.sampled_from(VARIANTS))
 def test_any_parameters_and_ties(data: st.DataObject, variant: Variant) -> None:
     n_vocab, n_token = data.draw(st.sampled_from([1, 7, 40])), data.draw(st.integers(1, 2))

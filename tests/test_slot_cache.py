@@ -98,7 +98,7 @@ operations = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     spec=st.sampled_from(SPECS),
     n_slot=st.tuples(st.integers(0, 4), st.integers(1, 6)),
@@ -225,7 +225,7 @@ def test_an_earlier_runs_uses_count() -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     order=st.permutations(range(N_EXPERT)),
     uses=st.lists(st.integers(0, N_EXPERT - 1), max_size=6),

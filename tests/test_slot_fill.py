@@ -65,7 +65,7 @@ def test_the_best_come_first_until_no_slot_is_free(n_slot: tuple[int, int], fill
 
 
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_token=st.integers(1, MAX_BATCH),

@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vocabularies import (
     CASES,
@@ -56,13 +56,11 @@ def test_import_is_light() -> None:
 # Round trips and streams.
 
 
-@settings(deadline=None)  # the first example builds what the others reuse
 @given(st.text())
 def test_round_trip(text: str) -> None:
     assert stories().decode(stories().encode(text)) == text
 
 
-@settings(deadline=None)  # the first example builds what the others reuse
 @given(st.text(alphabet="ab \n\t1é漢🦙'<|im_end>"))
 def test_round_trip_of_user_text_has_no_control_tokens(text: str) -> None:
     ids = stories().encode(text)
@@ -81,7 +79,6 @@ def check_stream(tokenizer: Tokenizer, ids: list[int], pieces: list[bytes], skip
     assert done + stream.flush() == whole == tokenizer.decode(ids, skip_special=skip_special)
 
 
-@settings(deadline=None)  # the first example builds what the others reuse
 @given(st.lists(st.integers(0, 8191)), st.booleans())
 def test_stream_of_arbitrary_ids(ids: list[int], skip_special: bool) -> None:
     byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
@@ -244,13 +241,11 @@ def test_scores_against_the_direct_algorithm(seed: int) -> None:
         assert tokenizer.decode(ids) == text
 
 
-@settings(deadline=None)  # the first example builds what the others reuse
 @given(st.text().filter(lambda text: "\u2581" not in text))
 def test_round_trip_with_scores(text: str) -> None:
     assert scored().decode(scored().encode(text)) == text
 
 
-@settings(deadline=None)  # the first example builds what the others reuse
 @given(st.lists(st.integers(0, 800)), st.booleans())
 def test_stream_of_arbitrary_ids_with_scores(ids: list[int], skip_special: bool) -> None:
     tokens = score_metadata()[T + "tokens"]

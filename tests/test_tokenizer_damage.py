@@ -112,7 +112,7 @@ def test_other_tokenizer_models(model: str) -> None:
 ANY_KEYS = ("model", "pre", "tokens", "token_type", "scores", "merges", "bos_token_id", "add_bos_token")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.dictionaries(
         st.sampled_from([T + key for key in ANY_KEYS]),
