@@ -49,6 +49,8 @@ def lines(plan: Plan) -> list[tuple[str, str, str]]:
         found.append(("", "window of experts on disk", format_size(plan.ram.window)))
     if plan.on_disk:
         found.append(("disk", "experts", format_size(plan.on_disk)))
+        if plan.machine is not None and plan.machine.disk is None:
+            found.append(("", "not in the speeds", "its rate is not known: moe-engine calibrate -m FILE"))
     if plan.n_slot:
         found.append(("hits", "of decoding, estimate", f"{plan.hit_rate:.0%} (from {_hit_rate_source(plan)})"))
     rows = [(f"prompt of {prompt.tokens}", prompt) for prompt in plan.prompts]

@@ -32,7 +32,7 @@ from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.inspection import inspect_file
 from moe_engine.model_work import ModelWork
 from moe_engine.plan_advice import doubling
-from moe_engine.plan_report import as_dict
+from moe_engine.plan_report import as_dict, lines
 from moe_engine.planner import Plan, plan
 from moe_engine.predict import Predictor, RunShape
 from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
@@ -327,6 +327,16 @@ def test_more_of_everything_is_no_slower(header: Callable[..., Path]) -> None:
     assert on_disk.decode
     assert on_disk.decode.rate < small.decode.rate
     assert on_disk.decode.terms["disk"] > 0
+
+
+def test_a_disk_whose_rate_is_not_known_is_said(header: Callable[..., Path]) -> None:
+    known = planned(header("qwen3-30b-a3b"), vram_budget="4GiB", ctx=8192, ram_budget="5GiB")
+    assert known.machine is not None
+    unknown = replace(known, machine=replace(known.machine, disk=None))
+    assert [("not in the speeds" in {what for _, what, _ in lines(found)}) for found in (known, unknown)] == [
+        False,
+        True,
+    ]
 
 
 def test_only_layers_on_disk_are_read_from_it(header: Callable[..., Path]) -> None:
