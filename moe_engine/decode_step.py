@@ -236,9 +236,14 @@ class DecodeStep:
         hits: Tensor | None = None,
         late: Tensor | None = None,
     ) -> None:
-        table = self.experts.slot_table
         wait(
-            *(self.mailbox, layer, self.step, routing, table, self.waited, self._seen),
+            self.mailbox,
+            layer,
+            self.step,
+            routing,
+            self.experts.slot_table,
+            self.waited,
+            self._seen,
             out=out,
             hits=hits,
             late=late,

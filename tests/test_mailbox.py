@@ -1,5 +1,7 @@
 """The GPU's side of the mailbox, in Triton's interpreter or on a GPU, with the host's side played by the test."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -123,6 +125,13 @@ def answer(box: Mailbox, seq: int, flags: int, late: list[int], evicted: list[in
     header(box.answer)[:3] = torch.tensor([seq, flags, len(evicted)])
 
 
+def receive(box: Mailbox, routing: Routing, table: Tensor, **options: Any) -> None:
+    """Waits for the answer to layer 1 of step 6, whose number is 25; 21, of the layer before, was seen last."""
+    waited, seen = on_device([0] * N_LAYER, torch.int64), on_device([21], torch.int64)
+    wait(box, 1, on_device([6], torch.int64), routing, table, waited, seen, **options)
+    sync()
+
+
 @pytest.mark.parametrize("hidden", [48, 5000])
 @pytest.mark.parametrize("flags", [0, 1, 2, 3])
 def test_an_answer_is_applied(hidden: int, flags: int) -> None:
@@ -130,20 +139,8 @@ def test_an_answer_is_applied(hidden: int, flags: int) -> None:
     box.y.normal_()
     answer(box, 25, flags, [-1, 9, -1, -1, 5, -1, -1, -1], [7, 40])
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
-    out, late, waited = torch.empty_like(x), torch.empty_like(routing.slots), on_device([0] * N_LAYER, torch.int64)
-    wait(
-        box,
-        1,
-        on_device([6], torch.int64),
-        routing,
-        table,
-        waited,
-        on_device([0], torch.int64),
-        out=out,
-        hits=x,
-        late=late,
-    )
-    sync()
+    out, late = torch.empty_like(x), torch.empty_like(routing.slots)
+    receive(box, routing, table, out=out, hits=x, late=late)
     expected = x.cpu() + (box.y[:2] if flags & 1 else 0)
     assert torch.equal(out.cpu(), expected)
     assert late.tolist() == ([[-1, 9, -1, -1], [5, -1, -1, -1]] if flags & 2 else [[-1] * 4] * 2)
@@ -155,15 +152,7 @@ def test_fetched_experts_can_join_the_hits() -> None:
     box, routing, _ = posted(48, [[0, -1, 2, 3], [-1, 1, 1, 1]], [3, 4])
     answer(box, 25, 2, [-1, 9, -1, -1, 5, -1, -1, -1], [])
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
-    wait(
-        box,
-        1,
-        on_device([6], torch.int64),
-        routing,
-        table,
-        on_device([0] * N_LAYER, torch.int64),
-        on_device([0], torch.int64),
-    )
+    receive(box, routing, table)
     assert routing.slots.tolist() == [[0, 9, 2, 3], [5, 1, 1, 1]]
     assert not table.any()
 
@@ -172,42 +161,21 @@ def test_without_misses_nothing_is_waited_for() -> None:
     box, routing, x = posted(48, [[0, 1, 2, 3]], [3])
     out = torch.empty_like(x)
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
-    wait(
-        box,
-        1,
-        on_device([6], torch.int64),
-        routing,
-        table,
-        on_device([0] * N_LAYER, torch.int64),
-        on_device([0], torch.int64),
-        out=out,
-        hits=x,
-    )
+    receive(box, routing, table, out=out, hits=x)
     assert torch.equal(out, x)
     assert not box.control.any()
 
 
+@pytest.mark.parametrize("hidden", [48, 5000])
 @pytest.mark.parametrize("aborted", [False, True])
-def test_an_answer_that_never_comes_ends_the_wait(aborted: bool) -> None:
-    box, routing, x = posted(48, [[0, -1, 2, 3]], [3])
+def test_an_answer_that_never_comes_ends_the_wait(aborted: bool, hidden: int) -> None:
+    box, routing, x = posted(hidden, [[0, -1, 2, 3]], [3])
     answer(box, 21, 1, [-1] * 4, [3])  # the one of the layer before
     box.control[0] = int(aborted)
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
-    out, waited = torch.empty_like(x), on_device([0] * N_LAYER, torch.int64)
+    out = torch.empty_like(x)
     time_out = 20_000_000 if DEVICE.type == "cuda" else 20
-    wait(
-        box,
-        1,
-        on_device([6], torch.int64),
-        routing,
-        table,
-        waited,
-        on_device([0], torch.int64),
-        out=out,
-        hits=x,
-        time_out=time_out,
-    )
-    sync()
+    receive(box, routing, table, out=out, hits=x, time_out=time_out)
     assert torch.equal(out, x)  # an answer to something else is not taken
     assert not table.any()
     assert int(box.control[1]) == int(not aborted)
