@@ -159,7 +159,7 @@ def main() -> None:
 
     path = options.work / "load-qwen3-30b-a3b.gguf"
     if not path.exists():
-        write_model("qwen3-30b-a3b", path, layers=2 if options.tiny else None, skew=0.35)
+        write_model("qwen3-30b-a3b", path, layers=2 if options.tiny else None)
     note("file_bytes", lambda: path.stat().st_size)
     drop_cache(path)
     note("cached_share_when_cold", lambda: cached_share(path))
@@ -195,7 +195,7 @@ def main() -> None:
 
     path = options.work / "load-deepseek-v2-lite.gguf"
     if not path.exists():
-        write_model("deepseek-v2-lite", path, layers=3 if options.tiny else 27, skew=0.35)
+        write_model("deepseek-v2-lite", path, layers=3 if options.tiny else 27)
     budget = "1800MiB" if options.tiny else "4GiB"
     print(f"{path.name}: {format_size(path.stat().st_size)}", flush=True)
     rows = [["--exact"], ["--miss", "cpu"]] if not options.tiny else [[]]

@@ -3,11 +3,15 @@
 import argparse
 import gc
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+if not torch.cuda.is_available():  # must be known before the kernels are imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from moe_engine.benchmark.random_model import write_model
 
@@ -49,7 +53,7 @@ def by_model(rows: Sequence[AnyRow], options: argparse.Namespace) -> Iterator[tu
     for model in dict.fromkeys(row.model for row in rows):
         path = options.work / f"{model}.gguf"
         if not path.exists():
-            write_model(model, path, layers=2 if options.tiny else LAYERS.get(model), skew=0.35)
+            write_model(model, path, layers=2 if options.tiny else LAYERS.get(model))
         yield path, [row for row in rows if row.model == model]
         path.unlink()
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -64,9 +64,15 @@ def bench(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Only its first layers.", rich_help_panel=MODEL)] = None,
     skew: Annotated[
-        float, typer.Option(help="How much its routers prefer some experts; 0: not at all.", rich_help_panel=MODEL)
-    ] = 0.35,
-    mix: Annotated[str, typer.Option(help="Its types: q4_k_m, q5_k_m, q6_k, q8_0.", rich_help_panel=MODEL)] = "q4_k_m",
+        float | None,
+        typer.Option(
+            help="How much its routers prefer some experts; 0: not at all. Default: 0.35.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Its types: q4_k_m, q5_k_m, q6_k, q8_0. Default: q4_k_m.", rich_help_panel=MODEL),
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Folder for random models. Default: the user's cache.", rich_help_panel=MODEL)
     ] = None,
@@ -101,6 +107,10 @@ def bench(
         plots.make_folder(plot)
     if random is not None and model is not None:
         raise ConfigError("give either --model or --random")
+    shape: dict[str, Any] = {"layers": layers, "skew": skew, "mix": mix, "work": work}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    if shape and random is None:
+        raise ConfigError(f"--{', --'.join(shape)}: only with --random, which is not given")
     only_both = bool(both) and n_prompt is None and n_gen is None
     prompts = plan.numbers("-p", n_prompt or (["0"] if only_both else ["512"]))
     gens = plan.numbers("-n", n_gen or (["0"] if only_both else ["128"]))
@@ -111,7 +121,7 @@ def bench(
     named["policy"] = policy
     lists = {name: texts for name, texts in named.items() if texts} | _settings(settings or [])
     session = Session(
-        _random(random, layers, skew, mix, work) if random else model or bundled_model(),
+        _random(random, **shape) if random else model or bundled_model(),
         plan.loads({"device": [device], **lists}),
         tests,
         repetitions,
@@ -179,13 +189,12 @@ def plot_(
         print(path)
 
 
-def _random(shape: str, layers: int | None, skew: float, mix: str, work: Path | None) -> Path:
+def _random(name: str, work: Path | None = None, **shape: Any) -> Path:
     from moe_engine.benchmark.random_model import random_model
     from moe_engine.cache_files import cache_folder
 
     with _bar("writing the random model") as update:
-        folder = work or cache_folder()
-        return random_model(shape, folder, layers=layers, skew=skew, mix=mix, progress=lambda n, of: update(n, of, ""))
+        return random_model(name, work or cache_folder(), progress=lambda n, of: update(n, of, ""), **shape)
 
 
 @contextmanager

@@ -144,6 +144,8 @@ def test_policies_are_compared(bench: Bench) -> None:
         (["-m", "nowhere.gguf"], "nowhere.gguf: no such file"),
         (["--routing", "nowhere.npz"], "nowhere.npz: no such file"),
         (["--vram-budget", "10%"], "has no VRAM"),
+        (["--vram-budget", "1GiB"], "vram_budget is '1GiB', but device 'cpu' has no VRAM"),
+        (["--layers", "2", "--mix", "q6_k"], "--layers, --mix: only with --random"),
         (["--vram-budget", "110%"], "vram_budget is '110%'"),
         (["-p", "4000"], "ctx is 4001"),
         (["compare", "a.json", "b.json", "--threshold", "x"], "threshold is 'x'"),

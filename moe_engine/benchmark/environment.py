@@ -1,6 +1,5 @@
 """Where and with what a result was measured. No names of hosts or users, and of files only the last part."""
 
-import hashlib
 import os
 import platform
 import shlex
@@ -17,8 +16,6 @@ from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Hardware
 from moe_engine.inspection import inspect_file
 from moe_engine.placement import is_expert
-
-_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a model's weights, for its fingerprint
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class ModelFacts:
     model_type: str
     model_size: int  # bytes of tensors
     model_n_params: int
-    model_fingerprint: str
+    model_fingerprint: str  # `GGUFFile.fingerprint`
     routed_bytes: int  # of routed experts
     active_bytes: int  # of these, that one token reads
     active_params: int  # weights that a token is multiplied with, without embedding and output
@@ -98,7 +95,7 @@ class ModelFacts:
             model_type=f"{found.architecture} {found.name}".strip(),
             model_size=sum(info.nbytes for info in file.tensors.values()),
             model_n_params=values,
-            model_fingerprint=fingerprint(path),
+            model_fingerprint=file.fingerprint(),
             routed_bytes=found.routed_bytes,
             active_bytes=found.active_bytes,
             active_params=_active_params(file, dimensions["used_count"] / max(1, dimensions["count"])),
@@ -113,18 +110,6 @@ def _active_params(file: GGUFFile, share: float) -> int:
     """share: of the routed experts, that a token uses."""
     read = (info for info in file.tensors.values() if info.name.startswith("blk."))
     return round(sum(torch.Size(t.shape).numel() * (share if is_expert(t.name) else 1) for t in read))
-
-
-def fingerprint(path: Path) -> str:
-    """Identifies a file's content by its size, its header and samples of its weights: 16 hexadecimal digits."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(1 << 20))
-        for i in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def public_command(arguments: Sequence[str]) -> str:

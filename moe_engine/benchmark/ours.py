@@ -79,6 +79,10 @@ class Ours:
     def open(self, tests: Sequence[Test]) -> None:
         reset_peak_ram()
         options = engine_options(self.path, self.facts, self.load, max(test.n_ctx for test in tests))
+        if options.get("vram_budget") is not None and not self.machine.accelerated:
+            raise ConfigError(
+                f"vram_budget is '{options['vram_budget']}', but device '{self.machine.device}' has no VRAM"
+            )
         started = time.perf_counter()
         self._engine = engine = Engine.load(self.path, **options)
         self.load_seconds = time.perf_counter() - started
