@@ -44,6 +44,8 @@ def page() -> str:
         parts.append(prefill_section(found["prefill"]))
     if "check_gpu" in found:
         parts.append(memory_section(found["check_gpu"]))
+    if "kv_types" in found:
+        parts.append(kv_section(found["kv_types"]))
     parts.append("## Kernels\n")
     for name, title in KERNELS.items():
         if name in found:
@@ -132,6 +134,20 @@ def memory_section(found: dict[str, Any]) -> str:
         for row in found["full_size"]
     ]
     return f"## Memory\n\n`{found['command']}` on {found['gpu']}, torch {found['torch']}\n\n" + table(lines)
+
+
+def kv_section(found: dict[str, Any]) -> str:
+    lines = [
+        {
+            "KV type": row["type"],
+            "a token of Qwen3-30B-A3B": format_size(row["qwen3_bytes"]),
+            "of the bundled model": format_size(row["bundled_bytes"]),
+            "its perplexity": f"{row['perplexity']:.3f} ± {row['error']:.3f}",
+        }
+        for row in found["rows"]
+    ]
+    about = f"`{found['command']}`: {found['rows'][0]['tokens']} predictions of {found['text']}, on the CPU in f32."
+    return f"## KV cache\n\n{about}\n\n" + table(lines)
 
 
 def kernel_section(title: str, found: dict[str, Any]) -> str:
