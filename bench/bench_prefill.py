@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from check_gpu import MemoryWatch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
+from memory_watch import MemoryWatch
 from prediction import predicted
 
 from moe_engine import Engine

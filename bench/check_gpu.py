@@ -10,18 +10,14 @@ decoding is eager.
 import argparse
 import json
 import platform
-import subprocess
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
+from memory_watch import MemoryWatch
 
 from moe_engine import Engine
-from moe_engine.benchmark.environment import gpu_id
 from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.expert_cache import CachedExperts
@@ -30,35 +26,6 @@ from moe_engine.perplexity import perplexity
 
 ROOT = Path(__file__).parent.parent
 BUDGET = 6 << 30
-
-
-@dataclass
-class MemoryWatch:
-    """Samples the memory that the device has in use, as nvidia-smi counts it, until the block ends."""
-
-    enabled: bool
-    peak: int = 0
-    base: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
-
-    def used(self) -> int:
-        command = ["nvidia-smi", f"--id={gpu_id('cuda')}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]) << 20
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.1):
-            self.peak = max(self.peak, self.used())
-
-    def __enter__(self) -> Self:
-        if self.enabled:
-            self._thread = threading.Thread(target=self._watch, daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.enabled:
-            self._stop.set()
-            self._thread.join()
 
 
 def check_bundled(device: str) -> dict[str, Any]:
