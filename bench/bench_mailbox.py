@@ -53,7 +53,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             report.add(f"post, {kind}", "", label, [send], error=error, reference=reference)
 
             box.y.normal_()
-            box.answer[:24].view(torch.int64).copy_(torch.tensor([STEP * (N_LAYER + 1) + LAYER, 1, 0]))
+            box.answer[:16].view(torch.int64).copy_(torch.tensor([4 * (STEP * (N_LAYER + 1) + LAYER) + 1, 0]))
             apply = partial(
                 wait,
                 box,

@@ -117,6 +117,27 @@ def post_kernel(
 
 
 @triton.jit
+def _look(number, ON_GPU: tl.constexpr):
+    """What is at `number` now; what was written before it is visible to whoever sees it.
+
+    On the way to the host a fence behind a load takes a microsecond more, and two or three beside copies.
+    """
+    if ON_GPU:
+        address = number.to(tl.int64)
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b64 $0, [$1];", "=l,l", [address], dtype=tl.int64, is_pure=False, pack=1
+        )
+    else:
+        return tl.load(number)
+
+
+@triton.jit
+def _given_up(control):
+    """Not zero where the host has called the run off, or the GPU has."""
+    return tl.load(control, volatile=True) | tl.load(control + 1, volatile=True)
+
+
+@triton.jit
 def wait_kernel(
     answer,
     answer_fields,
@@ -151,8 +172,9 @@ def wait_kernel(
 ):
     """Program i adds block i of what the CPU answers; program 0 also updates the slot table.
 
-    Only program 0 looks at the host's memory: looks of several delay each other. It hands the number that it has seen
-    on to the others in `seen_by_first`, or minus that number where there will be no answer.
+    Only program 0 reads what all need to know: the bus serves reads of one line one after the other, in 1.4 us each. It
+    hands what it has seen on to the others in `seen_by_first`: four times the answer's number, and its flags (1: y is
+    to be added, 2: experts were fetched); or -1 minus the number where there will be no answer.
 
     LATE: experts fetched for this very step go to `late`, else -1. MERGE: they go into `slots`, and nothing is added.
     time_out: nanoseconds on a GPU, looks elsewhere.
@@ -180,14 +202,16 @@ def wait_kernel(
         look_at = answer
         if program > 0:
             look_at = seen_by_first
-        seen = tl.load(look_at, volatile=True)
-        gone = tl.load(control, volatile=True) | tl.load(control + 1, volatile=True)
+        seen = _look(look_at, ON_GPU)
+        gone = tl.full([], 0, tl.int64)
+        if program == 0:
+            gone = _given_up(control)
         looks = 0
-        while (seen != want) & (seen != -want) & (gone == 0):
-            seen = tl.load(look_at, volatile=True)
+        while (seen // 4 != want) & (seen != -1 - want) & (gone == 0):
+            seen = _look(look_at, ON_GPU)
             looks += 1
-            if looks % 64 == 0:  # seldom: every look is a read over the bus
-                gone = tl.load(control, volatile=True) | tl.load(control + 1, volatile=True)
+            if (looks % 64 == 0) & (program == 0):  # seldom: every look is a read over the bus
+                gone = _given_up(control)
             if ON_GPU:
                 spent = _nanoseconds(ON_GPU) - start
             else:
@@ -195,24 +219,24 @@ def wait_kernel(
             if spent > time_out:  # a dead worker must not hang the GPU
                 gone = tl.full([], 1, tl.int64)
                 tl.store(control + 1, gone)
-        _fence(ON_GPU)
+        answered = seen // 4 == want
         if program == 0 and tl.num_programs(0) > 1:
-            tl.store(seen_by_first, tl.where(seen == want, want, -want), cache_modifier=".wt")
-        if seen == want:
+            tl.atomic_xchg(seen_by_first, tl.where(answered, seen, -1 - want), sem="release")
+        if answered:
             # All that may be needed is asked for at once: each load takes a trip over the bus.
-            flags = tl.load(answer + 1, volatile=True)
-            n_evicted = tl.load(answer + 2, volatile=True)
-            place = tl.arange(0, 2 * PAIRS)
-            index = tl.load(
-                answer_fields + EVICTED_AT // 4 + place, mask=place < 2 * N_TOKEN * TOP_K, other=0, volatile=True
-            )
-            fetched = tl.load(answer_fields + LATE_AT // 4 + pair, mask=real, other=-1, volatile=True)
             if not MERGE:
                 computed = tl.load(y + lane, mask=inside, other=0.0, cache_modifier=".cv")
-                total += tl.where((flags & 1) != 0, computed, 0.0)
-            fetched = tl.where((flags & 2) != 0, fetched, -1)
             if program == 0:
+                n_evicted = tl.load(answer + 1, volatile=True)
+                place = tl.arange(0, 2 * PAIRS)
+                index = tl.load(
+                    answer_fields + EVICTED_AT // 4 + place, mask=place < 2 * N_TOKEN * TOP_K, other=0, volatile=True
+                )
+                slot_of_late = tl.load(answer_fields + LATE_AT // 4 + pair, mask=real, other=-1, volatile=True)
+                fetched = tl.where((seen & 2) != 0, slot_of_late, -1)
                 tl.store(table + index, -1, mask=place < n_evicted)
+            if not MERGE:
+                total += tl.where((seen & 1) != 0, computed, 0.0)
         if ON_GPU and program == 0:
             total_wait = waited + layer + zero
             tl.store(total_wait, tl.load(total_wait) + _nanoseconds(ON_GPU) - start)

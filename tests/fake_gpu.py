@@ -192,15 +192,16 @@ class FakeGpu:
         """Flags, late slots `[n_token, TOP_K]`, evicted."""
         box, record = self.mailbox, self.mailbox.answer.numpy()
         header = record[:64].view(np.int64)
-        while header[0] != self.seq(step, layer):
+        while header[0] // 4 != self.seq(step, layer):
             assert not box.control[0], "aborted"
             self.meanwhile()
             time.sleep(0.0001)
-        assert header[2] <= 2 * n_token * TOP_K, "the GPU looks at no more evictions"
+        flags, n_evicted = int(header[0] % 4), int(header[1])
+        assert n_evicted <= 2 * n_token * TOP_K, "the GPU looks at no more evictions"
         late = np.full((n_token, TOP_K), -1, np.int32)
-        if header[1] & 2:
+        if flags & 2:
             late = record[box.late_offset :].view(np.int32)[: late.size].reshape(late.shape).copy()
-        return int(header[1]), late, record[box.evicted_offset :].view(np.int32)[: header[2]].tolist()
+        return flags, late, record[box.evicted_offset :].view(np.int32)[:n_evicted].tolist()
 
     def finish(self, step: int, tokens: list[int], bad: bool = False) -> None:
         record = self.mailbox.tokens[step % RING].numpy()

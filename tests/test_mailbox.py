@@ -122,12 +122,12 @@ def test_recorded_predictions_take_the_routers_place(layer: int) -> None:
 def answer(box: Mailbox, seq: int, flags: int, late: list[int], evicted: list[int]) -> None:
     part(box.answer, box.late_offset, len(late)).copy_(torch.tensor(late, dtype=torch.int32))
     part(box.answer, box.evicted_offset, len(evicted)).copy_(torch.tensor(evicted, dtype=torch.int32))
-    header(box.answer)[:3] = torch.tensor([seq, flags, len(evicted)])
+    header(box.answer)[:2] = torch.tensor([4 * seq + flags, len(evicted)])
 
 
 def receive(box: Mailbox, routing: Routing, table: Tensor, **options: Any) -> None:
-    """Waits for the answer to layer 1 of step 6, whose number is 25; 21, of the layer before, was seen last."""
-    waited, seen = on_device([0] * N_LAYER, torch.int64), on_device([21], torch.int64)
+    """Waits for the answer to layer 1 of step 6, whose number is 25; 24, of the layer before, was seen last."""
+    waited, seen = on_device([0] * N_LAYER, torch.int64), on_device([4 * 24 + 1], torch.int64)
     wait(box, 1, on_device([6], torch.int64), routing, table, waited, seen, **options)
     sync()
 
@@ -170,7 +170,7 @@ def test_without_misses_nothing_is_waited_for() -> None:
 @pytest.mark.parametrize("aborted", [False, True])
 def test_an_answer_that_never_comes_ends_the_wait(aborted: bool, hidden: int) -> None:
     box, routing, x = posted(hidden, [[0, -1, 2, 3]], [3])
-    answer(box, 21, 1, [-1] * 4, [3])  # the one of the layer before
+    answer(box, 24, 1, [-1] * 4, [3])  # the one of the layer before
     box.control[0] = int(aborted)
     table = torch.zeros(N_LAYER, N_EXPERT, dtype=torch.int32, device=DEVICE)
     out = torch.empty_like(x)

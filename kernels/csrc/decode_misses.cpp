@@ -119,9 +119,6 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     if (n_evicted_ > mailbox.max_evicted(step.n_token))
         throw std::runtime_error("an answer evicts " + std::to_string(n_evicted_) + " experts");
     int64_t* header = mailbox.answer_header();
-    header[Mailbox::kFlags] = 0;
-    if (entry_.n_cpu > 0) header[Mailbox::kFlags] |= Mailbox::kAddY;
-    if (entry_.n_now > 0) header[Mailbox::kFlags] |= Mailbox::kLate;
     header[Mailbox::kEvicted] = n_evicted_;
     for (int64_t pair = 0; pair < step.n_token * mailbox.top_k; ++pair) {
         const int32_t expert = message.ids[pair];
@@ -130,7 +127,8 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
         mailbox.late()[pair] = late ? cache_.slot(cache_.key(layer, expert)) : -1;
     }
     entry_.answered = now();
-    store_release(header, entry_.seq);
+    const int64_t flags = (entry_.n_cpu > 0 ? Mailbox::kAddY : 0) | (entry_.n_now > 0 ? Mailbox::kLate : 0);
+    store_release(header, entry_.seq * Mailbox::kFlags + flags);
 }
 
 // Where not all experts are in RAM: all reads of the layer begin together, whoever waits for them.

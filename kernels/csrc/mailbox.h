@@ -21,8 +21,9 @@ struct Mailbox {
     // kMissed: pairs; 0: the GPU does not wait. kAhead: how many of the next layers are predicted.
     enum MessageHeader { kSeq, kTokens, kMissed, kAhead };
     enum TokensHeader { kBad = 2 };                      // the logits were not finite
-    enum AnswerHeader { kFlags = 1, kEvicted };          // after kSeq
-    static constexpr int64_t kAddY = 1, kLate = 2;       // answer flags: y is to be added; late() is valid
+    enum AnswerHeader { kEvicted = 1 };                  // after kSeq
+    // An answer's number is multiplied by kFlags, and one or both of these added: y is to be added; late() is valid.
+    static constexpr int64_t kFlags = 4, kAddY = 1, kLate = 2;
     enum Control { kAbort, kGpuError };
 
     int64_t n_layer, top_k, hidden, max_batch;

@@ -173,7 +173,7 @@ class Gpu {
         moe::store_release(message.header, s_.mailbox.seq(step, layer));
         if (n_missed == 0) return true;
         const int64_t* answer = s_.mailbox.answer_header();
-        while (moe::load_acquire(answer) != s_.mailbox.seq(step, layer)) {
+        while (moe::load_acquire(answer) / moe::Mailbox::kFlags != s_.mailbox.seq(step, layer)) {
             if (aborted()) return false;
             std::this_thread::yield();
         }
@@ -189,8 +189,7 @@ class Gpu {
         std::vector<float> weight;
         for (int pair = 0; pair < n_token_ * s_.top_k; ++pair) {
             if (message.ids[pair] < 0 || message.slots[pair] >= 0) continue;
-            const bool any_late = (answer[moe::Mailbox::kFlags] & moe::Mailbox::kLate) != 0;
-            const int32_t late = any_late ? s_.mailbox.late()[pair] : -1;
+            const int32_t late = (*answer & moe::Mailbox::kLate) != 0 ? s_.mailbox.late()[pair] : -1;
             if (late >= 0) {
                 if (!allow_late_) fail("a late expert that nobody computes");
                 check_slot(layer, message.ids[pair], late);
@@ -200,7 +199,7 @@ class Gpu {
             expert.push_back(message.ids[pair]);
             weight.push_back(message.weights[pair]);
         }
-        if (((answer[moe::Mailbox::kFlags] & moe::Mailbox::kAddY) != 0) == token.empty())
+        if (((*answer & moe::Mailbox::kAddY) != 0) == token.empty())
             fail("the answer's flags are wrong");
         if (token.empty()) return;
         std::vector<float> expected(static_cast<size_t>(n_token_ * kHidden));
