@@ -35,7 +35,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
     for n_token in tokens:
         label, x = f"{name}, {n_token} tokens", randn(n_token, shape.hidden)
         ids = torch.randint(0, shape.n_expert, (n_token, shape.top_k), dtype=torch.int32)
-        positions, arrived = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (n_token, 1))
+        positions = torch.zeros(n_token, dtype=torch.int32, device=DEVICE)
         out, host = torch.empty_like(x), torch.empty(x.shape, pin_memory=pinned)
         for kind, first_slot in (("no misses", 3), ("misses", -1)):
             missed = first_slot < 0
@@ -43,7 +43,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             slots = torch.full_like(ids, 3)
             slots[:, 0] = first_slot
             routing = Routing(ids.to(DEVICE), torch.rand(ids.shape).to(DEVICE), slots.to(DEVICE))
-            send = partial(post, box, LAYER, step, positions, routing, x, arrived)
+            send = partial(post, box, LAYER, step, positions, routing, x)
             send()
             synchronize()
             fields = box.messages[STEP % RING * N_LAYER + LAYER, HEADER_BYTES:].view(torch.int32)
@@ -53,7 +53,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             report.add(f"post, {kind}", "", label, [send], error=error, reference=reference)
 
             box.y.normal_()
-            box.answer[:16].view(torch.int64).copy_(torch.tensor([4 * (STEP * (N_LAYER + 1) + LAYER) + 1, 0]))
+            box.told.fill_(4 * (STEP * (N_LAYER + 1) + LAYER) + 1)
             apply = partial(
                 wait,
                 box,
@@ -62,7 +62,6 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
                 routing,
                 table,
                 waited,
-                torch.zeros(1, dtype=torch.int64, device=DEVICE),
                 out=out,
                 hits=x,
             )

@@ -195,6 +195,8 @@ class Rates:
     def copy_beside_cpu(self) -> float: ...
 
 class Mailbox:
+    x_block: int
+    y_block: int
     def __init__(
         self,
         n_layer: int,
@@ -204,6 +206,8 @@ class Mailbox:
         messages: int,
         tokens: int,
         x: int,
+        x_checks: int,
+        told: int,
         answer: int,
         y: int,
         control: int,

@@ -11,14 +11,8 @@ from torch import Tensor
 from moe_engine.kernels.decode_overlap import overlap_options
 from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, wait_kernel
 from moe_engine.kernels.router_kernel import Routing
-from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, Mailbox
+from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, X_BLOCK, Y_BLOCK, Mailbox
 
-# Values that a program moves to the host: most posts are one program's, and nobody waits for others (H200, 8 tokens of
-# 2048 values: 3.9 us, with four programs 4.8; 7168 values: 3.0, with two 4.0).
-_BLOCK = 16384
-# And back: so few that all its loads are on their way together. In the compiled code those of 2048 values make seven
-# trips over the bus, one after the other, for want of registers.
-_ANSWER_BLOCK = 512
 WAIT_NANOSECONDS = 4_000_000_000
 _WAIT_LOOKS = 2000  # in Triton's interpreter, which has no clock; a look takes it about 2 ms
 
@@ -39,7 +33,6 @@ def post(
     positions: Tensor,
     routing: Routing,
     x: Tensor,
-    arrived: Tensor,
     *,
     replay_ahead: Tensor | None = None,
     stamps: Tensor | None = None,
@@ -48,7 +41,7 @@ def post(
     missed.
 
     step: int64 `[1]`. positions: int32 `[n_token]`; tokens below zero are taken out of `routing` (-1). x: f32
-    `[n_token, hidden]`. arrived: int32 `[1]`, zero before and after. replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer,
+    `[n_token, hidden]`. replay_ahead: int32 `[MAX_AHEAD, n_step, n_layer,
     top_k]`, by how many layers before: recorded guesses of each layer in the place of those in `routing`. stamps: see
     `new_stamps`.
     """
@@ -65,15 +58,15 @@ def post(
         assert replay_ahead.shape == (MAX_AHEAD, n_replay, mailbox.n_layer, top_k), replay_ahead.shape
         ahead = replay_ahead
     assert ahead is None or ahead.is_contiguous()
-    block = min(_BLOCK, triton.next_power_of_2(x.numel()))
+    block = min(X_BLOCK, triton.next_power_of_2(x.numel()))
     post_kernel[triton.cdiv(x.numel(), block),](
         mailbox.messages.view(-1).view(step.dtype),
         mailbox.messages.view(-1).view(routing.ids.dtype),
         mailbox.messages.view(-1).view(x.dtype),
         mailbox.x,
+        mailbox.x_checks,
         step,
         positions,
-        arrived,
         *(routing.ids, routing.weights, routing.slots),
         x,
         routing.ids if ahead is None else ahead,
@@ -109,7 +102,6 @@ def wait(
     routing: Routing,
     slot_table: Tensor,
     waited: Tensor,
-    seen: Tensor,
     *,
     out: Tensor | None = None,
     hits: Tensor | None = None,
@@ -122,7 +114,7 @@ def wait(
     With `out` (f32 `[n_token, hidden]`): out = hits + what the CPU computed, and `late` (int32 `[n_token,
     top_k]`) receives the slots of experts fetched meanwhile, -1 for the others. Without `out` those slots replace
     the -1 in `routing.slots`. Evicted experts are taken out of slot_table, int32 `[n_layer, n_expert]`. waited: int64
-    `[n_layer]`, to which the nanoseconds are added. seen: int64 `[1]`, for the programs of a launch among themselves.
+    `[n_layer]`, to which the nanoseconds are added.
     After `time_out` (nanoseconds, or looks where there is no GPU) the mailbox's error is set, and neither this nor any
     later call waits.
     """
@@ -132,11 +124,12 @@ def wait(
     assert merge or n_x == n_token * mailbox.hidden, (n_x, n_token)
     for part in (out, hits):
         assert part is None or part.is_contiguous()
-    block = 1 if merge else min(_ANSWER_BLOCK, triton.next_power_of_2(n_x))
+    block = 1 if merge else min(Y_BLOCK, triton.next_power_of_2(n_x))
     stand_in = mailbox.y  # never read
     if time_out is None:
         time_out = WAIT_NANOSECONDS if routing.ids.is_cuda else _WAIT_LOOKS
     wait_kernel[max(1, triton.cdiv(n_x, block)),](
+        mailbox.told,
         mailbox.answer.view(step.dtype),
         mailbox.answer.view(routing.ids.dtype),
         mailbox.control,
@@ -149,7 +142,6 @@ def wait(
         stand_in if hits is None else hits,
         stand_in if out is None else out,
         waited,
-        seen,
         step if stamps is None else stamps,
         layer,
         time_out,

@@ -25,6 +25,10 @@ from moe_engine.policies.registry import PolicySpec
 MAX_AHEAD = 2  # layers whose choices a message may predict
 RING = 4  # steps whose messages and tokens have a place of their own
 HEADER_BYTES = 64  # of every record: int64[8]
+X_BLOCK = 16384  # values of a message's input that have one check
+# Values of the CPU's sums that a program of the GPU adds: so few that all its loads are on their way together. In the
+# compiled code those of 2048 values make seven trips over the bus, one after the other, for want of registers.
+Y_BLOCK = 512
 
 Mode = Literal["cpu", "fetch", "auto", "exact"]
 
@@ -48,6 +52,10 @@ class Mailbox:
     """uint8 `[RING, token_bytes]`; the numbers begin at HEADER_BYTES."""
     x: Tensor
     """f32 `[max_batch, hidden]`."""
+    x_checks: Tensor
+    """int64 `[n_block, 8]`: the first of each line for X_BLOCK values of `x`."""
+    told: Tensor
+    """int64 `[n_block, 8]`: whoever adds Y_BLOCK values of `y` looks at the first of a line for the answer."""
     answer: Tensor
     """uint8 `[answer_bytes]`."""
     y: Tensor
@@ -74,6 +82,8 @@ class Mailbox:
             messages=zeros(RING * n_layer, _whole_lines(HEADER_BYTES + (12 + 4 * MAX_AHEAD) * max_batch * top_k)),
             tokens=zeros(RING, HEADER_BYTES + _whole_lines(4 * max_batch)),
             x=zeros(max_batch, hidden, dtype=torch.float32),
+            x_checks=zeros(-(-max_batch * hidden // X_BLOCK), 8, dtype=torch.int64),
+            told=zeros(-(-max_batch * hidden // Y_BLOCK), 8, dtype=torch.int64),
             answer=zeros(HEADER_BYTES + pairs + _whole_lines(8 * max_batch * top_k)),
             y=zeros(max_batch, hidden, dtype=torch.float32),
             control=zeros(8, dtype=torch.int64),
@@ -117,11 +127,12 @@ class Mailbox:
 
     def native(self) -> _cpu.Mailbox:
         """For the worker. Valid while this lives."""
-        regions = (self.messages, self.tokens, self.x, self.answer, self.y, self.control)
+        regions = (self.messages, self.tokens, self.x, self.x_checks, self.told, self.answer, self.y, self.control)
         addresses = [region.data_ptr() for region in regions]
         native = _cpu.Mailbox(self.n_layer, self.top_k, self.hidden, self.max_batch, *addresses)
         sizes = (native.message_bytes, native.token_bytes, native.answer_bytes)
         assert sizes == (self.message_bytes, self.token_bytes, self.answer.numel()), sizes
+        assert (native.x_block, native.y_block) == (X_BLOCK, Y_BLOCK)
         return native
 
 

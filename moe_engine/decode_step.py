@@ -106,8 +106,6 @@ class DecodeStep:
         self.replay_ahead: Tensor | None = None
         self._mixtures = [block.ffn for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
         self.stamps: Tensor | None = None
-        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
-        self._seen = torch.zeros(1, dtype=torch.int64, device=device)
 
     def begin(self, sequences: Sequence[Running]) -> None:
         """Sets what the next step depends on."""
@@ -192,7 +190,6 @@ class DecodeStep:
                 positions,
                 routing,
                 x.values,
-                self._arrived,
                 replay_ahead=self.replay_ahead,
                 stamps=self.stamps,
             )
@@ -243,7 +240,6 @@ class DecodeStep:
             routing,
             self.experts.slot_table,
             self.waited,
-            self._seen,
             out=out,
             hits=hits,
             late=late,

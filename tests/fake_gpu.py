@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
-from moe_engine.kernels.worker import RING, DecodeWorker, Mailbox, Mode, Rates, WorkerLayer
+from moe_engine.kernels.worker import RING, X_BLOCK, Y_BLOCK, DecodeWorker, Mailbox, Mode, Rates, WorkerLayer
 from moe_engine.policies.registry import PolicySpec, policy_of
 
 N_LAYER, N_EXPERT, TOP_K, MAX_BATCH, HIDDEN, N_FF = 3, 6, 2, 4, 256, 256
@@ -26,6 +27,12 @@ Ids = npt.NDArray[np.int64]
 SEPARATE = SlotLayout.of(BY_NAME["Q4_K"], BY_NAME["Q4_K"], BY_NAME["Q6_K"], HIDDEN, N_FF)  # three stacks in RAM
 PACKED = SlotLayout.of(BY_NAME["IQ4_XS"], BY_NAME["IQ4_XS"], BY_NAME["Q8_0"], HIDDEN, N_FF)  # as in a slot: one copy
 LAYOUTS = [SEPARATE, PACKED, SEPARATE]
+
+
+def check(seq: int, *fields: npt.NDArray[Any]) -> int:
+    """Of all 32-bit words of some fields of a message, as int64: see `csrc/mailbox.h`."""
+    words = sum(int(field.view(np.uint32).sum(dtype=np.uint64)) for field in fields)
+    return int(np.uint64(seq % 2**32 << 32 | words % 2**32).astype(np.int64))
 
 
 def random_rows(part: SlotPart, seed: int) -> Tensor:
@@ -173,9 +180,12 @@ class FakeGpu:
         slots: npt.NDArray[np.int32],
         n_missed: int,
         n_ahead: int | None = None,
+        publish: bool = True,
     ) -> None:
+        """publish: write the number too, that the worker waits for."""
         box = self.mailbox
         record = box.messages[step % RING * N_LAYER + layer].numpy()
+        fields: list[npt.NDArray[Any]] = []
         ahead = [guess[layer + 1 + i] for i, guess in enumerate(self.ahead) if layer + 1 + i < N_LAYER]
         for offset, values, dtype in (
             (box.ids_offset, ids, np.int32),
@@ -183,20 +193,30 @@ class FakeGpu:
             (box.slots_offset, slots, np.int32),
             *((box.ahead_offset + 4 * i * MAX_BATCH * TOP_K, guess, np.int32) for i, guess in enumerate(ahead)),
         ):
-            record[offset : offset + 4 * values.size] = np.ascontiguousarray(values, dtype).view(np.uint8).reshape(-1)
+            words = np.ascontiguousarray(values, dtype)
+            record[offset : offset + 4 * values.size] = words.view(np.uint8).reshape(-1)
+            fields.append(words)
         header = record[:64].view(np.int64)
         header[1:4] = len(ids), n_missed, len(ahead) if n_ahead is None else n_ahead
-        header[0] = self.seq(step, layer)
+        seq = self.seq(step, layer)
+        header[4] = check(seq, *fields, header[1:4].astype(np.int32))
+        x = box.x[: len(ids)].numpy().reshape(-1)
+        for block in range(-(-x.size // X_BLOCK)):
+            box.x_checks[block, 0] = check(seq, x[block * X_BLOCK :][:X_BLOCK])
+        if publish:
+            header[0] = seq
 
     def answer(self, step: int, layer: int, n_token: int) -> tuple[int, npt.NDArray[np.int32], list[int]]:
         """Flags, late slots `[n_token, TOP_K]`, evicted."""
         box, record = self.mailbox, self.mailbox.answer.numpy()
         header = record[:64].view(np.int64)
-        while header[0] // 4 != self.seq(step, layer):
+        told = box.told[: -(-n_token * HIDDEN // Y_BLOCK), 0]
+        while (told // 4 != self.seq(step, layer)).any():
             assert not box.control[0], "aborted"
             self.meanwhile()
             time.sleep(0.0001)
-        flags, n_evicted = int(header[0] % 4), int(header[1])
+        flags, n_evicted = int(told[0] % 4), int(header[0])
+        assert (told % 4 == flags).all()
         assert n_evicted <= 2 * n_token * TOP_K, "the GPU looks at no more evictions"
         late = np.full((n_token, TOP_K), -1, np.int32)
         if flags & 2:

@@ -2,9 +2,12 @@
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 from fake_gpu import IMAGES, LAYOUTS, MAX_BATCH, N_EXPERT, N_LAYER, PACKED, SEPARATE, TOP_K, FakeGpu, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -100,6 +103,44 @@ def test_many_steps_two_ahead() -> None:
     residents = [{(layer, e): s for e, s in gpu.worker.residents(layer).items()} for layer in range(N_LAYER)]
     table = [((layer, e), s) for layer, row in enumerate(gpu.table.tolist()) for e, s in enumerate(row) if s >= 0]
     assert {key: slot for layer in residents for key, slot in layer.items()} == dict(table)
+
+
+@pytest.mark.parametrize(
+    "last", ["tokens", "missed", "ahead", "ids", "weights", "slots", "ahead of", "x", "check", "x sum"]
+)
+def test_a_message_is_taken_when_all_of_it_is_there(last: str) -> None:
+    """In whatever order its parts come behind the number."""
+    gpu = FakeGpu()
+    gpu.ahead = [np.ones((N_LAYER, 1, TOP_K), np.int64)]
+    gpu.worker.expect(1, 1, True)
+    box, record = gpu.mailbox, gpu.mailbox.messages[N_LAYER].numpy()
+    box.x.normal_()
+    ids, slots = np.array([[0, 1]]), np.full((1, TOP_K), -1, np.int32)
+    gpu.post(1, 0, ids, np.ones((1, TOP_K), np.float32), slots, 2, publish=False)
+    header = record[:64].view(np.int64)
+    parts: dict[str, npt.NDArray[Any]] = {
+        "tokens": header[1:2],
+        "missed": header[2:3],
+        "ahead": header[3:4],
+        "ids": record[box.ids_offset :][:4],
+        "weights": record[box.weights_offset :][4:8],
+        "slots": record[box.slots_offset :][:4],
+        "ahead of": record[box.ahead_offset :][4:8],
+        "x": box.x[0, -1:].numpy(),
+        "check": header[4:5],
+        "x sum": box.x_checks[0, :1].numpy(),
+    }
+    whole = parts[last].copy()
+    parts[last][:] += 1
+    header[0] = gpu.seq(1, 0)
+    time.sleep(0.01)
+    assert not box.told.any()
+    parts[last][:] = whole
+    flags, _, _ = gpu.answer(1, 0, 1)
+    assert flags == 1
+    expected = gpu.kernels.expert_ffn(gpu.handles[0], box.x[:1], torch.from_numpy(ids), torch.ones(1, TOP_K))
+    assert torch.equal(box.y[:1], expected)
+    gpu.worker.stop()
 
 
 def test_what_the_cpu_computes_is_fetched_for_later_steps() -> None:

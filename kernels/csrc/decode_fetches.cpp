@@ -65,7 +65,6 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
 // seconds: until the answer, as far as is known. One copy that will be over by then may be on its way now.
 void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message, double seconds) {
     keep_foreseen(step, layer, message);
-    background_.clear();
     const int64_t n_then = in_flight_after(seconds, cost_of(step).rates().copy_beside_cpu);
     const auto is_room = [&] {
         const auto n_now = static_cast<int64_t>(in_flight_.size()), n = static_cast<int64_t>(background_.size());
@@ -91,12 +90,17 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
     }
 }
 
-// The GPU runs again. Victims of these were part of the answer.
-void DecodeWorker::start_background() {
-    for (ExpertKey key : background_) start_fetch(key);
-    std::lock_guard<std::mutex> lock(stats_mutex_);
-    stats_.fetched_background += static_cast<int64_t>(background_.size());
-    background_.clear();
+// Starts what has slots since the last answer, the victims' number among it, as far as the driver is probably done with
+// it by then: the GPU's next message must not wait. What is left starts beside the CPU's next work.
+void DecodeWorker::start_background(int64_t until) {
+    while (!background_.empty() && now() + driver_ns_ < until) {
+        const int64_t start = now();
+        start_fetch(background_.front());
+        background_.pop_front();
+        driver_ns_ += (now() - start - driver_ns_) / 16;
+        std::lock_guard<std::mutex> lock(stats_mutex_);
+        ++stats_.fetched_background;
+    }
 }
 
 // Starts to copy what is to be filled while fewer bytes are on their way. Nobody leaves for it: an expert that an

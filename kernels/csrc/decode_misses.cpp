@@ -25,7 +25,7 @@ void DecodeWorker::handle(const Step& step, int layer) {
     note_message(layer);
     score_prefetches(layer);
     look_ahead(step, layer, message);  // by other threads, which need not wait for the driver
-    start_background();
+    start_background(now() + kDriverTime);
     // Who fetches for the running step needs the link, and the disk would be waited for.
     if (entry_.n_now == 0) fill_some(1, true);
 }
@@ -109,6 +109,7 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
         if (spec_.fetch != Fetch::all) keep_foreseen(step, layer, message);  // where slots are few, it needs them all
     }
     read_ahead(layer);
+    if (step.allow_late) start_background();  // or who waits for one of these would wait for ever
     divide(step, layer);
     compute(step, layer, message);
     if (entry_.n_now > 0) {
@@ -128,7 +129,8 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     }
     entry_.answered = now();
     const int64_t flags = (entry_.n_cpu > 0 ? Mailbox::kAddY : 0) | (entry_.n_now > 0 ? Mailbox::kLate : 0);
-    store_release(header, entry_.seq * Mailbox::kFlags + flags);
+    for (int64_t first = 0; first < step.n_token * mailbox.hidden; first += Mailbox::kYBlock)
+        store_release(mailbox.told + first / Mailbox::kYBlock * 8, entry_.seq * Mailbox::kFlags + flags);
 }
 
 // Where not all experts are in RAM: all reads of the layer begin together, whoever waits for them.
@@ -191,6 +193,7 @@ void DecodeWorker::divide(const Step& step, int layer) {
 void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& message) {
     // Driver and policy take microseconds: meanwhile the other threads compute.
     const std::function<void()> look_after_slots = [&] {
+        start_background();
         if (!step.allow_late) note_choices(step, layer, message);
         prefetch_next(step, layer, message);
         if (entry_.n_now > 0) return;

@@ -100,8 +100,10 @@ void DecodeWorker::run() {
                 layer_ = layer;
                 activity_ = "waits for the GPU's message of layer";
                 await(spec_.mailbox.message(step.number, layer).header, spec_.mailbox.seq(step.number, layer));
+                await_whole(step, layer);
                 handle(step, layer);
             }
+            start_background();
             activity_ = "waits for the GPU's tokens after layer";
             await(spec_.mailbox.step_tokens(step.number).header,
                   spec_.mailbox.seq(step.number, spec_.mailbox.n_layer));
@@ -185,6 +187,36 @@ void DecodeWorker::await(const int64_t* header, int64_t seq) {
         if (lookahead_.finished()) end_lookahead();  // others may want the pool
         if (Clock::now() - start > kPatience) std::this_thread::sleep_for(kNap);
     }
+}
+
+void DecodeWorker::await_whole(const Step& step, int layer) {
+    for (;; look_around())
+        for (int spin = 0; spin < kSpins; ++spin) {
+            if (whole(step, layer)) return;
+            pause();
+        }
+}
+
+// Whether all of a message is there whose number has been seen.
+bool DecodeWorker::whole(const Step& step, int layer) const {
+    std::atomic_signal_fence(std::memory_order_seq_cst);  // what was read before is read again
+    const Mailbox& mailbox = spec_.mailbox;
+    const Mailbox::Message message = mailbox.message(step.number, layer);
+    const int64_t seq = mailbox.seq(step.number, layer), n_token = message.header[Mailbox::kTokens];
+    const int64_t n_missed = message.header[Mailbox::kMissed], n_ahead = message.header[Mailbox::kAhead];
+    if (n_token < 1 || n_token > mailbox.max_batch) return false;
+    const int64_t n_pair = n_token * mailbox.top_k;
+    uint32_t sum = static_cast<uint32_t>(n_token + n_missed + n_ahead) + sum_of_words(message.ids, n_pair) +
+                   sum_of_words(message.weights, n_pair) + sum_of_words(message.slots, n_pair);
+    for (int64_t i = 0; i < std::min(n_ahead, Mailbox::kMaxAhead); ++i) sum += sum_of_words(message.ahead[i], n_pair);
+    if (message.header[Mailbox::kCheck] != Mailbox::check(seq, sum)) return false;
+    const int64_t n_x = n_missed > 0 ? n_token * mailbox.hidden : 0;
+    for (int64_t first = 0; first < n_x; first += Mailbox::kXBlock) {
+        const uint32_t block = sum_of_words(mailbox.x + first, std::min(Mailbox::kXBlock, n_x - first));
+        if (mailbox.x_checks[first / Mailbox::kXBlock * 8] != Mailbox::check(seq, block)) return false;
+    }
+    std::atomic_thread_fence(std::memory_order_acquire);
+    return true;
 }
 
 // While waiting for anything: at what else may have happened. Others may have the processor, if they want it.

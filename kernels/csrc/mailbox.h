@@ -1,11 +1,13 @@
 // The memory through which the GPU's decode step and the worker talk. Sequence numbers never repeat: layer l of
-// step s is s * (n_layer + 1) + l, the tokens of step s come after the last layer. A record's number is written
-// last (release) and read first (acquire). The GPU waits for the answer of a message with misses before it posts
-// another, so one x, one answer and one y are enough.
+// step s is s * (n_layer + 1) + l, the tokens of step s come after the last layer. An answer's or tokens' number is
+// written last (release) and read first (acquire). A message and x carry checks instead: on its way to the host a fence
+// takes the GPU a microsecond, and six beside copies. The GPU waits for the answer of a message with misses before it
+// posts another, so one x, one answer and one y are enough.
 
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace moe {
 
@@ -14,22 +16,37 @@ inline void store_release(int64_t* address, int64_t value) {
     __atomic_store_n(address, value, __ATOMIC_RELEASE);
 }
 
+inline uint32_t sum_of_words(const void* words, int64_t n) {
+    uint32_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t word;
+        std::memcpy(&word, static_cast<const char*>(words) + 4 * i, 4);
+        sum += word;
+    }
+    return sum;
+}
+
 struct Mailbox {
     static constexpr int64_t kRing = 4;  // steps whose records have places of their own
     static constexpr int64_t kHeaderBytes = 64;
     static constexpr int64_t kMaxAhead = 2;
     // kMissed: pairs; 0: the GPU does not wait. kAhead: how many of the next layers are predicted.
-    enum MessageHeader { kSeq, kTokens, kMissed, kAhead };
+    // kCheck: of the sum of these three and all 32-bit words of ids, weights, slots and what is ahead.
+    enum MessageHeader { kSeq, kTokens, kMissed, kAhead, kCheck };
     enum TokensHeader { kBad = 2 };                      // the logits were not finite
-    enum AnswerHeader { kEvicted = 1 };                  // after kSeq
-    // An answer's number is multiplied by kFlags, and one or both of these added: y is to be added; late() is valid.
+    enum AnswerHeader { kEvicted };
+    // told: the answer's number times kFlags, and one or both of these: y is to be added; late() is valid.
     static constexpr int64_t kFlags = 4, kAddY = 1, kLate = 2;
     enum Control { kAbort, kGpuError };
+    // Values of x that have one check, of the sum of their 32-bit words; of y that one place in `told` is for.
+    static constexpr int64_t kXBlock = 16384, kYBlock = 512;
 
     int64_t n_layer, top_k, hidden, max_batch;
     uint8_t* messages;  // [kRing * n_layer, message_bytes()]
     uint8_t* tokens;    // [kRing, token_bytes()]
     const float* x;     // [max_batch, hidden], valid in messages with misses
+    const int64_t* x_checks;  // [blocks, 8], the first of each line
+    int64_t* told;            // [blocks, 8], the first of each line
     uint8_t* answer;
     float* y;          // [max_batch, hidden]: what the CPU computed, weighted and summed
     int64_t* control;  // [8]
@@ -43,6 +60,10 @@ struct Mailbox {
         return kHeaderBytes + whole_lines(4 * max_pairs()) + whole_lines(4 * max_evicted(max_batch));
     }
     int64_t seq(int64_t step, int64_t layer) const { return step * (n_layer + 1) + layer; }
+    // Both in one number: what belongs to another message does not pass for this one's.
+    static int64_t check(int64_t seq, uint32_t sum) {
+        return static_cast<int64_t>(static_cast<uint64_t>(seq) << 32 | sum);
+    }
 
     struct Message {
         int64_t* header;
