@@ -40,7 +40,10 @@ POLICIES = (
     "lfu-decay:half_life=24,admit=better-than-victim,admit_half_life=24",
     "lru:admit=better-than-victim,admit_half_life=24",
     "blend",
+    "blend:admit=outranks,margin=1",
+    "blend:admit=outranks,margin=1.25",
     DEFAULT_POLICY,
+    "blend:admit=outranks,margin=2",
     BOUND,
 )
 Ids = NDArray[np.int32]
@@ -53,8 +56,8 @@ class Stream:
     ids: Ids  # [n_token, n_layer, top_k]
     n_expert: int
 
-    def hits(self, policy: str, share: str, shared: bool) -> NDArray[np.int32]:
-        """[n_token, n_layer]"""
+    def served(self, policy: str, share: str, shared: bool) -> NDArray[np.int32]:
+        """Hits, and misses that were given a slot, `[2, n_token, n_layer]`."""
         n_layer, top_k = self.ids.shape[1:]
         slots, layers, spec = capacity_of(share, self.n_expert, top_k), range(n_layer), policy_of(policy)
         return np.concatenate(
@@ -62,7 +65,7 @@ class Stream:
                 replay(spec, self.ids[:, pool.start : pool.stop], pool, n_layer, self.n_expert, slots * len(pool))
                 for pool in ([layers] if shared else [layers[i : i + 1] for i in layers])
             ],
-            axis=1,
+            axis=2,
         )
 
 
@@ -99,12 +102,13 @@ def table(all_streams: list[Stream], threads: int) -> list[dict[str, Any]]:
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
         stream: Stream = row["stream"]
-        hits = stream.hits(row["policy"], row["share"], row["shared"])
+        hits, fetched = stream.served(row["policy"], row["share"], row["shared"])
         return {
             **row,
             "stream": stream.name,
             "kind": stream.kind,
             "hit_rate": round(float(hits.sum()) / stream.ids.size, 5),
+            "fetched": round(float(fetched.sum()) / stream.ids.size, 5),
         }
 
     with ThreadPoolExecutor(threads) as pool:  # replays run without the GIL
@@ -132,13 +136,12 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         saved = fewer_misses(rows, policy)
         for shared in (False, True):
             for share in SHARES:
-                mine = [
-                    r["hit_rate"] for r in rows if (r["policy"], r["share"], r["shared"]) == (policy, share, shared)
-                ]
+                mine = [r for r in rows if (r["policy"], r["share"], r["shared"]) == (policy, share, shared)]
                 fewer = [s["fewer"] for s in saved if (s["share"], s["shared"]) == (share, shared)]
                 place = found.setdefault(policy, {}).setdefault("one pool" if shared else "pool per layer", {})
                 place[share] = {
-                    "hit_rate": round(float(np.mean(mine)), 4),
+                    "hit_rate": round(float(np.mean([r["hit_rate"] for r in mine])), 4),
+                    "fetched": round(float(np.mean([r["fetched"] for r in mine])), 4),
                     "fewer_misses_mean": round(float(np.mean(fewer)), 4),
                     "fewer_misses_least": round(float(np.min(fewer)), 4),
                 }
@@ -152,7 +155,7 @@ def recovery(all_streams: list[Stream], share: str) -> dict[str, list[float]]:
     for policy in POLICIES:
         of_streams = []
         for stream in switching:
-            rate = stream.hits(policy, share, True).sum(axis=1) / stream.ids[0].size
+            rate = stream.served(policy, share, True)[0].sum(axis=1) / stream.ids[0].size
             turns = rate.reshape(-1, SWITCH // WINDOW, WINDOW)[5:]  # the first ones fill the pool
             of_streams.append(turns.mean(axis=(0, 2)))
         curves[policy] = np.mean(of_streams, axis=0).round(4).tolist()
@@ -162,7 +165,7 @@ def recovery(all_streams: list[Stream], share: str) -> dict[str, list[float]]:
 def seconds_per_step(stream: Stream, policy: str) -> dict[str, float]:
     """What a layer step costs the native policy, at 25 % in one pool; all misses ask for a victim here."""
     start = time.process_time()
-    hits = stream.hits(policy, "25%", True)
+    hits, _ = stream.served(policy, "25%", True)
     seconds = time.process_time() - start
     return {
         "accesses_per_second": round(stream.ids.size / seconds),

@@ -140,6 +140,7 @@ def replay(
     residents: list[int],
     unbound: bool,
     hits: int,
+    fetched: int,
 ) -> None: ...
 
 class SlotCache:

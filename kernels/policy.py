@@ -24,8 +24,9 @@ def _settings(spec: PolicySpec) -> _cpu.PolicySettings:
 def replay(
     spec: PolicySpec, ids: NDArray[np.int32], layers: range, n_layer: int, n_expert: int, n_slot: int,
     residents: Sequence[int] = (),
-) -> NDArray[np.int32]:  # fmt: skip
-    """Hits int32 `[n_token, len(layers)]` of one pool of `n_slot` slots for the experts of `layers`, of n_layer in all.
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:  # fmt: skip
+    """Hits, and misses that were given a slot, int32 `[n_token, len(layers)]` each, of one pool of `n_slot` slots for
+    the experts of `layers`, of n_layer in all.
 
     ids int32 `[n_token, len(layers), top_k]`, distinct in a layer and below n_expert. residents: keys (layer *
     n_expert + expert) that are in the pool at first, in the order of their insertion.
@@ -44,7 +45,7 @@ def replay(
         native = _settings(spec)
     else:
         native = native_policy(spec)
-    hits = np.empty((n_token, n), np.int32)
+    hits, fetched = (np.empty((n_token, n), np.int32) for _ in range(2))
     sizes = (n_token, n, top_k, layers.start, n_layer, n_expert, n_slot)
-    _cpu.replay(native, ids.ctypes.data, *sizes, list(residents), unbound, hits.ctypes.data)
-    return hits
+    _cpu.replay(native, ids.ctypes.data, *sizes, list(residents), unbound, hits.ctypes.data, fetched.ctypes.data)
+    return hits, fetched

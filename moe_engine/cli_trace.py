@@ -223,6 +223,7 @@ def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]", speeds: "list[Pre
     names = ("policy", "slots per layer", "hits", "to Belady", "worst layer", "best layer")
     table = Table(*names, box=None, pad_edge=False)
     with_bytes = any(outcome.bytes is not None for outcome in outcomes)
+    table.add_column("fetched per token")
     if with_bytes:
         table.add_column("missed bytes per token")
     if speeds is not None:
@@ -232,6 +233,7 @@ def _print_outcomes(trace: "Trace", outcomes: "list[Outcome]", speeds: "list[Pre
         share = f"{outcome.capacity} ({outcome.capacity / model.n_expert:.0%})"
         rates = (outcome.hit_rate, outcome.to_belady, min(layers), max(layers))
         row = [outcome.policy, share, *(f"{rate:.1%}" for rate in rates)]
+        row.append(f"{outcome.fetched / max(1, trace.n_token):.1f}")
         if outcome.bytes is not None:
             row.append(format_size(outcome.bytes / max(1, trace.n_token)))
         if speeds is not None:

@@ -79,10 +79,12 @@ class Predictor:
     def found(self, shape: RunShape) -> list[Found]:
         """By MoE layer; misses in the model's terms."""
         ratio = self.work.top_k / self.routing.top_k
+        # Sequences share some experts.
+        distinct = len(self.routing.counts(shape.n_sequence, self.work.n_expert, self.work.top_k))
         return [
-            Found(share, float(share < 1), (1 - share) * self.work.top_k * shape.n_sequence)
+            Found(share, float(share < 1), (1 - share) * distinct)
             if fixed
-            else replace(f := self.routing.found(share), misses=f.misses * ratio)
+            else replace(f := self.routing.found(share), misses=min(f.misses * ratio, distinct))
             for share, fixed in zip(shape.shares, shape.fixed, strict=True)
         ]
 

@@ -61,12 +61,17 @@ class PromptWay:
     tokens_per_step: int
     routing: RoutingEstimate
     step_factor: float = 1.0  # seconds, by those that follow from the rates
-    stream_factor: float = 1.0
+    # Until a prompt was streamed, no more than for steps: where these take less, fewer experts are used than estimated.
+    stream_factor: float | None = None
     n_in_steps: int = 0  # prompts that were measured
 
     def in_steps(self, n_token: int, rates: PromptRates) -> bool:
         steps = self.step_factor * self._step_seconds(n_token, rates)
-        return steps < self.stream_factor * self._stream_seconds(n_token, rates)
+        return steps < self._stream_factor * self._stream_seconds(n_token, rates)
+
+    @property
+    def _stream_factor(self) -> float:
+        return min(1.0, self.step_factor) if self.stream_factor is None else self.stream_factor
 
     def note(self, n_token: int, in_steps: bool, seconds: float, rates: PromptRates) -> None:
         """What a prompt took; those in steps without what was done for the first time."""
@@ -76,7 +81,7 @@ class PromptWay:
             self.n_in_steps += 1
             self.step_factor += max(NEWEST, 1 / self.n_in_steps) * (measured - self.step_factor)
         else:
-            self.stream_factor += NEWEST * (measured - self.stream_factor)
+            self.stream_factor = self._stream_factor + NEWEST * (measured - self._stream_factor)
 
     def _used_bytes(self, n_token: int) -> float:
         """Of a layer."""

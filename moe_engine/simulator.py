@@ -27,7 +27,7 @@ from moe_engine.stack_distance import lru_distances
 from moe_engine.traces import Trace
 
 BOUND = "belady-bypass"  # no policy has more hits
-Hits = NDArray[np.integer]  # [n_token, n_layer]
+Counts = NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Outcome:
     hits: tuple[int, ...]
     accesses: tuple[int, ...]
     missed_steps: tuple[int, ...]  # tokens that missed at least one expert
+    fetched: int  # misses that were given a slot, all layers
     n_token: int
     bound: int  # hits of `BOUND`, all layers
     expert_bytes: tuple[int, ...] | None = None
@@ -65,6 +66,7 @@ class Outcome:
             "capacity": self.capacity,
             "hits": sum(self.hits),
             "accesses": sum(self.accesses),
+            "fetched": self.fetched,
             "bytes": self.bytes,
             "hit_rate": self.hit_rate,
             "to_belady": self.to_belady,
@@ -122,12 +124,12 @@ def simulate(
     sizes = None if expert_bytes is None else tuple(expert_bytes)
     for spec in specs:
         for capacity in capacities:
-            hits = replays.hits(spec, capacity)
+            hits, fetched = replays.served(spec, capacity)
             if capacity not in bounds:
-                best = hits if spec.name == BOUND else replays.hits(policy_of(BOUND), capacity)
+                best = hits if spec.name == BOUND else replays.served(policy_of(BOUND), capacity)[0]
                 bounds[capacity] = int(best.sum())
             by_layer, missed = hits.sum(axis=0).tolist(), (hits < model.top_k).sum(axis=0).tolist()
-            found = (tuple(by_layer), accesses, tuple(missed), trace.n_token, bounds[capacity])
+            found = (tuple(by_layer), accesses, tuple(missed), int(fetched.sum()), trace.n_token, bounds[capacity])
             outcomes.append(Outcome(spec.text, capacity, *found, sizes))
     return outcomes
 
@@ -147,12 +149,13 @@ class Replays:
         self._profile = None if profile is None else Counter[int](_keys(profile).ravel().tolist())
         self._lru_distances: NDArray[np.int32] | None = None
 
-    def hits(self, spec: PolicySpec, capacity: int) -> Hits:
-        """Experts of each token that were hit, `[n_token, n_layer]`."""
-        if self._native and (spec.name, spec.admit, spec.floor) == ("lru", "always", 0):
-            return self._hits_of_lru(capacity)
+    def served(self, spec: PolicySpec, capacity: int) -> tuple[Counts, Counts]:
+        """Experts of each token that were hit, and that were missed and given a slot, `[n_token, n_layer]` each."""
         model = self._trace.model
-        found = np.zeros((self._trace.n_token, model.n_layer), np.int32)
+        if self._native and (spec.name, spec.admit, spec.floor) == ("lru", "always", 0):
+            hits = self._hits_of_lru(capacity)
+            return hits, model.top_k - hits
+        found = np.zeros((2, self._trace.n_token, model.n_layer), np.int32)
         for layers in self._pools():
             slots = capacity * len(layers)
             keys = (
@@ -162,13 +165,13 @@ class Replays:
             served = slice(layers.start, layers.stop)
             if self._native and spec.name in (*NATIVE, *FORESEEING):
                 ids = self._trace.ids[:, served].astype(np.int32)
-                found[:, served] = replay(spec, ids, layers, model.n_layer, model.n_expert, slots, residents)
+                found[:, :, served] = replay(spec, ids, layers, model.n_layer, model.n_expert, slots, residents)
             else:
-                found[:, served] = self._plainly(spec, layers, slots, residents)
-        return found
+                found[:, :, served] = self._plainly(spec, layers, slots, residents)
+        return found[0], found[1]
 
-    def _plainly(self, spec: PolicySpec, layers: range, slots: int, residents: Sequence[int]) -> Hits:
-        """Hits `[n_token, len(layers)]` of one pool."""
+    def _plainly(self, spec: PolicySpec, layers: range, slots: int, residents: Sequence[int]) -> Counts:
+        """What `served` tells of one pool, `[2, n_token, len(layers)]`."""
         model, served = self._trace.model, slice(layers.start, layers.stop)
         keys = self._keys[:, served]
         uses = _times_of_use(keys) if spec.foresees else None
@@ -187,7 +190,7 @@ class Replays:
             return None
         return {key: n for key, n in self._profile.items() if key // self._trace.model.n_expert in layers}
 
-    def _hits_of_lru(self, capacity: int) -> Hits:
+    def _hits_of_lru(self, capacity: int) -> Counts:
         """From stack distances, which give all capacities at once."""
         model = self._trace.model
         n_pool = 1 if self._shared else model.n_layer
@@ -199,7 +202,7 @@ class Replays:
             first = np.array(_by_expert(n_key, model.n_expert)) if self._warm else None
             streams = keys.reshape(-1, n_pool, model.top_k)
             self._lru_distances = lru_distances(streams, n_key, used_before=first).reshape(self._keys.shape)
-        hits: Hits = (self._lru_distances < slots).sum(axis=2, dtype=np.int32)
+        hits: Counts = (self._lru_distances < slots).sum(axis=2, dtype=np.int32)
         return hits
 
 
@@ -225,10 +228,11 @@ def _times_of_use(keys: NDArray[np.int64]) -> dict[int, list[int]]:
 
 def _replay(
     keys: NDArray[np.int64], weights: NDArray[Any] | None, policy: Policy[int], admission: Admission[int], slots: int
-) -> Hits:
-    """Serves keys [n_token, n_layer, top_k] from one pool of `slots`; returns the hits [n_token, n_layer]."""
+) -> Counts:
+    """Serves keys [n_token, n_layer, top_k] from one pool of `slots`; returns [2, n_token, n_layer]: hits, and misses
+    that were given a slot."""
     n_token, n_layer, _ = keys.shape
-    hits = np.zeros((n_token, n_layer), np.int32)
+    hits, fetched = found = np.zeros((2, n_token, n_layer), np.int32)
     weight_of = dict[int, float]()
     for token in range(n_token):
         rows = keys[token].tolist()  # one token at a time: Python's integers take much more room
@@ -244,9 +248,11 @@ def _replay(
                     hits[token, layer] += 1
                 elif len(policy) < slots:
                     policy.insert(key)
+                    fetched[token, layer] += 1
                 else:
                     candidate = policy.candidate(pinned)
                     if candidate is not None and admission.admits(key, candidate):
                         policy.remove(candidate)
                         policy.insert(key)
-    return hits
+                        fetched[token, layer] += 1
+    return found

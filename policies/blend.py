@@ -15,14 +15,28 @@ class Blend(Ranked[int]):
     """
 
     def __init__(
-        self, capacity: int, n_layer: int, n_expert: int, *, half_life: float, fast: float, share: float
+        self,
+        capacity: int,
+        n_layer: int,
+        n_expert: int,
+        *,
+        half_life: float,
+        fast: float,
+        share: float,
+        margin: float = 1.0,
     ) -> None:
+        """margin: a key is preferred to another one if its rate is this many times as high. A little more than the same
+        seldom pays for a copy."""
         super().__init__(capacity, rank=self._rate)
+        self._margin = margin
         self._n_expert = n_expert
         self._turn = [-1] * n_layer  # the token that each layer served last
         self._slow, self._fast = DecayedSum[int](half_life), DecayedSum[int](fast)
         self._slow_scale = (1 - share) * (1 - math.exp2(-1 / half_life))
         self._fast_scale = share * (1 - math.exp2(-1 / fast))
+
+    def prefers(self, key: int, other: int) -> bool:
+        return self._rate(key) > self._margin * self._rate(other)
 
     def note(self, key: int, step: int, weight: float) -> None:
         self._turn[key // self._n_expert] = step

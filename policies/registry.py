@@ -78,7 +78,7 @@ def _belady_bypass(pool: Pool, values: _Values) -> BeladyBypass[int]:
 
 
 def _blend(pool: Pool, values: _Values) -> Blend:
-    settings = {name: values[name] for name in ("half_life", "fast", "share")}
+    settings = {name: values[name] for name in ("half_life", "fast", "share", "margin")}
     return Blend(pool.capacity, pool.n_layer, pool.n_expert, **settings)
 
 
@@ -89,7 +89,12 @@ _POLICIES: dict[str, tuple[dict[str, _Option], Callable[[Pool, _Values], Policy[
     "class-lru": ({"half_life": _HALF_LIFE}, lambda pool, v: ClassLRU(pool.capacity, v["half_life"])),
     "least-stale": ({}, lambda pool, _: LeastStale(pool.capacity, pool.n_layer, pool.n_expert)),
     "blend": (
-        {"half_life": _Option(32.0, 0.01, 1e9), "fast": _Option(1.0, 0.01, 1e9), "share": _Option(0.1, 0.0, 1.0)},
+        {
+            "half_life": _Option(32.0, 0.01, 1e9),
+            "fast": _Option(1.0, 0.01, 1e9),
+            "share": _Option(0.1, 0.0, 1.0),
+            "margin": _Option(1.4, 1.0, 1e9),
+        },
         _blend,
     ),
     "pinned-lru": ({"share": _Option(0.5, 0.0, 1.0)}, _pinned_lru),

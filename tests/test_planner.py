@@ -133,6 +133,17 @@ def test_decode_is_predicted_within_a_fifth(machine: Calibration, row: DecodeRow
     assert found.seconds == pytest.approx(sum(found.terms.values()))
 
 
+def test_sequences_of_a_step_share_experts_that_do_not_move(header: Callable[..., Path]) -> None:
+    work = plan(header("qwen3-30b-a3b"), device="cpu").work
+    shape = RunShape((0.0,) * 48, (1.0,) * 48, (True,) * 48, ubatch=512)
+    one, eight = (
+        Predictor(work, H200, RoutingEstimate(bundled_trace(), n)).found(replace(shape, n_sequence=n))[0].misses
+        for n in (1, 8)
+    )
+    assert one == work.top_k
+    assert one < eight < 8 * one
+
+
 class Used(RoutingEstimate):
     """As many experts as a run has used, all with as many tokens."""
 

@@ -220,6 +220,15 @@ def test_blend_prefers_what_was_just_used_to_what_is_used_as_often() -> None:
     assert [policy.victim(()) for _ in range(3)] == [2, 1, 0]
 
 
+def test_blend_prefers_only_what_is_used_so_many_times_as_often() -> None:
+    for margin, preferred in ((1, True), (1.4, True), (1.6, False)):
+        policy, rule = policy_of(f"blend:half_life=1e6,share=0,margin={margin},admit=outranks").build(Pool(2, 1, 10))
+        for step in range(30):
+            policy.touch(0 if step % 5 < 2 else 1, step)  # 12 and 18 times: 1.5 times as often
+        assert rule.admits(1, victim=0) is preferred
+        assert not rule.admits(0, victim=1)
+
+
 def test_blend_counts_age_in_turns_of_the_own_layer() -> None:
     policy, _ = policy_of("blend:half_life=10,fast=1,share=0.1").build(Pool(3, 2, 10))
     for key, step in ((0, 0), (10, 0), (1, 1), (2, 2), (3, 3)):

@@ -41,8 +41,20 @@ def test_what_prompts_take_changes_the_choice(way: PromptWay) -> None:
     way.note(8, in_steps=True, seconds=9.0, rates=RATES)
     assert not way.in_steps(8, RATES)  # one measurement says more than an estimate
     assert way.step_factor == 3
-    assert way.stream_factor == 1
     for _ in range(99):
         way.note(8, in_steps=False, seconds=9.0, rates=RATES)
     assert way.in_steps(8, RATES)
-    assert way.stream_factor == pytest.approx(3)  # more is not believed: the first of a length compiles kernels
+    assert way.stream_factor == pytest.approx(3.0)  # more is not believed: the first of a length compiles kernels
+
+
+def test_steps_that_use_fewer_experts_than_estimated_say_so_of_streaming_too() -> None:
+    """DeepSeek-V3's 256 experts of 25 MB; its routing may choose among far fewer."""
+    way = PromptWay(4, 256, 8, 25e6, 0.96, 32, RoutingEstimate(bundled_trace()))
+    rates = replace(RATES, stream_layer=1e-3)
+    expected = way._step_seconds(24, rates)
+    way.note(24, in_steps=True, seconds=expected / 2, rates=rates)
+    assert not way.in_steps(24, rates)  # its floor is not reached either way
+    way.note(24, in_steps=False, seconds=expected, rates=rates)
+    for _ in range(9):
+        way.note(24, in_steps=False, seconds=expected, rates=rates)
+    assert way.in_steps(24, rates)  # but measured, it is what it is

@@ -49,13 +49,14 @@ void bind_policy(nb::module_& m) {
         "replay",
         [](const PolicySettings& settings, uintptr_t ids, int64_t n_token, int n_layer, int top_k, int first_layer,
            int n_model_layer, int n_expert, int64_t n_slot, const std::vector<moe::ExpertKey>& residents,
-           bool unbound, uintptr_t hits) {
+           bool unbound, uintptr_t hits, uintptr_t fetched) {
             moe::replay(settings,
                         {at<const int32_t>(ids), n_token, n_layer, top_k, first_layer, n_model_layer, n_expert},
-                        n_slot, residents, unbound, at<int32_t>(hits));
+                        n_slot, residents, unbound, at<int32_t>(hits), at<int32_t>(fetched));
         },
         "policy"_a, "ids"_a, "n_token"_a, "n_layer"_a, "top_k"_a, "first_layer"_a, "n_model_layer"_a,
-        "n_expert"_a, "n_slot"_a, "residents"_a, "unbound"_a, "hits"_a, nb::call_guard<nb::gil_scoped_release>());
+        "n_expert"_a, "n_slot"_a, "residents"_a, "unbound"_a, "hits"_a, "fetched"_a,
+        nb::call_guard<nb::gil_scoped_release>());
 }
 
 void bind_slot_cache(nb::module_& m) {

@@ -42,6 +42,7 @@ PolicySettings::PolicySettings(const std::string& name, const std::string& admit
     const std::map<std::string, double*> places = {{"half_life", &half_life},
                                                    {"fast", &fast},
                                                    {"share", &share},
+                                                   {"margin", &margin},
                                                    {"window", &window},
                                                    {"admit_half_life", &admit_half_life},
                                                    {"floor", &floor}};
@@ -240,7 +241,8 @@ bool Policy::admits(ExpertKey key, ExpertKey victim) const {
         case PolicySettings::Admit::outranks: {
             if (settings_.rank == PolicySettings::Rank::lru) break;
             const int layer = key / n_expert_, of_victim = victim / n_expert_;
-            return rank(key, factors(layer)) + offset(layer) > rank(victim, factors(of_victim)) + offset(of_victim);
+            const double least = settings_.margin * rank(victim, factors(of_victim));
+            return rank(key, factors(layer)) + offset(layer) > least + offset(of_victim);
         }
     }
     return true;

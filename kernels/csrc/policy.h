@@ -25,7 +25,7 @@ struct PolicySettings {
 
     enum class Rank { lru, lfu, lfu_decay, class_lru, least_stale, blend, belady } rank = Rank::lru;
     enum class Admit { always, second_touch, better_than_victim, outranks } admit = Admit::always;
-    double half_life = 1, fast = 1, share = 0;  // of the rank
+    double half_life = 1, fast = 1, share = 0, margin = 1;  // of the rank
     double window = 0, admit_half_life = 1;     // of the admission
     double floor = 0;  // residents of a layer that others do not evict while they find anything else
 };

@@ -28,7 +28,7 @@ struct Future {
 }  // namespace
 
 void replay(const PolicySettings& settings, const Accesses& accesses, int64_t n_slot,
-            const std::vector<ExpertKey>& residents, bool unbound, int32_t* hits) {
+            const std::vector<ExpertKey>& residents, bool unbound, int32_t* hits, int32_t* fetched) {
     Policy policy(settings, accesses.n_model_layer, accesses.n_expert);
     std::vector<int64_t> next;
     if (settings.rank == PolicySettings::Rank::belady) {
@@ -44,7 +44,7 @@ void replay(const PolicySettings& settings, const Accesses& accesses, int64_t n_
         const int64_t layer = step % accesses.n_layer, at = step * accesses.top_k;
         const int32_t* ids = accesses.ids + at;
         const ExpertKey first = static_cast<ExpertKey>((accesses.first_layer + layer) * accesses.n_expert);
-        hits[step] = 0;
+        hits[step] = fetched[step] = 0;
         for (int i = 0; i < accesses.top_k; ++i) order[static_cast<size_t>(i)] = i;
         if (unbound)
             std::stable_partition(order.begin(), order.end(), [&](int i) { return policy.contains(first + ids[i]); });
@@ -63,6 +63,7 @@ void replay(const PolicySettings& settings, const Accesses& accesses, int64_t n_
                 policy.remove(victim);
             }
             policy.insert(key);
+            ++fetched[step];
         }
         policy.unpin();
     }

@@ -15,9 +15,10 @@ struct Accesses {
     int n_layer, top_k, first_layer, n_model_layer, n_expert;
 };
 
-// hits [n_token, n_layer] of n_slot slots that begin with these residents, inserted in this order. unbound: what the step uses
-// may be evicted, and its hits come first, as it takes to make Belady's rule the bound of everything.
+// hits and what was fetched into slots, [n_token, n_layer] each, of n_slot slots that begin with these residents, inserted
+// in this order. unbound: what the step uses may be evicted, and its hits come first, as it takes to make Belady's rule the
+// bound of everything.
 void replay(const PolicySettings& settings, const Accesses& accesses, int64_t n_slot,
-            const std::vector<ExpertKey>& residents, bool unbound, int32_t* hits);
+            const std::vector<ExpertKey>& residents, bool unbound, int32_t* hits, int32_t* fetched);
 
 }  // namespace moe

@@ -27,5 +27,5 @@ def simulated_hits(
         held = [(expert, i) for i, layer in enumerate(pool.layers) for expert in residents[layer]]
         first_to_last = [i * n_expert + expert for expert, i in sorted(held, reverse=True)]
         n_slot, served = len(pool.slots), np.ascontiguousarray(ids[:, pool.layers])
-        hits[:, pool.layers] = replay(policy, served, range(n), n, n_expert, n_slot, first_to_last)
+        hits[:, pool.layers] = replay(policy, served, range(n), n, n_expert, n_slot, first_to_last)[0]
     return hits

@@ -184,7 +184,7 @@ class Gpu {
         message.header[moe::Mailbox::kCheck] = moe::Mailbox::check(seq, sum);
         s_.x_checks[0] = moe::Mailbox::check(seq, moe::sum_of_words(s_.x.get(), n_token_ * kHidden));
         moe::store_release(message.header, seq);
-        if (n_missed == 0) return true;
+        if (message.header[moe::Mailbox::kMissed] == 0) return true;
         // Whoever of the GPU sees its own line reads y: the last one is written last.
         const int64_t* answer = s_.told.get() + (n_token_ * kHidden - 1) / moe::Mailbox::kYBlock * 8;
         while (moe::load_acquire(answer) / moe::Mailbox::kFlags != s_.mailbox.seq(step, layer)) {
