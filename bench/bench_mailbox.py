@@ -1,14 +1,15 @@
 """Times the GPU's side of the mailbox: a layer's routing posted, its answer applied, a step's tokens sent.
 
-What is written is compared with plain torch first. The answers are there already, so nothing is waited for but the
-bus. Reference: the same numbers copied by torch, without fences and sequence numbers.
+What is written is compared with plain torch first. The answers are there already, so nothing is waited for but the bus;
+timed again while copies of experts keep that busy. Reference: the same numbers copied by torch, without checks and
+sequence numbers.
 """
 
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from gpu_timing import DEVICE, Report, Row, check_equal, randn, synchronize
+from gpu_timing import DEVICE, Report, Row, Traffic, check_equal, randn, synchronize
 from torch import Tensor
 
 from moe_engine.kernels.mailbox import finish, post, wait
@@ -30,6 +31,7 @@ SHAPES = {"Qwen3-30B-A3B": Shape(2048, 128, 8), "DeepSeek-V3": Shape(7168, 256, 
 def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> None:
     """A layer with and without misses: only with them `post` sends the input, and `wait` adds the CPU's sums."""
     pinned = DEVICE.type == "cuda"
+    beside = Traffic().start if pinned else None
     table = torch.full((N_LAYER, shape.n_expert), -1, dtype=torch.int32, device=DEVICE)
     step, waited = torch.tensor([STEP], device=DEVICE), torch.zeros(N_LAYER, dtype=torch.int64, device=DEVICE)
     for n_token in tokens:
@@ -50,7 +52,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             check_equal(label, fields[: ids.numel()], ids.flatten())
             error = check_equal(label, box.x, x if missed else torch.zeros_like(x))
             reference = partial(host.copy_, x, non_blocking=True) if missed else None
-            report.add(f"post, {kind}", "", label, [send], error=error, reference=reference)
+            report.add(f"post, {kind}", "", label, [send], error=error, reference=reference, beside=beside)
 
             box.y.normal_()
             box.told.fill_(4 * (STEP * (N_LAYER + 1) + LAYER) + 1)
@@ -68,7 +70,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             apply()
             error = check_equal(label, out, x.cpu() + box.y if missed else x)
             reference = partial(added, box.y, x, out) if missed else None
-            report.add(f"wait, {kind}", "", label, [apply], error=error, reference=reference)
+            report.add(f"wait, {kind}", "", label, [apply], error=error, reference=reference, beside=beside)
 
 
 def added(y: Tensor, hits: Tensor, out: Tensor) -> Tensor:

@@ -30,8 +30,25 @@ def copies(n_bytes: int) -> int:
     return 1 if DEVICE.type == "cpu" else max(1, -(-CACHE_BYTES // n_bytes))
 
 
-def microseconds(calls: list[Call], least: int = 20, replays: int = 15) -> float:
-    """Median time of one of `calls`, replayed in turn in a graph of at least `least`, or of fewer that take long."""
+class Traffic:
+    """Copies of 3 MB from the host, as of experts, that keep the bus busy for some milliseconds."""
+
+    def __init__(self, n_copy: int = 150, nbytes: int = 3 << 20) -> None:
+        self._n_copy, self._stream = n_copy, torch.cuda.Stream()
+        self._host = torch.zeros(16, nbytes, dtype=torch.uint8, pin_memory=True)
+        self._device = torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+
+    def start(self) -> None:
+        with torch.cuda.stream(self._stream):
+            for i in range(self._n_copy):
+                self._device.copy_(self._host[i % len(self._host)], non_blocking=True)
+
+
+def microseconds(calls: list[Call], least: int = 20, replays: int = 15, beside: Call | None = None) -> float:
+    """Median time of one of `calls`, replayed in turn in a graph of at least `least`, or of fewer that take long.
+
+    beside: called before each replay, for what is to go on at the same time.
+    """
     calls[0]()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -47,6 +64,9 @@ def microseconds(calls: list[Call], least: int = 20, replays: int = 15) -> float
             call()
     times = []
     for _ in range(replays + 2):
+        torch.cuda.synchronize()
+        if beside is not None:
+            beside()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
@@ -95,11 +115,15 @@ class Report:
         n_bytes: float = 0,
         operations: float = 0,
         reference: Call | None = None,
+        beside: Call | None = None,
     ) -> Row:
-        """n_bytes: what a call reads at least. reference: the same in torch, for comparison."""
+        """n_bytes: what a call reads at least. reference: the same in torch, for comparison. beside: timed again while
+        what this starts goes on."""
         row: Row = {"family": self.family, "kernel": kernel, "type": type, "shape": shape, "error": error}
         if DEVICE.type == "cuda":
             row["microseconds"] = microseconds(calls)
+            if beside is not None:
+                row["beside_copies_microseconds"] = microseconds(calls, beside=beside)
             if reference is not None:
                 row["reference_microseconds"] = microseconds([reference], least=3, replays=7)
             if n_bytes:

@@ -90,8 +90,8 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
     }
 }
 
-// Starts what has slots since the last answer, the victims' number among it, as far as the driver is probably done with
-// it by then: the GPU's next message must not wait. What is left starts beside the CPU's next work.
+// Starts to copy what was given slots for the last answer, which has told the GPU the victims; of it as much as the driver
+// can probably take until then, for the GPU's next message must not wait. The rest starts beside the CPU's next work.
 void DecodeWorker::start_background(int64_t until) {
     while (!background_.empty() && now() + driver_ns_ < until) {
         const int64_t start = now();

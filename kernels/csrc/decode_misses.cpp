@@ -109,7 +109,7 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
         if (spec_.fetch != Fetch::all) keep_foreseen(step, layer, message);  // where slots are few, it needs them all
     }
     read_ahead(layer);
-    if (step.allow_late) start_background();  // or who waits for one of these would wait for ever
+    if (step.allow_late) start_background();  // this step may wait for one of these
     divide(step, layer);
     compute(step, layer, message);
     if (entry_.n_now > 0) {
