@@ -55,7 +55,7 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             report.add(f"post, {kind}", "", label, [send], error=error, reference=reference, beside=beside)
 
             box.y.normal_()
-            box.told.fill_(4 * (STEP * (N_LAYER + 1) + LAYER) + 1)
+            box.answer_numbers.fill_(4 * (STEP * (N_LAYER + 1) + LAYER) + 1)
             apply = partial(
                 wait,
                 box,

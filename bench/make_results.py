@@ -118,7 +118,8 @@ def decode_section(found: dict[str, Any]) -> str:
         text += (
             f"\nRandom prompts on a cache of 10 % of the experts for {soak['seconds']:.0f} s: {soak['generations']} "
             f"generations, {soak['tokens']} tokens. Peaks after the first third above those of it: VRAM "
-            f"{format_size(soak['vram_growth'])}, RAM {format_size(soak['ram_growth'])}. {soak['note']}\n"
+            f"{format_size(soak['vram_growth'])}, RAM {format_size(soak['ram_growth'])}."
+            f"{' ' + soak['note'] if 'note' in soak else ''}\n"
         )
     return text
 

@@ -208,7 +208,7 @@ class Mailbox:
         tokens: int,
         x: int,
         x_checks: int,
-        told: int,
+        answer_numbers: int,
         answer: int,
         y: int,
         control: int,

@@ -129,7 +129,7 @@ def wait(
     if time_out is None:
         time_out = WAIT_NANOSECONDS if routing.ids.is_cuda else _WAIT_LOOKS
     wait_kernel[max(1, triton.cdiv(n_x, block)),](
-        mailbox.told,
+        mailbox.answer_numbers,
         mailbox.answer.view(step.dtype),
         mailbox.answer.view(routing.ids.dtype),
         mailbox.control,

@@ -151,7 +151,7 @@ def _given_up(control):
 
 @triton.jit
 def wait_kernel(
-    told,
+    answer_numbers,
     answer,
     answer_fields,
     control,
@@ -184,8 +184,8 @@ def wait_kernel(
 ):
     """Program i adds block i of what the CPU answers; program 0 also updates the slot table.
 
-    told: a line for each program, for the bus serves reads of one line one after the other, in 1.4 us each. Four times
-    the answer's number, and its flags (1: y is to be added, 2: experts were fetched).
+    answer_numbers: a line for each program, for the bus serves reads of one line one after the other, in 1.4 us each.
+    Four times the answer's number, and its flags (1: y is to be added, 2: experts were fetched).
 
     LATE: experts fetched for this very step go to `late`, else -1. MERGE: they go into `slots`, and nothing is added.
     time_out: nanoseconds on a GPU, looks elsewhere.
@@ -210,13 +210,13 @@ def wait_kernel(
         want = tl.load(step + zero) * (N_LAYER + 1) + layer
         start = _nanoseconds(ON_GPU)
         spent = tl.full([], 0, tl.int64)
-        seen = _look(told + program * 8, ON_GPU)
+        seen = _look(answer_numbers + program * 8, ON_GPU)
         gone = tl.full([], 0, tl.int64)
         if program == 0:
             gone = _given_up(control)
         looks = 0
         while (seen // 4 != want) & (gone == 0):
-            seen = _look(told + program * 8, ON_GPU)
+            seen = _look(answer_numbers + program * 8, ON_GPU)
             looks += 1
             if looks % (1024 if ON_GPU else 8) == 0:  # seldom: all look at this one
                 gone = _given_up(control)

@@ -54,7 +54,7 @@ class Mailbox:
     """f32 `[max_batch, hidden]`."""
     x_checks: Tensor
     """int64 `[n_block, 8]`: the first of each line for X_BLOCK values of `x`."""
-    told: Tensor
+    answer_numbers: Tensor
     """int64 `[n_block, 8]`: whoever adds Y_BLOCK values of `y` looks at the first of a line for the answer."""
     answer: Tensor
     """uint8 `[answer_bytes]`."""
@@ -83,7 +83,7 @@ class Mailbox:
             tokens=zeros(RING, HEADER_BYTES + _whole_lines(4 * max_batch)),
             x=zeros(max_batch, hidden, dtype=torch.float32),
             x_checks=zeros(-(-max_batch * hidden // X_BLOCK), 8, dtype=torch.int64),
-            told=zeros(-(-max_batch * hidden // Y_BLOCK), 8, dtype=torch.int64),
+            answer_numbers=zeros(-(-max_batch * hidden // Y_BLOCK), 8, dtype=torch.int64),
             answer=zeros(HEADER_BYTES + pairs + _whole_lines(8 * max_batch * top_k)),
             y=zeros(max_batch, hidden, dtype=torch.float32),
             control=zeros(8, dtype=torch.int64),
@@ -127,7 +127,16 @@ class Mailbox:
 
     def native(self) -> _cpu.Mailbox:
         """For the worker. Valid while this lives."""
-        regions = (self.messages, self.tokens, self.x, self.x_checks, self.told, self.answer, self.y, self.control)
+        regions = (
+            self.messages,
+            self.tokens,
+            self.x,
+            self.x_checks,
+            self.answer_numbers,
+            self.answer,
+            self.y,
+            self.control,
+        )
         addresses = [region.data_ptr() for region in regions]
         native = _cpu.Mailbox(self.n_layer, self.top_k, self.hidden, self.max_batch, *addresses)
         sizes = (native.message_bytes, native.token_bytes, native.answer_bytes)

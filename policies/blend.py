@@ -23,7 +23,7 @@ class Blend(Ranked[int]):
         half_life: float,
         fast: float,
         share: float,
-        margin: float = 1.0,
+        margin: float,
     ) -> None:
         """margin: a key is preferred to another one if its rate is this many times as high. A little more than the same
         seldom pays for a copy."""

@@ -210,13 +210,13 @@ class FakeGpu:
         """Flags, late slots `[n_token, TOP_K]`, evicted."""
         box, record = self.mailbox, self.mailbox.answer.numpy()
         header = record[:64].view(np.int64)
-        told = box.told[: -(-n_token * HIDDEN // Y_BLOCK), 0]
-        while (told // 4 != self.seq(step, layer)).any():
+        numbers = box.answer_numbers[: -(-n_token * HIDDEN // Y_BLOCK), 0]
+        while (numbers // 4 != self.seq(step, layer)).any():
             assert not box.control[0], "aborted"
             self.meanwhile()
             time.sleep(0.0001)
-        flags, n_evicted = int(told[0] % 4), int(header[0])
-        assert (told % 4 == flags).all()
+        flags, n_evicted = int(numbers[0] % 4), int(header[0])
+        assert (numbers % 4 == flags).all()
         assert n_evicted <= 2 * n_token * TOP_K, "the GPU looks at no more evictions"
         late = np.full((n_token, TOP_K), -1, np.int32)
         if flags & 2:

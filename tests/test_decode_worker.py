@@ -134,7 +134,7 @@ def test_a_message_is_taken_when_all_of_it_is_there(last: str) -> None:
     parts[last][:] += 1
     header[0] = gpu.seq(1, 0)
     time.sleep(0.01)
-    assert not box.told.any()
+    assert not box.answer_numbers.any()
     parts[last][:] = whole
     flags, _, _ = gpu.answer(1, 0, 1)
     assert flags == 1

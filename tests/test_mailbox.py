@@ -126,7 +126,7 @@ def answer(box: Mailbox, seq: int, flags: int, late: list[int], evicted: list[in
     part(box.answer, box.late_offset, len(late)).copy_(torch.tensor(late, dtype=torch.int32))
     part(box.answer, box.evicted_offset, len(evicted)).copy_(torch.tensor(evicted, dtype=torch.int32))
     header(box.answer)[0] = len(evicted)
-    box.told[:, 0] = 4 * seq + flags
+    box.answer_numbers[:, 0] = 4 * seq + flags
 
 
 def receive(box: Mailbox, routing: Routing, table: Tensor, **options: Any) -> None:

@@ -41,6 +41,7 @@ def test_what_prompts_take_changes_the_choice(way: PromptWay) -> None:
     way.note(8, in_steps=True, seconds=9.0, rates=RATES)
     assert not way.in_steps(8, RATES)  # one measurement says more than an estimate
     assert way.step_factor == 3
+    assert way.stream_factor is None
     for _ in range(99):
         way.note(8, in_steps=False, seconds=9.0, rates=RATES)
     assert way.in_steps(8, RATES)

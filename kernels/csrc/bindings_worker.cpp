@@ -130,14 +130,14 @@ void bind_parts(nb::module_& m) {
         .def(
             "__init__",
             [](moe::Mailbox* self, int64_t n_layer, int64_t top_k, int64_t hidden, int64_t max_batch,
-               uintptr_t messages, uintptr_t tokens, uintptr_t x, uintptr_t x_checks, uintptr_t told,
+               uintptr_t messages, uintptr_t tokens, uintptr_t x, uintptr_t x_checks, uintptr_t answer_numbers,
                uintptr_t answer, uintptr_t y, uintptr_t control) {
                 new (self) moe::Mailbox{n_layer, top_k, hidden, max_batch, at<uint8_t>(messages),
                                         at<uint8_t>(tokens), at<const float>(x), at<const int64_t>(x_checks),
-                                        at<int64_t>(told), at<uint8_t>(answer), at<float>(y), at<int64_t>(control)};
+                                        at<int64_t>(answer_numbers), at<uint8_t>(answer), at<float>(y), at<int64_t>(control)};
             },
             "n_layer"_a, "top_k"_a, "hidden"_a, "max_batch"_a, "messages"_a, "tokens"_a, "x"_a, "x_checks"_a,
-            "told"_a, "answer"_a, "y"_a, "control"_a)
+            "answer_numbers"_a, "answer"_a, "y"_a, "control"_a)
         .def_prop_ro("message_bytes", &moe::Mailbox::message_bytes)
         .def_prop_ro("token_bytes", &moe::Mailbox::token_bytes)
         .def_prop_ro("answer_bytes", &moe::Mailbox::answer_bytes)

@@ -130,7 +130,7 @@ void DecodeWorker::answer(const Step& step, int layer, const Mailbox::Message& m
     entry_.answered = now();
     const int64_t flags = (entry_.n_cpu > 0 ? Mailbox::kAddY : 0) | (entry_.n_now > 0 ? Mailbox::kLate : 0);
     for (int64_t first = 0; first < step.n_token * mailbox.hidden; first += Mailbox::kYBlock)
-        store_release(mailbox.told + first / Mailbox::kYBlock * 8, entry_.seq * Mailbox::kFlags + flags);
+        store_release(mailbox.answer_numbers + first / Mailbox::kYBlock * 8, entry_.seq * Mailbox::kFlags + flags);
 }
 
 // Where not all experts are in RAM: all reads of the layer begin together, whoever waits for them.

@@ -205,10 +205,7 @@ bool DecodeWorker::whole(const Step& step, int layer) const {
     const int64_t seq = mailbox.seq(step.number, layer), n_token = message.header[Mailbox::kTokens];
     const int64_t n_missed = message.header[Mailbox::kMissed], n_ahead = message.header[Mailbox::kAhead];
     if (n_token < 1 || n_token > mailbox.max_batch) return false;
-    const int64_t n_pair = n_token * mailbox.top_k;
-    uint32_t sum = static_cast<uint32_t>(n_token + n_missed + n_ahead) + sum_of_words(message.ids, n_pair) +
-                   sum_of_words(message.weights, n_pair) + sum_of_words(message.slots, n_pair);
-    for (int64_t i = 0; i < std::min(n_ahead, Mailbox::kMaxAhead); ++i) sum += sum_of_words(message.ahead[i], n_pair);
+    const uint32_t sum = mailbox.sum(message, n_token, std::min(n_ahead, Mailbox::kMaxAhead));
     if (message.header[Mailbox::kCheck] != Mailbox::check(seq, sum)) return false;
     const int64_t n_x = n_missed > 0 ? n_token * mailbox.hidden : 0;
     for (int64_t first = 0; first < n_x; first += Mailbox::kXBlock) {

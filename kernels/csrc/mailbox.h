@@ -35,10 +35,10 @@ struct Mailbox {
     enum MessageHeader { kSeq, kTokens, kMissed, kAhead, kCheck };
     enum TokensHeader { kBad = 2 };                      // the logits were not finite
     enum AnswerHeader { kEvicted };
-    // told: the answer's number times kFlags, and one or both of these: y is to be added; late() is valid.
+    // answer_numbers: the answer's number times kFlags, and one or both of these: y is to be added; late() is valid.
     static constexpr int64_t kFlags = 4, kAddY = 1, kLate = 2;
     enum Control { kAbort, kGpuError };
-    // Values of x that have one check, of the sum of their 32-bit words; of y that one place in `told` is for.
+    // Values of x that have one check, of the sum of their 32-bit words; of y that one place in `answer_numbers` is for.
     static constexpr int64_t kXBlock = 16384, kYBlock = 512;
 
     int64_t n_layer, top_k, hidden, max_batch;
@@ -46,7 +46,7 @@ struct Mailbox {
     uint8_t* tokens;    // [kRing, token_bytes()]
     const float* x;     // [max_batch, hidden], valid in messages with misses
     const int64_t* x_checks;  // [blocks, 8], the first of each line
-    int64_t* told;            // [blocks, 8], the first of each line
+    int64_t* answer_numbers;  // [blocks, 8], the first of each line
     uint8_t* answer;
     float* y;          // [max_batch, hidden]: what the CPU computed, weighted and summed
     int64_t* control;  // [8]
@@ -78,6 +78,17 @@ struct Mailbox {
         int32_t* ids = reinterpret_cast<int32_t*>(record + kHeaderBytes);
         return {reinterpret_cast<int64_t*>(record), ids, reinterpret_cast<float*>(ids + max_pairs()),
                 ids + 2 * max_pairs(), {ids + 3 * max_pairs(), ids + 4 * max_pairs()}};
+    }
+
+    // What kCheck is of, for so many tokens and predicted layers.
+    uint32_t sum(const Message& message, int64_t n_token, int64_t n_ahead) const {
+        const int64_t n_pair = n_token * top_k;
+        uint32_t words = static_cast<uint32_t>(n_token + message.header[kMissed] + message.header[kAhead]);
+        for (const void* field : {static_cast<const void*>(message.ids), static_cast<const void*>(message.weights),
+                                  static_cast<const void*>(message.slots)})
+            words += sum_of_words(field, n_pair);
+        for (int64_t i = 0; i < n_ahead; ++i) words += sum_of_words(message.ahead[i], n_pair);
+        return words;
     }
 
     struct Tokens {

@@ -48,7 +48,7 @@ struct Setting {
     moe::Mailbox mailbox;
     Lines<uint8_t> messages, tokens, answer;
     Lines<float> x, y;
-    Lines<int64_t> x_checks, told, control;
+    Lines<int64_t> x_checks, answer_numbers, control;
     Lines<int32_t> table;
     std::vector<std::vector<uint8_t>> host;   // by layer: [n_expert, gate | up | down]
     std::vector<std::vector<uint8_t>> slots;  // by class
@@ -67,7 +67,7 @@ struct Setting {
         answer = lines<uint8_t>(mailbox.answer_bytes());
         x = lines<float>(max_batch * kHidden);
         x_checks = lines<int64_t>(8);
-        told = lines<int64_t>(8 * max_batch);
+        answer_numbers = lines<int64_t>(8 * max_batch);
         y = lines<float>(max_batch * kHidden);
         control = lines<int64_t>(8);
         table = lines<int32_t>(n_layer * n_expert);
@@ -76,7 +76,7 @@ struct Setting {
         mailbox.tokens = tokens.get();
         mailbox.x = x.get();
         mailbox.x_checks = x_checks.get();
-        mailbox.told = told.get();
+        mailbox.answer_numbers = answer_numbers.get();
         mailbox.answer = answer.get();
         mailbox.y = y.get();
         mailbox.control = control.get();
@@ -176,17 +176,13 @@ class Gpu {
         message.header[moe::Mailbox::kTokens] = n_token_;
         message.header[moe::Mailbox::kMissed] = n_missed + (step == wrong_step);
         const int64_t seq = s_.mailbox.seq(step, layer);
-        uint32_t sum = static_cast<uint32_t>(n_token_ + message.header[moe::Mailbox::kMissed] + n_ahead);
-        for (const void* field : {static_cast<const void*>(message.ids), static_cast<const void*>(message.weights),
-                                  static_cast<const void*>(message.slots)})
-            sum += moe::sum_of_words(field, n_pair);
-        for (int i = 0; i < n_ahead; ++i) sum += moe::sum_of_words(message.ahead[i], n_pair);
-        message.header[moe::Mailbox::kCheck] = moe::Mailbox::check(seq, sum);
+        message.header[moe::Mailbox::kCheck] =
+            moe::Mailbox::check(seq, s_.mailbox.sum(message, n_token_, n_ahead));
         s_.x_checks[0] = moe::Mailbox::check(seq, moe::sum_of_words(s_.x.get(), n_token_ * kHidden));
         moe::store_release(message.header, seq);
         if (message.header[moe::Mailbox::kMissed] == 0) return true;
         // Whoever of the GPU sees its own line reads y: the last one is written last.
-        const int64_t* answer = s_.told.get() + (n_token_ * kHidden - 1) / moe::Mailbox::kYBlock * 8;
+        const int64_t* answer = s_.answer_numbers.get() + (n_token_ * kHidden - 1) / moe::Mailbox::kYBlock * 8;
         while (moe::load_acquire(answer) / moe::Mailbox::kFlags != s_.mailbox.seq(step, layer)) {
             if (aborted()) return false;
             std::this_thread::yield();
@@ -203,7 +199,7 @@ class Gpu {
         std::vector<float> weight;
         for (int pair = 0; pair < n_token_ * s_.top_k; ++pair) {
             if (message.ids[pair] < 0 || message.slots[pair] >= 0) continue;
-            const int32_t late = (*s_.told.get() & moe::Mailbox::kLate) != 0 ? s_.mailbox.late()[pair] : -1;
+            const int32_t late = (*s_.answer_numbers.get() & moe::Mailbox::kLate) != 0 ? s_.mailbox.late()[pair] : -1;
             if (late >= 0) {
                 if (!allow_late_) fail("a late expert that nobody computes");
                 check_slot(layer, message.ids[pair], late);
@@ -213,7 +209,7 @@ class Gpu {
             expert.push_back(message.ids[pair]);
             weight.push_back(message.weights[pair]);
         }
-        if (((*s_.told.get() & moe::Mailbox::kAddY) != 0) == token.empty())
+        if (((*s_.answer_numbers.get() & moe::Mailbox::kAddY) != 0) == token.empty())
             fail("the answer's flags are wrong");
         if (token.empty()) return;
         std::vector<float> expected(static_cast<size_t>(n_token_ * kHidden));
