@@ -47,7 +47,7 @@ def sort_kernel(ids, offsets, token, place, n_pair, TOP_K: tl.constexpr, BLOCK: 
 _PIECES = ["offsets", "slots", "tile_group", "tile_row"]
 
 
-@triton.jit(do_not_specialize_on_alignment=_PIECES)
+@triton.jit(do_not_specialize=["n_group"], do_not_specialize_on_alignment=_PIECES)
 def tile_map_kernel(
     offsets, slots, tile_group, tile_row, n_group,
     BLOCK_M: tl.constexpr, N_GROUP_POW2: tl.constexpr, TILES: tl.constexpr,

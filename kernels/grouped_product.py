@@ -67,10 +67,11 @@ def _type_constants(part: SlotPart) -> dict[str, Any]:
     return {"TYPE": name, "BLOCK_BYTES": part.type.block_bytes, "RUN_WIDTH": RUN_WIDTHS[name]}
 
 
-def _tile_map(groups: Groups, n_row: int, block_m: int) -> tuple[Tensor, Tensor]:
+def _tile_map(groups: Groups, n_row: int, block_m: int, most: int | None = None) -> tuple[Tensor, Tensor]:
     """For each row tile its group or -1, and its first row: int32 `[n_tile]`, an upper bound of what is needed.
 
-    n_row: of all groups that have a slot, at most.
+    n_row: of all groups that have a slot, at most. most: groups that there may be another time, so that one compiled
+    kernel serves any number of them.
     """
     from moe_engine.kernels.grouped_kernels import tile_map_kernel
 
@@ -78,7 +79,7 @@ def _tile_map(groups: Groups, n_row: int, block_m: int) -> tuple[Tensor, Tensor]
     n_tile = min(n_row // block_m + n_group, n_row)
     n_tile = -(-n_tile // chunk) * chunk
     tiles = torch.empty(2, n_tile, dtype=torch.int32, device=groups.offsets.device)
-    pow2 = 1 << (n_group - 1).bit_length()
+    pow2 = 1 << ((most or n_group) - 1).bit_length()
     tile_map_kernel[(n_tile // chunk,)](
         groups.offsets, groups.slots, tiles[0], tiles[1], n_group, BLOCK_M=block_m, N_GROUP_POW2=pow2, TILES=chunk,
         enable_fp_fusion=True,
@@ -250,7 +251,7 @@ class PromptProduct:
         self.sorted = sort_by_expert(self.ids, n_expert)
         self.offsets = self.sorted.offsets  # int32 [n_expert + 1]: where each expert's pairs begin
         n_row = ids.numel()
-        self._rows, self._tiling = n_row / n_expert, _tiling(n_row, n_expert)
+        self._n_expert, self._rows, self._tiling = n_expert, n_row / n_expert, _tiling(n_row, n_expert)
         n_h = n_row * layout.n_ff
         if workspace is None:
             workspace = self.x.new_empty(self.workspace_values(n_row, layout))
@@ -278,10 +279,10 @@ class PromptProduct:
         groups = Groups(self.offsets[first : first + len(slots) + 1], slots)
         x, token, h, y, tiling = self.x, self.sorted.token, self._h, self._y, self._tiling
         n_row = len(h)
-        whole = tiles or _tile_map(groups, n_row, tiling.block_m)
+        whole = tiles or _tile_map(groups, n_row, tiling.block_m, self._n_expert)
 
         def tiles_of(some: Groups) -> tuple[Tensor, Tensor]:
-            return whole if len(some) == len(groups) else _tile_map(some, n_row, tiling.block_m)
+            return whole if len(some) == len(groups) else _tile_map(some, n_row, tiling.block_m, self._n_expert)
 
         alike = (gate.type, gate.n_out) == (up.type, up.n_out)
         if alike and (self.method or choose_method(gate, pool, self._rows)) == "fused":

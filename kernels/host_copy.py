@@ -10,7 +10,7 @@ from torch import Tensor
 _BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _copy_kernel(source, target, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + at, tl.load(source + at, mask=at < n), mask=at < n)

@@ -167,22 +167,25 @@ def _decode_costs(
     cpu_experts: Mapping[str, Product],
     cpu_call_seconds: float,
 ) -> tuple[float, float]:
-    """Seconds of a kernel, and of an exchange, besides what is read: from steps without and with misses alone."""
+    """Seconds of a kernel, and of an exchange, besides what is read: from steps of a few layers of a large model, all
+    in VRAM; and from what steps of the bundled model, whose reading takes next to nothing, take longer if all is
+    missed.
+    """
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_model(MODEL, path, layers=LAYERS, skew=0.0)
-        (in_vram, work), (missed, _) = (_step_seconds(path, device, threads, experts) for experts in ("cache", "cpu"))
-    n_layer = len(work.experts)
+        in_vram, work = _step_seconds(path, device, threads, "cache")
     dense = sum(nbytes / closest(decode, type) for type, nbytes in work.dense.items())
     by_type = [item for layer in work.experts for item in layer.by_type.items()]
     hits = sum(work.top_k * nbytes / closest(decode, type) for type, nbytes in by_type)
-    kernel = max((in_vram - dense - hits) / (work.kernels + HIT_KERNELS * n_layer), LEAST)
-    cpu = n_layer * cpu_call_seconds + _cpu_seconds(work, cpu_experts)
-    exchange = (missed - dense - cpu - (work.kernels + EXCHANGE_KERNELS * n_layer) * kernel) / n_layer
+    kernel = max((in_vram - dense - hits) / (work.kernels + HIT_KERNELS * len(work.experts)), LEAST)
+    (hit, small), (missed, _) = (_step_seconds(None, device, threads, experts) for experts in ("cache", "cpu"))
+    layer = (missed - hit - _cpu_seconds(small, cpu_experts)) / len(small.experts)
+    exchange = layer - cpu_call_seconds - (EXCHANGE_KERNELS - HIT_KERNELS) * kernel
     return kernel, max(exchange, LEAST)
 
 
-def _step_seconds(path: Path, device: torch.device, threads: int, experts: str) -> tuple[float, ModelWork]:
+def _step_seconds(path: Path | None, device: torch.device, threads: int, experts: str) -> tuple[float, ModelWork]:
     """Of drawn tokens: greedy ones soon choose the same experts again and again, which caches hold."""
     options: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": 512, "profile": False}
     with Engine.load(path, experts=experts, **options) as engine:

@@ -117,6 +117,7 @@ class Calibration:
             hits=closest(self.gpu.decode, type),
             step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds + self.cpu_call_seconds,
             stream_layer=self.gpu.stream_seconds,
+            cached_layer=self.gpu.layer_seconds,
         )
 
     def save(self, path: Path) -> None:

@@ -41,9 +41,9 @@ def miss_seconds(miss_bytes: float, fetch_bytes: float, *, cpu: float, ram: floa
 
 
 BEHIND_CHOICE = 0.4
-"""Of what the host takes for a layer, the share that the GPU waits for. Qwen3-30B-A3B on an H200, 50 % and 1 GiB of the
-experts cached: prompts of 8192 and 16384 tokens took 67 and 71 ms longer than is predicted for their kernels, of 163 ms
-predicted for the host."""
+"""Of what the host takes for a layer, the share that GPU and bus wait for. Qwen3-30B-A3B on an H200, 50 % and 1 GiB of
+the experts cached: prompts of 8192 and 16384 tokens took 67 and 71 ms longer than is predicted for their kernels, of
+163 ms predicted for the host; with 1 GiB, ones of 512 and 2048 tokens 68 and 28 ms longer than their copies."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ class PromptLayer:
 def layer_terms(layer: PromptLayer, pcie: float) -> dict[str, float]:
     """Seconds by resource; the layer takes as long as the longest, because they work at the same time.
 
-    Only behind the router's choice, which the host waits for, the GPU waits for the host's launches. pcie: bytes per
-    second. The CPU's share is left out: copies that run ahead leave it few experts.
+    Only behind the router's choice, which the host waits for, GPU and bus wait for the host. pcie: bytes per second.
+    The CPU's share is left out: copies that run ahead leave it few experts.
     """
-    gpu = layer.gpu_seconds([*layer.cached, *layer.missing])
+    gpu, waiting = layer.gpu_seconds([*layer.cached, *layer.missing]), BEHIND_CHOICE * layer.launches
+    copies = len(layer.missing) * layer.nbytes / pcie
     return {
-        "misses": len(layer.missing) * layer.nbytes / pcie,
-        "gpu": gpu + BEHIND_CHOICE * layer.launches,
+        "misses": copies + waiting if copies else 0.0,
+        "gpu": gpu + waiting,
         "launches": layer.launches,
     }

@@ -20,6 +20,7 @@ MIXTURE_KERNELS = 3  # norm; router (2)
 SHARED_KERNELS = 4  # its slot and weight; gate and up; down
 HIT_KERNELS = 2  # gate and up; down
 HEAD_KERNELS = 5  # embedding, norm, product, sampling, record
+BUNDLED_LAYER_KERNELS = 17.5  # `ModelWork.layer_kernels` of the bundled model, with which calibration measures the host
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class ModelWork:
     attention_operations: int  # of one query with one key, all heads and blocks
     kv_bytes: int  # that one token keeps
     kernels: int  # without those of hits
+
+    @property
+    def layer_kernels(self) -> float:
+        """Of a block, on average, with those of hits."""
+        return (self.kernels - HEAD_KERNELS + HIT_KERNELS * len(self.experts)) / self.n_block
 
     @property
     def expert_bytes(self) -> int:

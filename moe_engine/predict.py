@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from moe_engine.calibration import Calibration, Gpu, Product, closest
 from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
 from moe_engine.decode_step import PROMPT_TOKENS
-from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
+from moe_engine.model_work import BUNDLED_LAYER_KERNELS, HIT_KERNELS, ExpertLayer, ModelWork
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
 EXCHANGE_KERNELS = 2  # post and wait of a layer
@@ -224,7 +224,8 @@ class Predictor:
         expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
         dense = (expand + 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention) / work.n_block
         plain = work.n_block - len(work.experts)  # blocks without routed experts
-        bound = {"gpu": plain * max(dense, gpu.layer_seconds)}
+        in_vram = gpu.layer_seconds * self._launches
+        bound = {"gpu": plain * max(dense, in_vram)}
         alike: dict[tuple[tuple[float, float, bool], object], list[ExpertLayer]] = {}
         places = zip(shape.shares, shape.in_ram, shape.fixed, strict=True)
         for layer, place in zip(work.experts, places, strict=True):
@@ -240,10 +241,15 @@ class Predictor:
                         "disk": disk * (1 - share) * (1 - in_ram) * layer.nbytes
                     }
                 else:  # nothing waits for the host
-                    terms = {"gpu": found.gpu_seconds(found.cached), "launches": gpu.layer_seconds}
+                    terms = {"gpu": found.gpu_seconds(found.cached), "launches": in_vram}
             name = max(terms, key=lambda name: terms[name])
             bound[name] = bound.get(name, 0.0) + len(layers) * terms[name]
         return bound
+
+    @property
+    def _launches(self) -> float:
+        """Of a layer of a prompt, by those of a layer of the bundled model: about as the kernels of decode steps."""
+        return self.work.layer_kernels / BUNDLED_LAYER_KERNELS
 
     def _prompt_layer(self, layer: ExpertLayer, share: float, counts: list[int], dense: float) -> PromptLayer:
         gpu = self.machine.gpu
@@ -257,7 +263,7 @@ class Predictor:
             dense=dense,
             gpu_expert=_product_seconds(gpu.prompt, layer, 1, 0),
             gpu_token=_product_seconds(gpu.prompt, layer, 0, 1),
-            launches=gpu.stream_seconds,
+            launches=gpu.stream_seconds * self._launches,
         )
 
 

@@ -7,6 +7,8 @@ from itertools import accumulate
 from moe_engine.routing_estimate import RoutingEstimate
 
 NEWEST = 0.2  # weight of the newest measurement in what is learnt
+UNTRIED = 0.5  # what streaming may take, by what is expected, as long as nobody has tried
+TRIALS = 2  # the faster of them counts: the other one may have compiled kernels
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class PromptRates:
     hand_over: float = 150e-6  # seconds: tokens to the CPU and its sums back
     step_layer: float = 70e-6  # seconds of a layer of a step with some prompt tokens, beside the bytes it reads
     stream_layer: float = 2.5e-3  # seconds of the host for a streamed layer, mostly launches
+    cached_layer: float = 2e-3  # the same where no layer misses anything
 
 
 def cpu_seconds(n_token: int, nbytes: int, operations: int, rates: PromptRates) -> float:
@@ -61,17 +64,22 @@ class PromptWay:
     tokens_per_step: int
     routing: RoutingEstimate
     step_factor: float = 1.0  # seconds, by those that follow from the rates
-    # Until a prompt was streamed, no more than for steps: where these take less, fewer experts are used than estimated.
-    stream_factor: float | None = None
+    stream_factor: float = 1.0
     n_in_steps: int = 0  # prompts that were measured
+    n_streamed: int = 0
 
     def in_steps(self, n_token: int, rates: PromptRates) -> bool:
         steps = self.step_factor * self._step_seconds(n_token, rates)
-        return steps < self._stream_factor * self._stream_seconds(n_token, rates)
+        return steps < self._expected_factor * self._stream_seconds(n_token, rates)
 
     @property
-    def _stream_factor(self) -> float:
-        return min(1.0, self.step_factor) if self.stream_factor is None else self.stream_factor
+    def _expected_factor(self) -> float:
+        """Of streaming. Before it was measured no more than for steps: where these take less, fewer experts are used
+        than estimated. And what may be faster is tried once steps are measured: rates of the host come out too low on a
+        busy one."""
+        if self.n_streamed >= TRIALS:
+            return self.stream_factor
+        return min(1.0, self.step_factor) * (UNTRIED if self.n_in_steps else 1.0)
 
     def note(self, n_token: int, in_steps: bool, seconds: float, rates: PromptRates) -> None:
         """What a prompt took; those in steps without what was done for the first time."""
@@ -80,8 +88,12 @@ class PromptWay:
         if in_steps:
             self.n_in_steps += 1
             self.step_factor += max(NEWEST, 1 / self.n_in_steps) * (measured - self.step_factor)
+            return
+        self.n_streamed += 1
+        if self.n_streamed <= TRIALS:
+            self.stream_factor = measured if self.n_streamed == 1 else min(self.stream_factor, measured)
         else:
-            self.stream_factor = self._stream_factor + NEWEST * (measured - self._stream_factor)
+            self.stream_factor += NEWEST * (measured - self.stream_factor)
 
     def _used_bytes(self, n_token: int) -> float:
         """Of a layer."""
@@ -94,4 +106,5 @@ class PromptWay:
         return self.n_layer * ((whole + (rest > 0)) * rates.step_layer + reading)
 
     def _stream_seconds(self, n_token: int, rates: PromptRates) -> float:
-        return self.n_layer * max(rates.stream_layer, self.missing * self._used_bytes(n_token) / rates.dram)
+        host = rates.stream_layer if self.missing else rates.cached_layer
+        return self.n_layer * max(host, self.missing * self._used_bytes(n_token) / rates.dram)

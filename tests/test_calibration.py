@@ -50,7 +50,7 @@ def test_rates_for_prompts_are_the_calibrations() -> None:
     assert (rates.pcie, rates.dram, rates.cpu) == (55.1e9, 131e9, 3.95e12)
     assert rates.gpu == pytest.approx(6 * 2048 * 768 * 8 * (2048 - 64) / 382.6e-6)
     assert rates.step_layer == pytest.approx(70.1e-6)
-    assert rates.stream_layer == 3e-3
+    assert (rates.stream_layer, rates.cached_layer) == (3e-3, 0.8e-3)
     assert BUSY_H200.rates("Q8_0").cpu == 3.63e12
     assert BUSY_H200.rates("IQ2_XS").cpu == BUSY_H200.rates("Q2_K").cpu == 2.45e12
     assert rates.cpu_factor == 1.0  # learnt anew by each engine

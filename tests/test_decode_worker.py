@@ -467,3 +467,14 @@ def test_hits_are_the_simulators(policy: str) -> None:
     assert gpu.worker.stats().hits == hits.sum(axis=0).tolist()
     assert (hits.mean(axis=0) > 0).all()
     assert (hits.mean(axis=0) < TOP_K).all()
+
+
+@pytest.mark.parametrize(
+    ("cpu", "beside", "copy", "price"),
+    [(100e9, 60e9, 50e9, 0.8), (100e9, 20e9, 50e9, 1.0), (100e9, 110e9, 50e9, 0.0)],
+)
+def test_a_copy_costs_the_misses_that_the_cpu_could_have_computed(
+    cpu: float, beside: float, copy: float, price: float
+) -> None:
+    """A copy of a gigabyte at 50 GB/s takes 20 ms, in which the CPU reads 1.2 of 2 GB: it loses 0.8."""
+    assert _cpu.Rates(cpu, beside, 60e9, copy, 0, 0).price_of_copy == pytest.approx(price)

@@ -18,6 +18,8 @@ from recorded_h200 import (
     H200,
     QUIET_H200,
     QUIET_PROMPT_ROWS,
+    SLOW_HOST_H200,
+    SLOW_HOST_PROMPT_ROWS,
     DecodeRow,
     PromptRow,
     StreamedRow,
@@ -30,7 +32,8 @@ from moe_engine.cli import main
 from moe_engine.costs import BEHIND_CHOICE, PromptLayer, StepCosts, layer_terms, miss_seconds
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.inspection import inspect_file
-from moe_engine.model_work import ModelWork
+from moe_engine.loading import bundled_model
+from moe_engine.model_work import BUNDLED_LAYER_KERNELS, ModelWork
 from moe_engine.plan_advice import doubling
 from moe_engine.plan_report import as_dict, lines
 from moe_engine.planner import Plan, plan
@@ -96,7 +99,7 @@ def layer(**changes: object) -> PromptLayer:
 def test_a_layer_waits_for_its_copies_or_its_products() -> None:
     products = 1.0 + 3 * 0.5 + 12 * 0.125
     waited = BEHIND_CHOICE * 0.25  # behind the router's choice, for the host
-    assert layer_terms(layer(), pcie=50.0) == {"misses": 4.0, "gpu": products + waited, "launches": 0.25}
+    assert layer_terms(layer(), pcie=50.0) == {"misses": 4.0 + waited, "gpu": products + waited, "launches": 0.25}
     assert layer_terms(layer(missing=[]), pcie=50.0)["misses"] == 0.0
 
 
@@ -168,12 +171,27 @@ def test_streamed_prompts_are_predicted_within_a_quarter(row: PromptRow, busy: t
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.25)
 
 
-@pytest.mark.parametrize("row", QUIET_PROMPT_ROWS, ids=lambda row: f"{row.tokens}-{row.share}")
-def test_streamed_prompts_are_predicted_within_a_fifth(row: StreamedRow, busy: tuple[ModelWork, RunShape]) -> None:
+@pytest.mark.parametrize(
+    ("machine", "row"),
+    [
+        *((QUIET_H200, row) for row in QUIET_PROMPT_ROWS),
+        *((SLOW_HOST_H200, row) for row in SLOW_HOST_PROMPT_ROWS),
+    ],
+    ids=lambda value: f"{value.tokens}-{value.share}-{value.used}" if isinstance(value, StreamedRow) else "",
+)
+def test_streamed_prompts_are_predicted_within_a_fifth(
+    machine: Calibration, row: StreamedRow, busy: tuple[ModelWork, RunShape]
+) -> None:
     work, shape = busy
     shape = replace(shape, shares=(row.share,) * 48)
-    found = Predictor(work, QUIET_H200, Used(row.used)).streamed(shape, row.tokens)
+    found = Predictor(work, machine, Used(row.used)).streamed(shape, row.tokens)
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
+
+
+def test_launches_are_those_of_the_calibrated_model() -> None:
+    work = plan(bundled_model(), device="cpu").work
+    assert work.layer_kernels == BUNDLED_LAYER_KERNELS
+    assert Predictor(work, H200, RoutingEstimate(bundled_trace()))._launches == 1
 
 
 def test_short_prompts_take_steps(busy: tuple[ModelWork, RunShape]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from moe_engine.prompt_split import PromptRates, PromptWay
 from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
 
-RATES = PromptRates(pcie=50e9, dram=110e9, step_layer=70e-6, stream_layer=2.5e-3)
+RATES = PromptRates(pcie=50e9, dram=110e9, step_layer=70e-6, stream_layer=2.5e-3, cached_layer=2.5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,28 @@ def test_what_prompts_take_changes_the_choice(way: PromptWay) -> None:
     way.note(8, in_steps=True, seconds=9.0, rates=RATES)
     assert not way.in_steps(8, RATES)  # one measurement says more than an estimate
     assert way.step_factor == 3
-    assert way.stream_factor is None
+    assert way.n_streamed == 0
     for _ in range(99):
         way.note(8, in_steps=False, seconds=9.0, rates=RATES)
     assert way.in_steps(8, RATES)
     assert way.stream_factor == pytest.approx(3.0)  # more is not believed: the first of a length compiles kernels
+
+
+def test_streaming_is_tried_where_it_may_be_faster_than_steps_are(way: PromptWay) -> None:
+    """A host that was busy when it was calibrated: 512 tokens, all experts in VRAM, as seen on an H200."""
+    rates = replace(RATES, step_layer=250e-6, hits=1e30, stream_layer=99.0, cached_layer=5.8e-3)
+    way = replace(way, missing=0.0)
+    assert way.in_steps(512, rates)
+    way.note(512, in_steps=True, seconds=48 * 5.08e-3, rates=rates)
+    assert not way.in_steps(512, rates)  # 5.8 ms were foretold, but who knows
+    compiling, slow = replace(way), replace(way)
+    compiling.note(512, in_steps=False, seconds=6.0, rates=rates)
+    assert not compiling.in_steps(512, rates)
+    compiling.note(512, in_steps=False, seconds=48 * 2.1e-3, rates=rates)
+    assert not compiling.in_steps(512, rates)
+    for _ in range(2):
+        slow.note(512, in_steps=False, seconds=48 * 5.8e-3, rates=rates)
+    assert slow.in_steps(512, rates)
 
 
 def test_steps_that_use_fewer_experts_than_estimated_say_so_of_streaming_too() -> None:

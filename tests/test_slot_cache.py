@@ -1,5 +1,6 @@
 """The native slot cache against a plain model whose victims are chosen by the classes of `policies`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,8 @@ class Model:
     pinned: set[int] = field(default_factory=set)
     used: list[int] = field(default_factory=list)
     step: int = 1
+    uses: dict[int, list[int]] = field(default_factory=dict)  # steps, by key
+    turn: dict[int, int] = field(default_factory=dict)  # the last step, by layer
 
     def __post_init__(self) -> None:
         pools = [Pool(max(1, n), len(SLOT_CLASS), N_EXPERT) for n in self.n_slot]
@@ -60,6 +63,8 @@ class Model:
         self.used = [layer * N_EXPERT + expert for expert in experts if expert >= 0]
         self.pinned = set(self.used)
         for key in self.used:
+            self.uses.setdefault(key, []).append(self.step)
+            self.turn[layer] = self.step
             self.policy(key).touch(key, self.step)
             self.admission(key).note(key, self.step)
 
@@ -71,13 +76,27 @@ class Model:
                 self.policy(key).insert(key)
         self.used, self.pinned = [], set()
 
-    def victim(self, key: int, evict: str) -> int | None:
+    def more_uses(self, key: int, victim: int) -> float:
+        if "half_life" not in self.spec.values:
+            return math.inf
+        key_uses, victim_uses = (
+            sum(2 ** ((step - self.turn[of // N_EXPERT]) / self.spec.values["half_life"]) for step in self.uses[of])
+            if of in self.uses
+            else 0.0
+            for of in (key, victim)
+        )
+        return key_uses - victim_uses
+
+    def victim(self, key: int, evict: str, least: float = -math.inf) -> int | None:
         """Whom a reservation should evict: -1 for nobody, None if there is no room."""
         slot_class = SLOT_CLASS[key // N_EXPERT]
         if len(self.held(slot_class)) < self.n_slot[slot_class]:
             return -1
         victim = self.policy(key).candidate(self.pinned) if evict != "nobody" else None
-        if victim is None or (evict == "worse" and not self.admission(key).admits(key, victim)):
+        if victim is None:
+            return None
+        admitted = self.admission(key).admits(key, victim) and self.more_uses(key, victim) >= least
+        if evict == "worse" and not admitted:
             return None
         self.policy(key).remove(victim)
         del self.resident[victim]
@@ -94,6 +113,7 @@ operations = st.one_of(
     st.tuples(st.sampled_from(["end", "any"])),
     st.tuples(st.just("pause"), st.integers(1, 700)),
     st.tuples(st.just("reserve"), st.sampled_from(KEYS), st.sampled_from(["any", "worse", "worse", "nobody"])),
+    st.tuples(st.just("reserve"), st.sampled_from(KEYS), st.just("worse"), st.sampled_from([-0.3, 0.37, 0.91])),
     st.tuples(st.sampled_from(["complete", "cancel", "release", "keep"]), st.sampled_from(KEYS)),
 )
 

@@ -77,11 +77,11 @@ void bind_slot_cache(nb::module_& m) {
         .def("keep", &SlotCache::keep, "key"_a)
         .def(
             "reserve",
-            [](SlotCache& cache, int key, const std::string& evict) {
-                const SlotCache::Reservation reservation = cache.reserve(key, evict_of(evict));
+            [](SlotCache& cache, int key, const std::string& evict, double least) {
+                const SlotCache::Reservation reservation = cache.reserve(key, evict_of(evict), least);
                 return std::pair(reservation.slot, reservation.evicted);
             },
-            "key"_a, "evict"_a = "any")
+            "key"_a, "evict"_a = "any", "least"_a = SlotCache::kAnyUses)
         .def("complete", &SlotCache::complete, "key"_a, "filled"_a = false)
         .def("cancel", &SlotCache::cancel, "key"_a)
         .def("release", &SlotCache::release, "key"_a)
@@ -125,7 +125,8 @@ void bind_parts(nb::module_& m) {
         .def_ro("cpu", &moe::Rates::cpu)
         .def_ro("cpu_beside_copies", &moe::Rates::cpu_beside_copies)
         .def_ro("copy", &moe::Rates::copy)
-        .def_ro("copy_beside_cpu", &moe::Rates::copy_beside_cpu);
+        .def_ro("copy_beside_cpu", &moe::Rates::copy_beside_cpu)
+        .def_prop_ro("price_of_copy", &moe::Rates::price_of_copy);
     nb::class_<moe::Mailbox>(m, "Mailbox")
         .def(
             "__init__",

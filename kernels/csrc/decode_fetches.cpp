@@ -61,7 +61,8 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
 
 // Reserves slots for experts to be fetched behind the answer, whose victims are part of it: those that the next layer
 // but one will probably miss, then those that the CPU has computed. Only for the latter the policy's admission
-// rule is asked: the others were not used yet, and what is fetched for the step itself needs a slot anyway.
+// rule is asked, and whether they save more misses than the copy costs: the others were not used yet, and what is
+// fetched for the step itself needs a slot anyway.
 // seconds: until the answer, as far as is known. One copy that will be over by then may be on its way now.
 void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& message, double seconds) {
     keep_foreseen(step, layer, message);
@@ -84,9 +85,10 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
             }
         passed_over_[static_cast<size_t>(layer) + 2] = 0;
     }
+    const double price = cost_of(step).rates().price_of_copy();
     for (ExpertKey key : missed_) {
         if (!is_room()) break;
-        if (cache_.absent(key) && reserve(key, SlotCache::Evict::worse)) background_.push_back(key);
+        if (cache_.absent(key) && reserve(key, SlotCache::Evict::worse, price)) background_.push_back(key);
     }
 }
 
@@ -164,8 +166,8 @@ bool DecodeWorker::can_come(ExpertKey key) const {
     return cache_.absent(key) && std::find(evicted, evicted + n_evicted_, key) == evicted + n_evicted_;
 }
 
-bool DecodeWorker::reserve(ExpertKey key, SlotCache::Evict evict) {
-    const SlotCache::Reservation reservation = cache_.reserve(key, evict);
+bool DecodeWorker::reserve(ExpertKey key, SlotCache::Evict evict, double least) {
+    const SlotCache::Reservation reservation = cache_.reserve(key, evict, least);
     if (reservation.slot < 0) return false;
     if (reservation.evicted < 0) return true;
     spec_.mailbox.evicted()[n_evicted_++] = reservation.evicted;

@@ -248,6 +248,16 @@ bool Policy::admits(ExpertKey key, ExpertKey victim) const {
     return true;
 }
 
+double Policy::more_uses(ExpertKey key, ExpertKey victim) const {
+    using Rank = PolicySettings::Rank;
+    if (settings_.rank != Rank::blend && settings_.rank != Rank::lfu_decay && settings_.rank != Rank::class_lru)
+        return std::numeric_limits<double>::infinity();
+    const auto uses = [this](ExpertKey of) {
+        return uses_[of] * uses_.unit(turn_[static_cast<size_t>(of / n_expert_)]);
+    };
+    return uses(key) - uses(victim);
+}
+
 bool Policy::consistent() const {
     for (int layer = 0; layer < n_layer_; ++layer) {
         int32_t n = 0;

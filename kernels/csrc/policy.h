@@ -68,6 +68,10 @@ class Policy {
     // Whether a key that was just used is worth evicting the victim for.
     bool admits(ExpertKey key, ExpertKey victim) const;
 
+    // How many more uses a key has had lately than the victim, a use counting half after the policy's half-life: about
+    // as many more as it will have in the next so many tokens. Infinite where the policy has no half-life.
+    double more_uses(ExpertKey key, ExpertKey victim) const;
+
     // Whether what is remembered of each layer is right.
     bool consistent() const;
 

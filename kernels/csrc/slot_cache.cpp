@@ -54,13 +54,16 @@ void SlotCache::end_layer_step() {
 
 void SlotCache::seed(ExpertKey key, double uses) { class_of(key).policy.note(key, 0, uses); }
 
-SlotCache::Reservation SlotCache::reserve(ExpertKey key, Evict evict) {
+SlotCache::Reservation SlotCache::reserve(ExpertKey key, Evict evict, double least) {
     require(absent(key), key, "is reserved twice");
     SlotClass& slots = class_of(key);
     ExpertKey evicted = -1;
     if (slots.free.empty()) {
         if (evict != Evict::nobody) evicted = slots.policy.candidate();
-        if (evicted < 0 || (evict == Evict::worse && !slots.policy.admits(key, evicted))) return {-1, -1};
+        if (evicted < 0) return {-1, -1};
+        const bool pays = evict != Evict::worse || (slots.policy.admits(key, evicted) &&
+                                                    slots.policy.more_uses(key, evicted) >= least);
+        if (!pays) return {-1, -1};
         release(evicted);
     }
     const int32_t slot = slots.free.back();

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -46,9 +47,11 @@ class SlotCache {
         int32_t slot;       // -1: no room
         ExpertKey evicted;  // who was there, -1 for nobody
     };
-    // Whom a reservation may evict. `worse`: whom the policy's admission rule gives up for this expert, just used.
+    // Whom a reservation may evict. `worse`: whom the policy's admission rule gives up for this expert, just used, and
+    // who had fewer uses by at least so many (Policy::more_uses).
     enum class Evict { nobody, worse, any };
-    Reservation reserve(ExpertKey key, Evict evict = Evict::any);  // absent -> in flight
+    static constexpr double kAnyUses = -std::numeric_limits<double>::infinity();
+    Reservation reserve(ExpertKey key, Evict evict = Evict::any, double least = kAnyUses);  // absent -> in flight
     void complete(ExpertKey key, bool filled = false);  // in flight -> resident; filled: see Policy::insert
     void cancel(ExpertKey key);                                    // in flight -> absent
     void release(ExpertKey key);                                   // resident -> absent

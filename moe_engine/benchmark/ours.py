@@ -93,6 +93,9 @@ class Ours:
         self._note_slots()
         if isinstance(engine.decoder, GraphDecoder):
             engine.decoder.worker.settle()  # all slots are filled
+        if isinstance(engine.experts, CachedExperts):
+            while engine.experts.store.is_locking:  # meanwhile launches wait for the driver
+                time.sleep(0.05)
         if self.with_timeline and not self._events:
             self._warm_up(tests)
             self._events = timeline.record(engine, self._tokens(0, 0, 1)[0])
