@@ -19,6 +19,7 @@ from torch import Tensor
 from moe_engine.kernels.decode_activations import RUN, Activations
 from moe_engine.kernels.decode_attention_kernel import combine_kernel, split_kernel
 from moe_engine.kernels.decode_overlap import overlap_options
+from moe_engine.kernels.device import cdiv, next_power_of_2
 from moe_engine.kernels.norm_rope import Cache, Q8Cache, planes
 
 _LOG2_E = 1.4426950408889634
@@ -90,7 +91,7 @@ def decode_attention(
     assert positions.numel() == n_sequence, (positions.shape, n_sequence)
     least = 32 if isinstance(k_cache, Q8Cache) else 16
     d1 = d_value if latent else max(least, 1 << (d.bit_length() - 1))  # head dimensions in two powers of two
-    d2 = max(least, triton.next_power_of_2(d - d1)) if d > d1 else 0
+    d2 = max(least, next_power_of_2(d - d1)) if d > d1 else 0
     if latent:
         assert d_value in (1 << i for i in range(5, 11)), d_value
     else:
@@ -151,8 +152,8 @@ def decode_attention(
             num_stages=n_stage,
             **overlap_options(query.device),
         )
-        width = min(_COMBINED_WIDTH, triton.next_power_of_2(d_value))
-        combine_kernel[triton.cdiv(d_value, width), n_row](
+        width = min(_COMBINED_WIDTH, next_power_of_2(d_value))
+        combine_kernel[cdiv(d_value, width), n_row](
             sums,
             maxima,
             totals,
@@ -179,7 +180,7 @@ def decode_attention(
 def _row_blocks(cut: Tuning, n_token: int, n_head: int, n_kv: int) -> tuple[int, int]:
     """Rows of a product (at least the 16 of a tensor core), and how many such blocks a key head has."""
     n_row = n_token * (n_head // n_kv)
-    rows = min(cut.max_rows, max(16, triton.next_power_of_2(n_row)))
+    rows = min(cut.max_rows, max(16, next_power_of_2(n_row)))
     return rows, -(-n_row // rows)
 
 

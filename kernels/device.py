@@ -31,3 +31,14 @@ def table(type_id: int, device: torch.device) -> torch.Tensor:
     if not codebooks.has_codebook(type_id):
         return torch.zeros(1, dtype=torch.int8, device=device)
     return torch.tensor(codebooks.codebook(type_id).ravel(), device=device)
+
+
+# Triton's functions of these names may be called in kernels, too, and take ten times as long or more outside of them.
+def cdiv(n: int, size: int) -> int:
+    """How many pieces of a size hold n."""
+    return -(-n // size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, which is over 0."""
+    return 1 << (n - 1).bit_length()

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_engine.kernels.device import cdiv
+
 _BLOCK = 4096
 
 
@@ -25,5 +27,5 @@ def upload(source: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return target.copy_(source)
     with torch.cuda.device(device):
-        _copy_kernel[(triton.cdiv(source.numel(), _BLOCK),)](source, target, source.numel(), BLOCK=_BLOCK)
+        _copy_kernel[(cdiv(source.numel(), _BLOCK),)](source, target, source.numel(), BLOCK=_BLOCK)
     return target

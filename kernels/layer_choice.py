@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_engine.kernels.device import cdiv
+
 _BLOCK = 2048
 
 
@@ -70,7 +72,7 @@ class ChoiceOnHost:
             n_pair = ids.numel()
             self.x[: len(x)].copy_(x, non_blocking=True)  # 2 MB in 192 us where the kernel did it
         with torch.cuda.device_of(offsets):
-            choice_kernel[(n_expert + triton.cdiv(n_pair, _BLOCK),)](
+            choice_kernel[(n_expert + cdiv(n_pair, _BLOCK),)](
                 *(offsets, tables, offsets if foreseen is None else foreseen, ids, weights),
                 *(self._numbers, self.ids, self.weights),
                 tables.stride(0),

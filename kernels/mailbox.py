@@ -5,10 +5,10 @@ which nothing is missed is posted too (for statistics and the policy), but not w
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_engine.kernels.decode_overlap import overlap_options
+from moe_engine.kernels.device import cdiv, next_power_of_2
 from moe_engine.kernels.mailbox_kernel import finish_kernel, post_kernel, wait_kernel
 from moe_engine.kernels.router_kernel import Routing
 from moe_engine.kernels.worker import HEADER_BYTES, MAX_AHEAD, RING, X_BLOCK, Y_BLOCK, Mailbox
@@ -58,8 +58,8 @@ def post(
         assert replay_ahead.shape == (MAX_AHEAD, n_replay, mailbox.n_layer, top_k), replay_ahead.shape
         ahead = replay_ahead
     assert ahead is None or ahead.is_contiguous()
-    block = min(X_BLOCK, triton.next_power_of_2(x.numel()))
-    post_kernel[triton.cdiv(x.numel(), block),](
+    block = min(X_BLOCK, next_power_of_2(x.numel()))
+    post_kernel[cdiv(x.numel(), block),](
         mailbox.messages.view(-1).view(step.dtype),
         mailbox.messages.view(-1).view(routing.ids.dtype),
         mailbox.messages.view(-1).view(x.dtype),
@@ -86,7 +86,7 @@ def post(
         AHEAD_AT=mailbox.ahead_offset,
         N_TOKEN=n_token,
         TOP_K=top_k,
-        PAIRS=triton.next_power_of_2(n_token * top_k),
+        PAIRS=next_power_of_2(n_token * top_k),
         N_X=x.numel(),
         BLOCK=block,
         ON_GPU=x.is_cuda,
@@ -124,11 +124,11 @@ def wait(
     assert merge or n_x == n_token * mailbox.hidden, (n_x, n_token)
     for part in (out, hits):
         assert part is None or part.is_contiguous()
-    block = 1 if merge else min(Y_BLOCK, triton.next_power_of_2(n_x))
+    block = 1 if merge else min(Y_BLOCK, next_power_of_2(n_x))
     stand_in = mailbox.y  # never read
     if time_out is None:
         time_out = WAIT_NANOSECONDS if routing.ids.is_cuda else _WAIT_LOOKS
-    wait_kernel[max(1, triton.cdiv(n_x, block)),](
+    wait_kernel[max(1, cdiv(n_x, block)),](
         mailbox.answer_numbers,
         mailbox.answer.view(step.dtype),
         mailbox.answer.view(routing.ids.dtype),
@@ -151,7 +151,7 @@ def wait(
         EVICTED_AT=mailbox.evicted_offset,
         N_TOKEN=n_token,
         TOP_K=top_k,
-        PAIRS=triton.next_power_of_2(n_token * top_k),
+        PAIRS=next_power_of_2(n_token * top_k),
         N_X=n_x,
         BLOCK=block,
         HAS_HITS=hits is not None,
@@ -185,7 +185,7 @@ def finish(
         RING=RING,
         TOKEN_BYTES=mailbox.token_bytes,
         N_TOKEN=n_token,
-        TOKENS=triton.next_power_of_2(n_token),
+        TOKENS=next_power_of_2(n_token),
         ON_GPU=tokens.is_cuda,
         num_warps=1,
         **overlap_options(tokens.device),

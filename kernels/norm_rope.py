@@ -5,11 +5,11 @@ written. Sources: Zhang and Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary embe
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_engine.kernels.decode_activations import RUN, Activations
 from moe_engine.kernels.decode_overlap import overlap_options
+from moe_engine.kernels.device import next_power_of_2
 from moe_engine.kernels.norm_rope_cache import FLOATS, Cache, Q8Cache, cached_floats, planes, quantize_reference
 from moe_engine.kernels.norm_rope_kernel import latent_kernel, qk_kernel, rms_norm_kernel
 
@@ -41,7 +41,7 @@ def fused_rms_norm(
         assert activations.codes.shape == (n_token, n), (activations.codes.shape, x.shape)
     if n_token == 0:
         return out
-    block = triton.next_power_of_2(n)
+    block = next_power_of_2(n)
     with torch.cuda.device_of(x):
         rms_norm_kernel[n_token,](
             x,
@@ -130,7 +130,7 @@ def qk_norm_rope_append(
             N_HEAD=n_head,
             N_KV=n_kv,
             D=d,
-            BLOCK=max(32, triton.next_power_of_2(d)),
+            BLOCK=max(32, next_power_of_2(d)),
             N_NORM=0 if norms is None else d,
             N_ROT=n_rot,
             INTERLEAVED=interleaved,
@@ -216,9 +216,9 @@ def latent_norm_rope_append(
             KV_LORA=kv_lora,
             N_ROT=n_rot,
             N_NOPE=n_nope,
-            NOPE_BLOCK=max(16, triton.next_power_of_2(n_nope)),
-            Q_BLOCK=triton.next_power_of_2(n_rot),
-            KV_BLOCK=max(32, triton.next_power_of_2(kv_lora + n_rot)),
+            NOPE_BLOCK=max(16, next_power_of_2(n_nope)),
+            Q_BLOCK=next_power_of_2(n_rot),
+            KV_BLOCK=max(32, next_power_of_2(kv_lora + n_rot)),
             QUANTIZED=isinstance(cache, Q8Cache),
             TOKENS=per_sequence,
             PER_POSITION=per_position,

@@ -9,9 +9,9 @@ Source: Dao 2023 (FlashAttention-2).
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+from moe_engine.kernels.device import cdiv, next_power_of_2
 from moe_engine.kernels.norm_rope_cache import Cache, cached_halves, is_half, part
 from moe_engine.kernels.prompt_attention_kernel import prompt_attention_kernel
 
@@ -84,12 +84,12 @@ def prompt_attention(
     assert all(tensor.stride(-1) == 1 for tensor in (query, key, value, query_shared, key_shared, out))
     if n_token == 0:
         return out
-    blocks = [max(16, triton.next_power_of_2(width)) for width in (d, max(1, d_shared), d_value)]
+    blocks = [max(16, next_power_of_2(width)) for width in (d, max(1, d_shared), d_value)]
     width = max(blocks[0] + (blocks[1] if d_shared else 0), blocks[2])
     cut = tuning or (NARROW if width <= 128 else WIDE if width <= 256 else VERY_WIDE)
-    rows = cut.rows if n_token > FEW_ROWS else min(cut.rows, max(16, triton.next_power_of_2(n_token)))
+    rows = cut.rows if n_token > FEW_ROWS else min(cut.rows, max(16, next_power_of_2(n_token)))
     with torch.cuda.device_of(query):
-        prompt_attention_kernel[n_head, triton.cdiv(n_token, rows)](
+        prompt_attention_kernel[n_head, cdiv(n_token, rows)](
             query,
             query_shared,
             key,

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_engine.kernels.decode_overlap import overlap_options
+from moe_engine.kernels.device import cdiv, next_power_of_2
 from moe_engine.kernels.router import RouterConfig
 from moe_engine.kernels.router_triton import choose_kernel, logits_kernel
 from moe_engine.kernels.worker import MAX_AHEAD
@@ -73,10 +73,10 @@ def router_logits(x: Tensor, weight: Tensor, ahead: Sequence[Tensor] = ()) -> Te
     out = x.new_empty(n_token, n_row)
     if n_token == 0:
         return out
-    tokens = min(_TOKEN_TILE, triton.next_power_of_2(n_token))
+    tokens = min(_TOKEN_TILE, next_power_of_2(n_token))
     hidden_tile, num_warps = _ONE_TOKEN if n_token == 1 else _MORE_TOKENS
     with torch.cuda.device_of(x):
-        logits_kernel[n_row, triton.cdiv(n_token, tokens)](
+        logits_kernel[n_row, cdiv(n_token, tokens)](
             x,
             *_padded([weight, *ahead]),
             out,
@@ -85,8 +85,8 @@ def router_logits(x: Tensor, weight: Tensor, ahead: Sequence[Tensor] = ()) -> Te
             AHEAD=len(ahead),
             HIDDEN=hidden,
             TOKENS=tokens,
-            HIDDEN_TILE=min(hidden_tile, triton.next_power_of_2(hidden)),
-            num_warps=min(num_warps, max(1, triton.next_power_of_2(hidden) // 512)),
+            HIDDEN_TILE=min(hidden_tile, next_power_of_2(hidden)),
+            num_warps=min(num_warps, max(1, next_power_of_2(hidden) // 512)),
             **overlap_options(x.device),
         )
     return out
@@ -143,14 +143,14 @@ def route_and_lookup(
             HAS_TABLE=slot_table is not None,
             N_EXPERT=n_expert,
             TOP_K=config.top_k,
-            K_LANES=triton.next_power_of_2(config.top_k),
+            K_LANES=next_power_of_2(config.top_k),
             GATING=config.gating,
             NORMALIZE=config.normalize,
             N_GROUP=config.n_group,
             N_USED=config.n_group_used,
             TOP2=config.group_rule == "top2_sum" and group_size > 1,
-            GROUPS=triton.next_power_of_2(config.n_group),
-            MEMBERS=triton.next_power_of_2(group_size),
+            GROUPS=next_power_of_2(config.n_group),
+            MEMBERS=next_power_of_2(group_size),
             num_warps=1,  # reduces without barriers
             **overlap_options(x.device),
         )

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_engine.config import SamplingParams
+from moe_engine.kernels.device import cdiv, next_power_of_2
 from moe_engine.kernels.sampling_triton import (
     RECENT,
     SUPPRESSED,
@@ -119,10 +119,10 @@ def sample(
 
 def _maxima(logits: Tensor, state: SamplerState) -> tuple[Tensor, int]:
     """The greatest keys of all blocks, then of all groups: int64 `[n_token, n_key]`, and how many blocks there are."""
-    n_token, n_block = len(logits), triton.cdiv(state.n_vocab, _GROUP**2)
-    n_key = n_block + triton.cdiv(state.n_vocab, _GROUP)
+    n_token, n_block = len(logits), cdiv(state.n_vocab, _GROUP**2)
+    n_key = n_block + cdiv(state.n_vocab, _GROUP)
     keys = torch.empty(n_token, n_key, dtype=torch.int64, device=logits.device)
-    maxima_kernel[triton.cdiv(n_block, _BLOCKS), n_token](
+    maxima_kernel[cdiv(n_block, _BLOCKS), n_token](
         logits,
         state.flags,
         state.penalty,
@@ -149,7 +149,7 @@ def _greedy(logits: Tensor, state: SamplerState, positions: Tensor, out: Tensor)
         state.n_vocab,
         n_block,
         keys.shape[1],
-        LANES=triton.next_power_of_2(n_block),
+        LANES=next_power_of_2(n_block),
     )
 
 
@@ -183,7 +183,7 @@ def _few(logits: Tensor, state: SamplerState, positions: Tensor, out: Tensor) ->
 
 def _full(logits: Tensor, state: SamplerState, positions: Tensor, out: Tensor) -> None:
     n_token, n_vocab = len(logits), state.n_vocab
-    n_chunk = triton.cdiv(n_vocab, _CHUNK)
+    n_chunk = cdiv(n_vocab, _CHUNK)
     adjusted = torch.empty(n_token, n_vocab, device=logits.device)
     adjust_kernel[n_chunk, n_token](logits, state.flags, state.penalty, adjusted, logits.shape[1], n_vocab, TILE=_CHUNK)
     values, ids = adjusted.sort(dim=1, descending=True, stable=True)
@@ -207,5 +207,5 @@ def _full(logits: Tensor, state: SamplerState, positions: Tensor, out: Tensor) -
         n_vocab,
         N_CHUNK=n_chunk,
         CHUNK=_CHUNK,
-        LANES=triton.next_power_of_2(n_chunk),
+        LANES=next_power_of_2(n_chunk),
     )
