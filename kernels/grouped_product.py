@@ -67,10 +67,10 @@ def _type_constants(part: SlotPart) -> dict[str, Any]:
     return {"TYPE": name, "BLOCK_BYTES": part.type.block_bytes, "RUN_WIDTH": RUN_WIDTHS[name]}
 
 
-def _tile_map(groups: Groups, n_row: int, block_m: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+def _tile_map(groups: Groups, n_row: int, block_m: int, max_groups: int | None = None) -> tuple[Tensor, Tensor]:
     """For each row tile its group or -1, and its first row: int32 `[n_tile]`, an upper bound of what is needed.
 
-    n_row: of all groups that have a slot, at most. most: groups that there may be another time, so that one compiled
+    n_row: of all groups that have a slot, at most. max_groups: that there may be another time, so that one compiled
     kernel serves any number of them.
     """
     from moe_engine.kernels.grouped_kernels import tile_map_kernel
@@ -79,7 +79,7 @@ def _tile_map(groups: Groups, n_row: int, block_m: int, most: int | None = None)
     n_tile = min(n_row // block_m + n_group, n_row)
     n_tile = -(-n_tile // chunk) * chunk
     tiles = torch.empty(2, n_tile, dtype=torch.int32, device=groups.offsets.device)
-    pow2 = 1 << ((most or n_group) - 1).bit_length()
+    pow2 = 1 << ((max_groups or n_group) - 1).bit_length()
     tile_map_kernel[(n_tile // chunk,)](
         groups.offsets, groups.slots, tiles[0], tiles[1], n_group, BLOCK_M=block_m, N_GROUP_POW2=pow2, TILES=chunk,
         enable_fp_fusion=True,

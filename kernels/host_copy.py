@@ -12,7 +12,7 @@ from moe_engine.kernels.device import cdiv
 _BLOCK = 4096
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _copy_kernel(source, target, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target + at, tl.load(source + at, mask=at < n), mask=at < n)

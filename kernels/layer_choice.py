@@ -1,4 +1,4 @@
-"""What the host has to know of a layer's routing, written into its memory by one kernel; large inputs are copied."""
+"""What the host has to know of a layer's routing, written into its memory by one kernel."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -24,7 +24,7 @@ class LayerChoice(NamedTuple):
 
 
 class ChoiceOnHost:
-    """Page-locked memory that a layer's choice is written to, and the inputs of few tokens with it.
+    """Page-locked memory that a layer's choice is written to, and the inputs of few tokens with it (x by a copy).
 
     x: f32 `[n_token, hidden]`; ids: int32, weights: f32 `[n_token, top_k]`; room for the first tokens.
     """

@@ -162,8 +162,13 @@ class Rates:
 
     cpu: float = 20e9
     copy: float = 20e9
+    cpu_beside_copies: float | None = None  # as alone
     cpu_fixed: float = 20e-6
     copy_fixed: float = 20e-6
+
+    def native(self) -> _cpu.Rates:
+        beside = self.cpu if self.cpu_beside_copies is None else self.cpu_beside_copies
+        return _cpu.Rates(self.cpu, beside, self.copy, self.copy, self.cpu_fixed, self.copy_fixed)
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class DecodeWorker:
             mode,
             max_background,
             kernels.float_activations,
-            _cpu.Rates(rates.cpu, rates.cpu, rates.copy, rates.copy, rates.cpu_fixed, rates.copy_fixed),
+            rates.native(),
             stall_seconds,
             -1 if lookahead_bytes is None else lookahead_bytes,
             fill_bytes,

@@ -106,8 +106,9 @@ class Calibration:
             return Hardware(vram=self.ram, pcie=self.ram, dram=self.ram)
         return Hardware(self.gpu.copy, max(self.gpu.pcie.values()), self.ram)
 
-    def rates(self, type: str) -> PromptRates:
-        """For the division of a prompt's experts of a type between bus and CPU. There must be a GPU."""
+    def rates(self, type: str, launches: float = 1.0) -> PromptRates:
+        """For the ways of a prompt, with experts of a type. launches: of a layer, by those of the bundled model
+        (`ModelWork.launches`). There must be a GPU."""
         assert self.gpu is not None
         return PromptRates(
             pcie=max(self.gpu.pcie.values()),
@@ -116,8 +117,8 @@ class Calibration:
             gpu=closest(self.gpu.prompt, type).operations,
             hits=closest(self.gpu.decode, type),
             step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds + self.cpu_call_seconds,
-            stream_layer=self.gpu.stream_seconds,
-            cached_layer=self.gpu.layer_seconds,
+            stream_layer=self.gpu.stream_seconds * launches,
+            cached_layer=self.gpu.layer_seconds * launches,
         )
 
     def save(self, path: Path) -> None:

@@ -25,6 +25,7 @@ from moe_engine.kv_cache import KVCache
 from moe_engine.layers import MixtureOfExperts
 from moe_engine.metadata import Metadata
 from moe_engine.model import Transformer, n_layer
+from moe_engine.model_work import ModelWork
 from moe_engine.models import model_class
 from moe_engine.placement import placed_homes
 from moe_engine.prompt_experts import PromptExperts
@@ -96,7 +97,7 @@ def load_model(config: EngineConfig, path: str | Path | None, progress: Progress
         if vram is not None and isinstance(experts, CachedExperts):
             _allocate_slots(config, vram, model, experts, _slot_budget(vram, device, held))
             if experts.n_slot and config.activations == "int8":
-                experts.prompt = _prompt_experts(config, vram, model, experts)
+                experts.prompt = _prompt_experts(config, vram, model, experts, file)
     return Loaded(file, tokenizer, model, experts, store, cache, ram, vram)
 
 
@@ -178,11 +179,14 @@ def _allocate_slots(
     experts.allocate(budget, n_choice, config.cache_slots, plan.staging, n_stage)
 
 
-def _prompt_experts(config: EngineConfig, plan: VramPlan, model: Transformer, experts: CachedExperts) -> PromptExperts:
+def _prompt_experts(
+    config: EngineConfig, plan: VramPlan, model: Transformer, experts: CachedExperts, file: GGUFFile
+) -> PromptExperts:
     routers = [partial(_ids, block.ffn) for block in model.blk if isinstance(block.ffn, MixtureOfExperts)]
     prompt = PromptExperts(experts, plan.ubatch, model.router.top_k, config.exact, routers)
     if calibration := calibration_of(experts.device, config):
-        prompt.rates = calibration.rates(str(experts.layouts[0].gate.type))
+        work = ModelWork.of(file, model.meta, type(model), config.kv_dtype)
+        prompt.rates = calibration.rates(str(experts.layouts[0].gate.type), work.launches)
     return prompt
 
 

@@ -20,7 +20,7 @@ MIXTURE_KERNELS = 3  # norm; router (2)
 SHARED_KERNELS = 4  # its slot and weight; gate and up; down
 HIT_KERNELS = 2  # gate and up; down
 HEAD_KERNELS = 5  # embedding, norm, product, sampling, record
-BUNDLED_LAYER_KERNELS = 17.5  # `ModelWork.layer_kernels` of the bundled model, with which calibration measures the host
+BUNDLED_LAYER_KERNELS = 17.5  # of the bundled model, with which calibration measures the host, on average
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class ModelWork:
     kernels: int  # without those of hits
 
     @property
-    def layer_kernels(self) -> float:
-        """Of a block, on average, with those of hits."""
-        return (self.kernels - HEAD_KERNELS + HIT_KERNELS * len(self.experts)) / self.n_block
+    def launches(self) -> float:
+        """Of a prompt's layer, by those of the bundled model's: about as the kernels of a decode step."""
+        kernels = self.kernels - HEAD_KERNELS + HIT_KERNELS * len(self.experts)
+        return kernels / self.n_block / BUNDLED_LAYER_KERNELS
 
     @property
     def expert_bytes(self) -> int:

@@ -92,7 +92,9 @@ class PageLocker:
     @property
     def is_busy(self) -> bool:
         """Whether there is more to lock; not once it was refused."""
-        return not self._was_refused and self._n_locked != [len(rows) for rows in self._rows]
+        return (
+            self._thread.is_alive() and not self._was_refused and self._n_locked != [len(rows) for rows in self._rows]
+        )
 
     def close(self) -> None:
         """Unlocks everything. No copy may be running."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from moe_engine.calibration import Calibration, Gpu, Product, closest
 from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
 from moe_engine.decode_step import PROMPT_TOKENS
-from moe_engine.model_work import BUNDLED_LAYER_KERNELS, HIT_KERNELS, ExpertLayer, ModelWork
+from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
 EXCHANGE_KERNELS = 2  # post and wait of a layer
@@ -185,6 +185,7 @@ class Predictor:
         """Seconds of a step with n tokens: the CPU computes what is missing while the GPU reads what is not."""
         work, n_used = self.work, len(self.routing.counts(n, self.work.n_expert, self.work.top_k))
         size = min((tokens for tokens in gpu.step_seconds if tokens >= n), default=max(gpu.step_seconds))
+        # Not by `work.launches`: kernels of 32 tokens of a large model take longer than the bundled one's
         terms = {"kernels": work.n_block * gpu.step_seconds[size], "reads": _read_seconds(gpu, work.dense)}
         terms |= {"misses": 0.0, "exchange": 0.0, "disk": 0.0}
         for layer, share, in_ram in zip(work.experts, shape.shares, shape.in_ram, strict=True):
@@ -224,7 +225,7 @@ class Predictor:
         expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
         dense = (expand + 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention) / work.n_block
         plain = work.n_block - len(work.experts)  # blocks without routed experts
-        in_vram = gpu.layer_seconds * self._launches
+        in_vram = gpu.layer_seconds * self.work.launches
         bound = {"gpu": plain * max(dense, in_vram)}
         alike: dict[tuple[tuple[float, float, bool], object], list[ExpertLayer]] = {}
         places = zip(shape.shares, shape.in_ram, shape.fixed, strict=True)
@@ -246,11 +247,6 @@ class Predictor:
             bound[name] = bound.get(name, 0.0) + len(layers) * terms[name]
         return bound
 
-    @property
-    def _launches(self) -> float:
-        """Of a layer of a prompt, by those of a layer of the bundled model: about as the kernels of decode steps."""
-        return self.work.layer_kernels / BUNDLED_LAYER_KERNELS
-
     def _prompt_layer(self, layer: ExpertLayer, share: float, counts: list[int], dense: float) -> PromptLayer:
         gpu = self.machine.gpu
         assert gpu is not None
@@ -263,7 +259,7 @@ class Predictor:
             dense=dense,
             gpu_expert=_product_seconds(gpu.prompt, layer, 1, 0),
             gpu_token=_product_seconds(gpu.prompt, layer, 0, 1),
-            launches=gpu.stream_seconds * self._launches,
+            launches=gpu.stream_seconds * self.work.launches,
         )
 
 

@@ -74,6 +74,7 @@ class Prefill:
                 pass
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
+            typical = n <= self.ubatch
         if self._way is not None and typical:
             self._way.note(n, in_steps, time.perf_counter() - started, rates)
 

@@ -8,6 +8,8 @@ from moe_engine.routing_estimate import RoutingEstimate
 
 NEWEST = 0.2  # weight of the newest measurement in what is learnt
 UNTRIED = 0.5  # what streaming may take, by what is expected, as long as nobody has tried
+TRIED_ABOVE = 256  # tokens: kernels compile for seconds the first time, and steps of shorter prompts take little
+COMPARED = 2048  # tokens up to which streaming is what is learnt of; longer prompts are bound by products
 TRIALS = 2  # the faster of them counts: the other one may have compiled kernels
 
 
@@ -70,24 +72,25 @@ class PromptWay:
 
     def in_steps(self, n_token: int, rates: PromptRates) -> bool:
         steps = self.step_factor * self._step_seconds(n_token, rates)
-        return steps < self._expected_factor * self._stream_seconds(n_token, rates)
+        return steps < self._expected_factor(n_token) * self._stream_seconds(n_token, rates)
 
-    @property
-    def _expected_factor(self) -> float:
+    def _expected_factor(self, n_token: int) -> float:
         """Of streaming. Before it was measured no more than for steps: where these take less, fewer experts are used
         than estimated. And what may be faster is tried once steps are measured: rates of the host come out too low on a
         busy one."""
         if self.n_streamed >= TRIALS:
             return self.stream_factor
-        return min(1.0, self.step_factor) * (UNTRIED if self.n_in_steps else 1.0)
+        return min(1.0, self.step_factor) * (UNTRIED if self.n_in_steps and n_token > TRIED_ABOVE else 1.0)
 
     def note(self, n_token: int, in_steps: bool, seconds: float, rates: PromptRates) -> None:
-        """What a prompt took; those in steps without what was done for the first time."""
+        """What a prompt took; those in steps without what was done for the first time, streamed ones in one pass."""
         expected = (self._step_seconds if in_steps else self._stream_seconds)(n_token, rates)
         measured = min(3.0, seconds / expected)  # the first of a length compiles kernels
         if in_steps:
             self.n_in_steps += 1
             self.step_factor += max(NEWEST, 1 / self.n_in_steps) * (measured - self.step_factor)
+            return
+        if n_token > COMPARED:
             return
         self.n_streamed += 1
         if self.n_streamed <= TRIALS:

@@ -471,10 +471,26 @@ def test_hits_are_the_simulators(policy: str) -> None:
 
 @pytest.mark.parametrize(
     ("cpu", "beside", "copy", "price"),
-    [(100e9, 60e9, 50e9, 0.8), (100e9, 20e9, 50e9, 1.0), (100e9, 110e9, 50e9, 0.0)],
+    [(100e9, 60e9, 50e9, 0.8), (100e9, 20e9, 50e9, 0.99), (100e9, 110e9, 50e9, 0.0)],
 )
 def test_a_copy_costs_the_misses_that_the_cpu_could_have_computed(
     cpu: float, beside: float, copy: float, price: float
 ) -> None:
     """A copy of a gigabyte at 50 GB/s takes 20 ms, in which the CPU reads 1.2 of 2 GB: it loses 0.8."""
     assert _cpu.Rates(cpu, beside, 60e9, copy, 0, 0).price_of_copy == pytest.approx(price)
+
+
+@pytest.mark.parametrize(("cpu", "beside", "pays"), [(1.0, 1e9, True), (1e15, 1.0, False)])
+def test_an_expert_takes_no_place_for_less_than_a_copy_costs(cpu: float, beside: float, pays: bool) -> None:
+    """All slots hold experts that were used before; then others are used, hardly more than those lately."""
+    rates = Rates(cpu=cpu, copy=1.0, cpu_beside_copies=beside)
+    policy = policy_of("lfu-decay:half_life=0.25")  # a step later a use counts a sixteenth
+    gpu = FakeGpu("cpu", (4, 2), rates=rates, policy=policy, max_background=2)
+    first, second = (np.tile(np.array(ids), (N_LAYER, 1, 1)) for ids in ([[0, 1]], [[2, 3]]))
+    for step in range(1, 5):
+        gpu.step(step, first)
+        gpu.worker.settle()
+    filled = gpu.worker.stats().fetched_background
+    assert filled == 2 * N_LAYER
+    gpu.step(5, second)
+    assert (gpu.worker.stats().fetched_background > filled) == pays

@@ -33,7 +33,7 @@ from moe_engine.costs import BEHIND_CHOICE, PromptLayer, StepCosts, layer_terms,
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.inspection import inspect_file
 from moe_engine.loading import bundled_model
-from moe_engine.model_work import BUNDLED_LAYER_KERNELS, ModelWork
+from moe_engine.model_work import ModelWork
 from moe_engine.plan_advice import doubling
 from moe_engine.plan_report import as_dict, lines
 from moe_engine.planner import Plan, plan
@@ -189,9 +189,10 @@ def test_streamed_prompts_are_predicted_within_a_fifth(
 
 
 def test_launches_are_those_of_the_calibrated_model() -> None:
-    work = plan(bundled_model(), device="cpu").work
-    assert work.layer_kernels == BUNDLED_LAYER_KERNELS
-    assert Predictor(work, H200, RoutingEstimate(bundled_trace()))._launches == 1
+    assert plan(bundled_model(), device="cpu").work.launches == 1
+    assert BUSY_H200.gpu
+    rates = BUSY_H200.rates("Q4_K", launches=0.5)
+    assert (rates.stream_layer, rates.cached_layer) == (1.5e-3, 0.4e-3)
 
 
 def test_short_prompts_take_steps(busy: tuple[ModelWork, RunShape]) -> None:

@@ -55,11 +55,14 @@ def test_streaming_is_tried_where_it_may_be_faster_than_steps_are(way: PromptWay
     assert way.in_steps(512, rates)
     way.note(512, in_steps=True, seconds=48 * 5.08e-3, rates=rates)
     assert not way.in_steps(512, rates)  # 5.8 ms were foretold, but who knows
+    assert way.in_steps(256, rates)
     compiling, slow = replace(way), replace(way)
     compiling.note(512, in_steps=False, seconds=6.0, rates=rates)
     assert not compiling.in_steps(512, rates)
     compiling.note(512, in_steps=False, seconds=48 * 2.1e-3, rates=rates)
     assert not compiling.in_steps(512, rates)
+    slow.note(8192, in_steps=False, seconds=1.0, rates=rates)
+    assert not slow.in_steps(512, rates)  # that says nothing of short ones
     for _ in range(2):
         slow.note(512, in_steps=False, seconds=48 * 5.8e-3, rates=rates)
     assert slow.in_steps(512, rates)

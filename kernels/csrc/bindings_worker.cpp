@@ -77,11 +77,11 @@ void bind_slot_cache(nb::module_& m) {
         .def("keep", &SlotCache::keep, "key"_a)
         .def(
             "reserve",
-            [](SlotCache& cache, int key, const std::string& evict, double least) {
-                const SlotCache::Reservation reservation = cache.reserve(key, evict_of(evict), least);
+            [](SlotCache& cache, int key, const std::string& evict, double least_more_uses) {
+                const SlotCache::Reservation reservation = cache.reserve(key, evict_of(evict), least_more_uses);
                 return std::pair(reservation.slot, reservation.evicted);
             },
-            "key"_a, "evict"_a = "any", "least"_a = SlotCache::kAnyUses)
+            "key"_a, "evict"_a = "any", "least_more_uses"_a = SlotCache::kAnyUses)
         .def("complete", &SlotCache::complete, "key"_a, "filled"_a = false)
         .def("cancel", &SlotCache::cancel, "key"_a)
         .def("release", &SlotCache::release, "key"_a)

@@ -85,10 +85,13 @@ void DecodeWorker::admit(const Step& step, int layer, const Mailbox::Message& me
             }
         passed_over_[static_cast<size_t>(layer) + 2] = 0;
     }
-    const double price = cost_of(step).rates().price_of_copy();
+    // Tokens that miss the same expert are uses of their own, which share what a miss costs.
+    const double sharing = static_cast<double>(n_missed_) / static_cast<double>(std::max<size_t>(1, missed_.size()));
+    const double price = sharing * cost_of(step).rates().price_of_copy();
+    const double least_more_uses = price > 0 ? price : SlotCache::kAnyUses;
     for (ExpertKey key : missed_) {
         if (!is_room()) break;
-        if (cache_.absent(key) && reserve(key, SlotCache::Evict::worse, price)) background_.push_back(key);
+        if (cache_.absent(key) && reserve(key, SlotCache::Evict::worse, least_more_uses)) background_.push_back(key);
     }
 }
 
@@ -166,8 +169,8 @@ bool DecodeWorker::can_come(ExpertKey key) const {
     return cache_.absent(key) && std::find(evicted, evicted + n_evicted_, key) == evicted + n_evicted_;
 }
 
-bool DecodeWorker::reserve(ExpertKey key, SlotCache::Evict evict, double least) {
-    const SlotCache::Reservation reservation = cache_.reserve(key, evict, least);
+bool DecodeWorker::reserve(ExpertKey key, SlotCache::Evict evict, double least_more_uses) {
+    const SlotCache::Reservation reservation = cache_.reserve(key, evict, least_more_uses);
     if (reservation.slot < 0) return false;
     if (reservation.evicted < 0) return true;
     spec_.mailbox.evicted()[n_evicted_++] = reservation.evicted;

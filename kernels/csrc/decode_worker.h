@@ -198,7 +198,7 @@ class DecodeWorker {
     void admit(const Step& step, int layer, const Mailbox::Message& message, double seconds);
     bool worth_prefetching(int layer);
     void score_prefetches(int layer);
-    bool reserve(ExpertKey key, SlotCache::Evict evict, double least = SlotCache::kAnyUses);
+    bool reserve(ExpertKey key, SlotCache::Evict evict, double least_more_uses = SlotCache::kAnyUses);
     void start_fetch(ExpertKey key, bool filled = false);
     int64_t bytes_in_flight() const;
     int64_t in_flight_after(double seconds, double bytes_per_second) const;

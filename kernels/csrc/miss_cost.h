@@ -14,8 +14,9 @@ struct Rates {
     double cpu_fixed;   // seconds that any work of the CPU takes on top
     double copy_fixed;  // seconds until the first copy begins and the last one's end is noticed
 
-    // Misses that the CPU could compute in the time that it loses to one copy beside it.
-    double price_of_copy() const { return std::clamp((cpu - cpu_beside_copies) / copy_beside_cpu, 0.0, 1.0); }
+    // Misses that the CPU could compute in the time that it loses to one copy beside it. Below one: an expert that was
+    // just used, in place of one that never was, is worth it.
+    double price_of_copy() const { return std::clamp((cpu - cpu_beside_copies) / copy_beside_cpu, 0.0, 0.99); }
 };
 
 class MissCost {

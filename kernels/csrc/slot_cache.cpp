@@ -54,7 +54,7 @@ void SlotCache::end_layer_step() {
 
 void SlotCache::seed(ExpertKey key, double uses) { class_of(key).policy.note(key, 0, uses); }
 
-SlotCache::Reservation SlotCache::reserve(ExpertKey key, Evict evict, double least) {
+SlotCache::Reservation SlotCache::reserve(ExpertKey key, Evict evict, double least_more_uses) {
     require(absent(key), key, "is reserved twice");
     SlotClass& slots = class_of(key);
     ExpertKey evicted = -1;
@@ -62,7 +62,7 @@ SlotCache::Reservation SlotCache::reserve(ExpertKey key, Evict evict, double lea
         if (evict != Evict::nobody) evicted = slots.policy.candidate();
         if (evicted < 0) return {-1, -1};
         const bool pays = evict != Evict::worse || (slots.policy.admits(key, evicted) &&
-                                                    slots.policy.more_uses(key, evicted) >= least);
+                                                    slots.policy.more_uses(key, evicted) >= least_more_uses);
         if (!pays) return {-1, -1};
         release(evicted);
     }

@@ -51,7 +51,7 @@ class SlotCache {
     // who had fewer uses by at least so many (Policy::more_uses).
     enum class Evict { nobody, worse, any };
     static constexpr double kAnyUses = -std::numeric_limits<double>::infinity();
-    Reservation reserve(ExpertKey key, Evict evict = Evict::any, double least = kAnyUses);  // absent -> in flight
+    Reservation reserve(ExpertKey key, Evict evict = Evict::any, double least_more_uses = kAnyUses);  // absent -> in flight
     void complete(ExpertKey key, bool filled = false);  // in flight -> resident; filled: see Policy::insert
     void cancel(ExpertKey key);                                    // in flight -> absent
     void release(ExpertKey key);                                   // resident -> absent
