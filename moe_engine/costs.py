@@ -44,7 +44,7 @@ BEHIND_CHOICE = 0.4
 """Of what the host takes for a layer, the share that GPU and bus wait for. Qwen3-30B-A3B on an H200, 50 % and 1 GiB of
 the experts cached: prompts of 8192 and 16384 tokens took 67 and 71 ms longer than is predicted for their kernels, of
 103 ms predicted for the host; on another host with 1 GiB, ones of 512 and 2048 tokens 68 and 28 ms longer than their
-copies, of 157 ms. With 0.4 all are predicted within a fifth."""
+copies, of 157 ms. With 0.4 these are predicted within a fifth."""
 
 
 @dataclass(frozen=True)
