@@ -5,10 +5,8 @@
 Writes random models of the real shapes, loads each with a given share of its experts in VRAM, and decodes after a
 512-token prompt. Random weights do not route as trained ones do, so rows marked "trace" follow recorded routing of a
 trained model (data/routing.npz: 12 layers, 64 experts, top-8, and what was predicted of each layer) in place of the
-router's choice; see benchmark/routing.py. Rows with "compare" decode with and without lookahead into the CPU's caches
-and prefetch into slots, in turn.
-`--link 0.25` makes the decode worker's copies as slow as over a quarter of the measured PCIe rate, to imitate weaker
-hosts. `--tiny` is a dry run on the simulated device with few layers.
+router's choice; see benchmark/routing.py. bench_lookahead.py compares such rows with and without what is predicted.
+`--tiny` is a dry run on the simulated device with few layers.
 """
 
 import platform
@@ -16,10 +14,8 @@ import statistics
 import time
 import traceback
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,16 +25,10 @@ from prediction import predicted
 
 from moe_engine import Engine
 from moe_engine.benchmark.routing import RecordedRouting
-from moe_engine.config import PrefetchMode, format_size
+from moe_engine.config import format_size
 from moe_engine.graph_decoder import GraphDecoder
-from moe_engine.hardware import measure
 from moe_engine.inspection import inspect_file
-from moe_engine.kernels.cpu import CpuKernels
-from moe_engine.kernels.worker import DecodeWorker
 from moe_engine.stats import Stats
-
-Way = tuple[bool, PrefetchMode]  # lookahead, prefetch
-WAYS: list[Way] = [(False, "off"), (True, "off"), (False, "always"), (True, "always")]
 
 ROUTING = Path(__file__).parent / "data" / "routing.npz"
 
@@ -51,7 +41,6 @@ class Row:
     target: float | None = None  # tokens/s
     batch: int = 1
     miss: str = "auto"
-    compare: bool = False
 
     @property
     def name(self) -> str:
@@ -60,9 +49,9 @@ class Row:
 
 ROWS = [
     Row(QWEN, 0.0, "own", 80),
-    Row(QWEN, 0.25, "trace", 135, compare=True),
+    Row(QWEN, 0.25, "trace", 135),
     Row(QWEN, 0.25, "own", 260),
-    Row(QWEN, 0.5, "trace", 215, compare=True),
+    Row(QWEN, 0.5, "trace", 215),
     Row(QWEN, 0.5, "own", 370),
     Row(QWEN, 1.0, "own", 430),
     Row(QWEN, 0.0, "own", batch=4),
@@ -74,7 +63,7 @@ ROWS = [
     Row(QWEN, 0.25, "trace", miss="cpu"),
     Row(QWEN, 0.25, "trace", miss="fetch"),
     Row(LITE, 0.0, "own", 90),
-    Row(LITE, 0.25, "trace", 150, compare=True),
+    Row(LITE, 0.25, "trace", 150),
     Row(LITE, 1.0, "own", 460),
     Row(LITE, 0.25, "trace", batch=4),
     Row(LITE, 0.25, "trace", batch=8),
@@ -87,13 +76,6 @@ def vram_budget(path: Path, share: float, **options: Any) -> int:
     with_none = Engine.plan(path, **options)
     found = inspect_file(path)
     return with_none.budget - with_none.slots + int(share * found.routed_bytes) + 2 * sum(found.expert_bytes)
-
-
-def limited_worker(device: str, share: float) -> partial[DecodeWorker]:
-    """Workers whose copies take as long as at a share of the rate that copies to the device have here."""
-    rate = share * measure(torch.device("cpu" if device == "simulated" else device), CpuKernels(threads=1)).pcie
-    print(f"copies of the decode worker: at most {rate * 1e-9:.1f} GB/s", flush=True)
-    return partial(DecodeWorker, copy_rate=rate)
 
 
 def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:
@@ -116,45 +98,36 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats
             if row.routing == "trace":
                 RecordedRouting.load(ROUTING).follow(decoder.step)
             prompts = [[(i * 7919 + 31 * b) % 400 for i in range(n_prompt)] for b in range(row.batch)]
-            ways = WAYS if row.compare else [(decoder.lookahead, decoder.prefetch.mode)]
-            stats: dict[Way, list[Stats]] = {way: [] for way in ways}
-            timelines: dict[Way, dict[str, float]] = {}
+            stats: list[Stats] = []
             for repeat in range(repeats + 1):
-                for way in ways:
-                    decoder.lookahead, decoder.prefetch.mode = way
-                    result = engine.generate_batch(prompts, temperature=0, max_tokens=n_decode)[0]
-                    timelines[way] = timeline_of(decoder)
-                    if repeat > 0:  # the first compiles, captures, fills the cache
-                        stats[way].append(result.stats)
+                result = engine.generate_batch(prompts, temperature=0, max_tokens=n_decode)[0]
+                if repeat > 0:  # the first compiles, captures, fills the cache
+                    stats.append(result.stats)
+            timeline = timeline_of(decoder)
             decoder.worker.settle()
             decoder.worker.check_integrity()
             hardware = engine.hardware
             del decoder
     torch.cuda.empty_cache() if device == "cuda" else None
-    rates = {way: [s.decode_rate or 0.0 for s in of_way] for way, of_way in stats.items()}
-    middles = {way: stats[way][rates[way].index(statistics.median_low(rates[way]))] for way in ways}
-    way, middle = list(middles.items())[-1]
+    rates = [each.decode_rate or 0.0 for each in stats]
+    middle = stats[rates.index(statistics.median_low(rates))]
     found: dict[str, Any] = {
         "row": row.name,
         "target": row.target,
-        "tokens_per_second": statistics.median(rates[way]),
-        "all": rates[way],
+        "tokens_per_second": statistics.median(rates),
+        "all": rates,
         "bound_share": middle.bound.share if middle.bound else None,
         "budget": budget,
         "peak_nvidia_smi": watch.peak,
         "load_seconds": loaded,
         "hardware": vars(hardware),
-        "timeline": timelines[way],
+        "timeline": timeline,
         "stats": {k: v for k, v in middle.as_dict().items() if not k.startswith("layer_")},
     }
     print(summary(found, middle), flush=True)
-    if row.compare:
-        found["ways"] = [way_of(way, rates[way], middles[way], timelines[way]) for way in ways]
-        for each in found["ways"]:
-            print("   ", ", ".join(f"{name} {value}" for name, value in each.items()), flush=True)
     found["predicted"] = predicted(
         path,
-        decode=statistics.median(rates[way]),
+        decode=statistics.median(rates),
         hit_rate=middle.hit_rate if row.routing == "own" else None,
         context=n_prompt + n_decode // 2,
         vram_budget=budget,
@@ -176,30 +149,6 @@ def summary(found: dict[str, Any], stats: Stats) -> str:
         f"{stats.fetched_now} now, {stats.fetched_ahead} ahead, {stats.fetches_wasted} wasted; peak "
         f"{format_size(found['peak_nvidia_smi'])} of {format_size(found['budget'])}; {found['timeline']}"
     )
-
-
-def way_of(way: Way, rates: list[float], stats: Stats, timeline: dict[str, float]) -> dict[str, Any]:
-    """What lookahead and prefetch have brought; counts are per step."""
-    steps = max(1, stats.steps)
-    foreseen, expected, missed = (sum(n) for n in (stats.layer_foreseen, stats.layer_expected, stats.layer_missed))
-    return {
-        "lookahead": way[0],
-        "prefetch": way[1],
-        "tokens_per_second": round(statistics.median(rates), 1),
-        "all": [round(rate, 1) for rate in rates],
-        "hit_rate": round(stats.hit_rate or 0, 3),
-        "recall": round(foreseen / max(1, missed), 3),
-        "precision": round(foreseen / max(1, expected), 3),
-        "pulled_mib": round(stats.pulled_bytes / steps / (1 << 20), 1),
-        "cpu_mib": round(stats.cpu_bytes / steps / (1 << 20), 1),
-        "cpu_ms": round(stats.cpu_seconds / steps * 1e3, 3),
-        "gpu_wait_ms": round(stats.gpu_wait_seconds / steps * 1e3, 3),
-        "copied_mib": round(stats.pcie_bytes / steps / (1 << 20), 1),
-        "prefetched": round(sum(stats.layer_prefetched) / steps, 2),
-        "in_time": round(sum(stats.layer_in_time) / steps, 2),
-        "late": round(sum(stats.layer_late) / steps, 2),
-        "timeline_us": {name: round(value, 1) for name, value in timeline.items()},
-    }
 
 
 def soak(path: Path, seconds: float) -> dict[str, Any]:
@@ -260,13 +209,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--soak", type=float, default=0.0, help="seconds of random prompts on a small cache at the end")
-    parser.add_argument("--link", type=float, help="share of the PCIe rate for the worker's copies")
     options = parser.parse_args()
     device = "simulated" if options.tiny else "cuda"
     results = begun("python bench/bench_decode.py", options)
-    results |= {"python": platform.python_version(), "link": options.link}
-    if options.link:
-        patch("moe_engine.graph_decoder.DecodeWorker", limited_worker(device, options.link)).start()
+    results |= {"python": platform.python_version()}
     for path, rows in by_model(ROWS, options):
         for row in rows:
             try:

@@ -13,6 +13,14 @@ from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.kernels.slot_layout import SlotPart
 
 SCRATCH_BYTES = 200 << 20
+EXPERTS_AT_ONCE = 8
+"""At least, whatever they take: products of fewer leave cores idle. Measured on an H200 with DeepSeek-V3, Q6_K, 2048
+tokens, all of `moe_prompt` in ms: 2.95 with 3 experts at a time, 2.26 with 8, 2.14 with all 32."""
+
+
+def at_once(n_expert: int, n_value: int) -> int:
+    """How many of n experts, with so many weights to write out, are written out at a time."""
+    return min(n_expert, max(EXPERTS_AT_ONCE, SCRATCH_BYTES // (2 * n_value)))
 
 
 def check_pool(pool: Tensor, part: SlotPart) -> None:
@@ -56,7 +64,7 @@ def expanded(groups: Groups, pool: Tensor, parts: tuple[SlotPart, ...]) -> Itera
     places in a pool of the parts one after the other, and that pool.
     """
     n_group, n_value = len(groups), sum(part.n_out * part.n_in for part in parts)
-    n_slot = min(n_group, max(1, SCRATCH_BYTES // (2 * n_value)))
+    n_slot = at_once(n_group, n_value)
     scratch = torch.empty(n_slot, n_value, dtype=torch.bfloat16, device=pool.device)
     for start in range(0, n_group, n_slot):
         stop = min(start + n_slot, n_group)

@@ -10,7 +10,7 @@ from moe_engine.config import DEFAULT_UBATCH, EngineConfig, format_size, parse_s
 from moe_engine.errors import CapacityError, ConfigError
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.kernels.attention import SCORE_BYTES
-from moe_engine.kernels.grouped_expand import SCRATCH_BYTES
+from moe_engine.kernels.grouped_expand import at_once
 from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import cached_bytes
 from moe_engine.metadata import Metadata
@@ -262,6 +262,7 @@ def _workspace_bytes(
     scores = min(SCORE_BYTES, 4 * meta.integer("attention.head_count") * n_token * ctx)
     scores = scores if config.activations == "float" else 0  # else there is no matrix of them
     logits = min(LOGIT_BYTES, 4 * n_vocab * n_token)
-    expanded = min(SCRATCH_BYTES, 4 * n_expert * n_ff * hidden) if config.activations != "float" else 0
+    gate_up = 2 * n_ff * hidden
+    expanded = 2 * gate_up * at_once(n_expert, gate_up) if config.activations != "float" else 0
     chunks = 3 * scores + 2 * logits + expanded
     return per_token * n_token + family.attention_bytes(meta, n_token, ctx, config) + chunks

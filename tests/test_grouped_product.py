@@ -192,14 +192,15 @@ def test_all_tokens_to_the_same_experts(method: gp.Method) -> None:
 
 
 def test_few_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scratch memory for two of them, then for none: there is always room for one."""
+    """Scratch memory for two of them, then for none: at least so many are written out at once."""
     layout = layout_of(("Q8_0", "Q8_0", "Q8_0"), 128, 128)
     pool = random_pool(layout, 5, seed=7)
     ids, weights = routing(9, 2, 5)
     x, slots = random_x(9, 128), torch.tensor([4, 0, -1, 3, 1], dtype=torch.int32, device=DEVICE)
     expected = plain_prompt(x, ids, weights, slots, pool, layout)
-    for limit in (4 * 2 * 128 * 128, 0):
+    for limit, least in ((4 * 2 * 128 * 128, 1), (0, 1), (0, 3)):
         monkeypatch.setattr("moe_engine.kernels.grouped_expand.SCRATCH_BYTES", limit)
+        monkeypatch.setattr("moe_engine.kernels.grouped_expand.EXPERTS_AT_ONCE", least)
         assert error(gp.moe_prompt(x, ids, weights, slots, pool, layout, "dequantized"), expected) < 1e-2
 
 
