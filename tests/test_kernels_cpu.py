@@ -122,6 +122,16 @@ def test_linear(type: QuantType, floats: bool, tier: str) -> None:
             assert relative_error(y, x.to(torch.float64) @ exact(weight).T) < limit
 
 
+@pytest.mark.parametrize("type", ALL_TYPES)
+def test_the_largest_sums(type: QuantType, tier: str) -> None:
+    n_in = max(row_lengths(type))
+    weight = random_weight(type, (5, n_in), np.random.default_rng(15))
+    truth = exact(weight)
+    x = truth.sign()  # products of one row do not cancel: short sums must not overflow
+    y = POOLS[1, False].linear(x.to(torch.float32), weight)
+    assert relative_error(y.diag(), (x @ truth.T).diag()) < 1e-2
+
+
 @pytest.mark.parametrize("floats", [False, True], ids=["int8", "float"])
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "IQ3_S", "BF16"])
 def test_linear_with_a_stack(name: str, floats: bool) -> None:

@@ -93,7 +93,9 @@ void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
             fill(books.iq1, grid, n_bytes);
             uint8_t* bytes = reinterpret_cast<uint8_t*>(books.iq1);
             for (int64_t i = 0; i < n_bytes; ++i) bytes[i] = static_cast<uint8_t>(8 * grid[i] + 9);
-            return pack_ranks(grid, n_bytes, books.iq1_ranks, unused);
+            pack_ranks(grid, n_bytes, books.iq1_ranks, unused);
+            for (int i = 0; i < 2048; ++i) books.iq1_ranks[2048 + i] = books.iq1_ranks[i] | 0x44444444u;
+            return;
         }
         default:
             throw std::invalid_argument("type " + std::to_string(type_id) + " has no codebook");

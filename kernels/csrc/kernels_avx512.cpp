@@ -39,6 +39,20 @@ inline __m512i add_dots(__m512i sums, __m512i codes, __m512i q) {
 #endif
 }
 
+// The same with n vectors of codes, so small that without VNNI 2 n products fit 16 bits: 64 at most for n = 2.
+template <int n>
+__attribute__((always_inline)) inline __m512i add_small_dots(__m512i sums, const __m512i (&codes)[n],
+                                                             const __m512i (&q)[n]) {
+#if defined(__AVX512VNNI__)
+    for (int i = 0; i < n; ++i) sums = _mm512_dpbusd_epi32(sums, codes[i], q[i]);
+    return sums;
+#else
+    __m512i pairs = _mm512_maddubs_epi16(codes[0], q[0]);
+    for (int i = 1; i < n; ++i) pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes[i], q[i]));
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+
 // Codes too wide for that go in as magnitudes, without their offset, and their signs move to the activations.
 constexpr bool goes_in_signed(int type_id) { return has_wide_codes(type_id) && !kHasVnni; }
 
@@ -46,11 +60,11 @@ inline __m512i negated_where(__mmask64 minus, __m512i q) {
     return _mm512_mask_sub_epi8(q, minus, _mm512_setzero_si512(), q);
 }
 
-// Eight values to sixteen, each twice.
-inline __m512 doubled(__m256 v) {
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                                 _mm512_castps256_ps512(v));
+// Eight values, the first ones of a vector, to sixteen, each twice.
+inline __m512 doubled(__m512 v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), v);
 }
+inline __m512 doubled(__m256 v) { return doubled(_mm512_castps256_ps512(v)); }
 
 // Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(c)
 // are the elements 64 c to 64 c + 63. This general form decodes with Block<T>; the specializations below are
@@ -72,9 +86,11 @@ struct Chunk {
 #include "chunks_avx512.inc"
 #include "chunks_ternary_avx512.inc"
 #include "chunks_iq_avx512.inc"
+#include "grid_signs_avx512.inc"
 #include "grids_avx512.inc"
 #include "small_grids_avx512.inc"
 #include "superblocks_avx512.inc"
+#include "ternary_avx512.inc"
 #include "gemm_avx512.inc"
 #include "floats_avx512.inc"
 
@@ -127,23 +143,30 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
 template <int T, bool Gather, int N>
 __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t n_in, const Ahead& ahead,
                                                     const uint8_t* const* acts, float* out) {
-    if constexpr (has_grid(T, Gather))
+    if constexpr (has_grid(T))
         dot_grid<T, Gather, N>(row, n_in, ahead, acts, out);
     else if constexpr (T == Q4_K || T == Q5_K || T == IQ4_XS)
         dot_superblocks<T, N>(row, n_in, ahead, acts, out);
+    else if constexpr (T == TQ1_0 || T == TQ2_0)
+        dot_ternary<T, N>(row, n_in, ahead, acts, out);
     else
         dot_rows<T, N>(row, n_in, ahead, acts, out);
+}
+
+// One token. A function of its own, with copies of what it reads: the compiler makes most constants once, not for
+// every row.
+template <int T, bool Gather>
+__attribute__((noinline)) void dot_one(const Rows rows, const uint8_t* act, float* out, int64_t out_stride) {
+    const Ahead ahead(rows);
+    for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride)
+        dot_best<T, Gather, 1>(row, rows.n_in, ahead, &act, out);
 }
 
 template <int T, bool Gather>
 inline void dot_by(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out,
                    int64_t out_stride) {
+    if (n_acts == 1) return dot_one<T, Gather>(rows, acts[0], out, out_stride);
     const Ahead ahead(rows);
-    if (n_acts == 1) {
-        for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride)
-            dot_best<T, Gather, 1>(row, rows.n_in, ahead, acts, out);
-        return;
-    }
     for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride) {
         int64_t t = 0;
         for (; t + 4 <= n_acts; t += 4) dot_best<T, Gather, 4>(row, rows.n_in, ahead, acts + t, out + t);
@@ -154,7 +177,7 @@ inline void dot_by(const Rows& rows, const uint8_t* const* acts, int64_t n_acts,
 
 template <int T>
 void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
-    if constexpr (has_grid(T, true))
+    if constexpr (has_grid(T))
         if (gathers_well()) return dot_by<T, true>(rows, acts, n_acts, out, out_stride);
     dot_by<T, false>(rows, acts, n_acts, out, out_stride);
 }

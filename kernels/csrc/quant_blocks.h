@@ -212,7 +212,8 @@ struct Codebooks {
     uint32_t iq3_xxs[256], iq3_s[512];                // four magnitudes
     uint64_t iq1[2048];                               // eight bytes 8 * g + 9, g in -1, 0, 1
     // Each group of 8 once more, as ranks of its values: byte k holds that of k, and above it that of k + 4.
-    uint32_t iq2_xxs_ranks[256], iq2_xs_ranks[512], iq2_s_ranks[1024], iq1_ranks[2048];
+    uint32_t iq2_xxs_ranks[256], iq2_xs_ranks[512], iq2_s_ranks[1024];
+    uint32_t iq1_ranks[4096];  // all once more with 4 added, where IQ1_M shifts a group down
     uint8_t iq2_levels[16];                           // magnitude by rank
     PackedGrid iq2_xxs_packed, iq2_xs_packed, iq3_xxs_packed, iq3_s_packed;
     uint64_t sign_bytes[256];  // 0xff where the bit is set
