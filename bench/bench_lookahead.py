@@ -28,6 +28,7 @@ from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import PrefetchMode
 from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.hardware import measure
+from moe_engine.inspection import inspect_file
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.worker import DecodeWorker
 from moe_engine.prefetch import TRIAL
@@ -59,11 +60,15 @@ def rows_of(options: Namespace) -> Iterator[tuple[Path, Row]]:
 def run(path: Path, row: Row, device: str, copy_rate: float, n_decode: int, repeats: int) -> dict[str, Any]:
     follows = row.model == QWEN
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": TRIAL + 128}
-    budget = vram_budget(path, row.share, **options)
+    if follows:
+        options["vram_budget"] = vram_budget(path, row.share, **options)
+    else:  # the least budget would hold more
+        file = inspect_file(path)
+        options["cache_slots"] = round(row.share * file.routed_bytes / sum(file.expert_bytes))
     worker = partial(DecodeWorker, copy_rate=row.link * copy_rate if row.link < 1 else None)
     with (
         patch("moe_engine.graph_decoder.DecodeWorker", worker),
-        Engine.load(path, vram_budget=budget, profile=False, **options) as engine,
+        Engine.load(path, profile=False, **options) as engine,
     ):
         decoder = engine.decoder
         assert isinstance(decoder, GraphDecoder)

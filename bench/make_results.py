@@ -40,6 +40,10 @@ def page() -> str:
     found = {name: json.loads(text) for name, text in files.items() if not text.lstrip().startswith("[")}
     if "decode" in found:
         parts.append(decode_section(found["decode"]))
+    if "lookahead" in found:
+        parts.append(lookahead_section(found["lookahead"]))
+    if "simulator" in found:
+        parts.append(simulator_section(found["simulator"]))
     if "prefill" in found:
         parts.append(prefill_section(found["prefill"]))
     if "check_gpu" in found:
@@ -122,6 +126,51 @@ def decode_section(found: dict[str, Any]) -> str:
             f"{' ' + soak['note'] if 'note' in soak else ''}\n"
         )
     return text
+
+
+def lookahead_section(found: dict[str, Any]) -> str:
+    lines = []
+    for row in found["rows"]:
+        model, share, _, link = row["row"].split()
+        ways = row["ways"]
+        rates = {way: ways[way]["tokens_per_second"] for way in ways}
+        lines.append(
+            {
+                "model": model,
+                "experts in VRAM": share,
+                "bus": link,
+                "neither, t/s": f"{rates['off']:.1f}",
+                "both always": f"{rates['always']:.1f}",
+                "as by default": f"{rates['auto']:.1f}",
+                "faster by": f"{rates['auto'] / rates['off'] - 1:.1%}",
+                "hits": f"{ways['off']['hit_rate']:.1%}, {ways['auto']['hit_rate']:.1%}",
+                "foreseen": f"{ways['auto']['recall']:.1%}",
+                "of these right": f"{ways['auto']['precision']:.1%}",
+            }
+        )
+    about = f"`{found['command']}` on {found['gpu']}: recorded routing, batch 1, bus at full rate and at a quarter."
+    return f"## Lookahead and prefetch\n\n{about} {found.get('note', '')}".rstrip() + "\n\n" + table(lines)
+
+
+def simulator_section(found: dict[str, Any]) -> str:
+    lines = []
+    for row in found["rows"]:
+        model, share, policy, miss = row["row"].split()
+        predicted = row["predicted"]["decode"]
+        lines.append(
+            {
+                "model": model,
+                "experts in VRAM": share,
+                "policy": policy,
+                "misses": miss.removeprefix("miss="),
+                "hits": str(row["hits"]),
+                "simulated": str(row["simulated_hits"]),
+                "t/s": f"{row['tokens_per_second']:.1f}",
+                "predicted": f"{predicted['tokens_per_second']:.1f}",
+            }
+        )
+    about = f"`{found['command']}` on {found['gpu']}: recorded routing, no lookahead, no prefetch."
+    return f"## Simulator and engine\n\n{about} {found.get('note', '')}".rstrip() + "\n\n" + table(lines)
 
 
 def memory_section(found: dict[str, Any]) -> str:

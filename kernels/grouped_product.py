@@ -233,12 +233,12 @@ def choose_method(part: SlotPart, pool: Tensor, rows: float, is_down: bool = Fal
     """The faster way for a part of a slot. With few rows an expert (`rows`: on average), the one of fewer launches.
 
     Measured on an H200 with Qwen3-30B-A3B, 64 and 2048 tokens, all of `moe_prompt` in ms, fused or dequantized:
-    Q4_K 0.24 or 0.84, 0.63 or 1.11; Q6_K 0.87 or 0.89, 2.81 or 1.16; Q8_0 1.34 or 0.86, 2.44 or 1.12. Q4_K with 512
-    rows an expert 1.91 or 1.98, with 1024 3.69 or 3.29; DeepSeek-V2-Lite with 768 2.39 or 2.32. Its down alone in Q8_0
-    (gate and up fused in Q4_K), 16, 64, 256 and 2048 tokens: 0.31 or 0.36, 0.36 or 0.41, 0.40 or 0.44 (24 rows), 1.10
-    or 0.85.
+    Q4_K 0.25 or 0.80, 0.63 or 1.01; Q6_K 0.87 or 0.85, 2.81 or 1.07; Q8_0 1.34 or 0.82, 2.44 or 1.03. Q4_K with 256
+    rows an expert (DeepSeek-V3) 2.39 or 2.80; with 512 1.96 or 1.85, DeepSeek-V3 4.16 or 3.97; with 1024 3.70 or 3.10.
+    DeepSeek-V2-Lite's down alone in Q8_0 (gate and up fused in Q4_K), 16, 64, 256 and 2048 tokens: 0.31 or 0.36, 0.36
+    or 0.41, 0.40 or 0.44 (24 rows), 1.10 or 0.85.
     """
-    most = {"Q4_K": 640, "Q6_K": 8, "Q8_0": 24 if is_down else 0}  # rows up to which fusing is faster
+    most = {"Q4_K": 400, "Q6_K": 8, "Q8_0": 24 if is_down else 0}  # rows up to which fusing is faster
     fuses = rows <= most.get(part.type.name, 0)
     return "fused" if fuses and _is_fast(part, pool) else "dequantized"
 

@@ -34,7 +34,7 @@ FINITE = 0x77  # bits of random weights that leave scales in half precision fini
 ATTENTION_TOKENS, N_HEAD, N_KV_HEAD, HEAD_DIM = 4096, 32, 4, 128  # of Qwen3-30B-A3B
 MODEL, LAYERS, STEPS = "qwen3-30b-a3b", 4, 128  # for decode steps
 STREAM_SLOTS, STREAM_CHUNKS = 4, 5  # cached experts of each size, and chunks that a layer's others come in
-PROMPTS = 9  # of the bundled model, each way
+PROMPTS = 45  # of the bundled model, each way: some tenths of a second, for hosts pause
 
 Call = Callable[[], object]
 

@@ -44,6 +44,7 @@ class ModelWork:
     dense: dict[str, int]  # bytes that are read, by type
     prompt_weights: int  # that each token of a prompt is multiplied with; the head is not needed
     prompt_dense: dict[str, int]  # bytes of these
+    activation_bytes: int  # that a prompt's token reads and writes as inputs and outputs of products
     attention_operations: int  # of one query with one key, all heads and blocks
     kv_bytes: int  # that one token keeps
     kernels: int  # without those of hits
@@ -70,7 +71,7 @@ class ModelWork:
         n_block, n_expert = n_layer(meta), meta.integer("expert_count")
         dense, prompt_dense = Counter[str](), Counter[str]()
         parts: dict[int, list[TensorInfo]] = {}
-        weights = 0
+        weights = values = 0
         for info in file.tensors.values():
             block = block_of(info.name)
             if block >= n_block or info.type is None:
@@ -84,15 +85,20 @@ class ModelWork:
             if block >= 0 and len(info.shape) > 1:
                 prompt_dense[str(info.type)] += info.nbytes
                 weights += _elements(info)
+                values += sum(info.shape[-2:])
+        top_k = meta.integer("expert_used_count")
+        of_experts = top_k * sum(sum(info.shape[-2:]) for infos in parts.values() for info in infos)
         layers = tuple(_expert_layer(block, infos, n_expert) for block, infos in sorted(parts.items()))
         return cls(
             n_block=n_block,
             n_expert=n_expert,
-            top_k=meta.integer("expert_used_count"),
+            top_k=top_k,
             experts=layers,
             dense=dict(dense),
             prompt_weights=weights,
             prompt_dense=dict(prompt_dense),
+            # In f32, and once more between products: norms, rotation, residual; experts' in bf16
+            activation_bytes=8 * values + 2 * of_experts,
             attention_operations=n_block * _attention_operations(meta),
             kv_bytes=n_block * cached_bytes(kv_dtype, family.kv_values(meta)),
             kernels=HEAD_KERNELS + sum(_kernels(file, block, block in parts) for block in range(n_block)),

@@ -11,6 +11,7 @@ from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
 EXCHANGE_KERNELS = 2  # post and wait of a layer
+N_MATRIX = 3  # of an expert: gate, up, down
 
 BOUND_BY = {
     "kernels": "the fixed time of the GPU's kernels",
@@ -101,19 +102,20 @@ class Predictor:
         work, per_choice = self.work, self.work.top_k * n
         kv_bytes = work.kv_bytes * context * n
         reads = kv_bytes / gpu.copy + _read_seconds(gpu, work.dense)
-        beside = misses = fetched = n_missed = 0.0
+        beside = misses = fetched = n_missed = copies = 0.0
         for layer, of in zip(work.experts, found or self.found(shape), strict=True):
             hits = of.hit_rate * per_choice * _read_seconds(gpu, layer.by_type)
             reads += (1 - of.missed_layers) * hits
             beside += of.missed_layers * (hits + HIT_KERNELS * gpu.kernel_seconds * (of.hit_rate > 0))
             n_missed += of.missed_layers
             misses += of.misses * layer.nbytes
+            copies += of.misses * _fetch_seconds(gpu, layer.nbytes)
             fetched += of.missed_layers * layer.nbytes * (of.hit_rate > 0)
         kernels = work.kernels + HIT_KERNELS * (len(work.experts) - n_missed)
         if n_missed > 0:  # then every layer has an exchange, and where there are slots what may come late
             kernels += (EXCHANGE_KERNELS + HIT_KERNELS * any(shape.shares)) * len(work.experts)
         if shape.fetches:
-            seconds = misses / self._copy_rate(gpu)
+            seconds = copies
         else:
             cpu = self._cpu_rate()
             alone = miss_seconds(misses, 0, cpu=cpu, ram=self.machine.ram)
@@ -140,11 +142,6 @@ class Predictor:
                 total += nbytes
                 seconds += nbytes / closest(self.machine.cpu_experts, type).weights
         return total / seconds
-
-    def _copy_rate(self, gpu: Gpu) -> float:
-        """Of copies as large as one expert: the next smaller that was measured, or the smallest."""
-        nbytes = min((layer.nbytes for layer in self.work.experts), default=1)
-        return gpu.pcie[max((size for size in gpu.pcie if size <= nbytes), default=min(gpu.pcie))]
 
     def _cpu_step(self, n: int, context: int) -> float:
         """Seconds without a GPU."""
@@ -223,7 +220,8 @@ class Predictor:
             on_disk = sum((1 - r) * layer.nbytes for r, layer in zip(shape.in_ram, work.experts, strict=True))
             return {"cpu": products, "disk": disk * on_disk}
         expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
-        dense = (expand + 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention) / work.n_block
+        products = 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention
+        dense = (expand + products + n * work.activation_bytes / gpu.copy) / work.n_block
         plain = work.n_block - len(work.experts)  # blocks without routed experts
         in_vram = gpu.layer_seconds * self.work.launches
         bound = {"gpu": plain * max(dense, in_vram)}
@@ -238,7 +236,7 @@ class Predictor:
             else:
                 found = self._prompt_layer(layer, share, counts, dense)
                 if share < 1:
-                    terms = layer_terms(found, self._copy_rate(gpu)) | {
+                    terms = layer_terms(found, max(gpu.pcie.values())) | {  # neighbours are copied at once
                         "disk": disk * (1 - share) * (1 - in_ram) * layer.nbytes
                     }
                 else:  # nothing waits for the host
@@ -261,6 +259,14 @@ class Predictor:
             gpu_token=_product_seconds(gpu.prompt, layer, 0, 1),
             launches=gpu.stream_seconds * self.work.launches,
         )
+
+
+def _fetch_seconds(gpu: Gpu, nbytes: int) -> float:
+    """Of one expert for the step that waits for it: its matrices one after another, and then its slot's number."""
+    least = min(gpu.pcie)  # smaller copies take as long
+    part = max(nbytes / N_MATRIX, least)
+    size = max(size for size in gpu.pcie if size <= part)
+    return N_MATRIX * part / gpu.pcie[size] + least / gpu.pcie[least]
 
 
 def _read_seconds(gpu: Gpu, by_type: Mapping[str, int]) -> float:

@@ -239,7 +239,7 @@ def test_the_faster_method_is_taken(name: str, gate_up: str, down: str) -> None:
     """By rows of an expert; where blocks lie askew it is always `dequantized`."""
     layout = layout_of([name] * 3, 256, 256)
     pool, askew = (random_pool(layout, 1, seed=0, shift=shift) for shift in (0, 1))
-    for rows, *expected in zip((8, 24, 512, 768), gate_up, down, strict=True):
+    for rows, *expected in zip((8, 24, 256, 512), gate_up, down, strict=True):
         for part, is_down, method in zip((layout.gate, layout.down), (False, True), expected, strict=True):
             assert gp.choose_method(part, pool, rows, is_down)[0] == method
             assert gp.choose_method(part, askew, rows, is_down) == "dequantized"
