@@ -169,22 +169,38 @@ def latent(model: Latent, context: int) -> tuple[list[Step], Callable[[], Tensor
     return steps, exact, out, sum(weights.values())
 
 
-def plain_torch(model: Grouped | Latent, context: int) -> Call | None:
-    """Norm, projections and attention of grouped queries alone, in bf16."""
-    if isinstance(model, Latent) or DEVICE.type == "cpu":
-        return None
-    heads, kv = model.n_head * model.d, model.n_kv * model.d
-    x, w_qkv = randn(1, model.hidden).bfloat16(), randn(heads + 2 * kv, model.hidden).bfloat16()
-    w_o = randn(model.hidden, heads).bfloat16()
-    k, v = (randn(1, model.n_kv, context, model.d).bfloat16() for _ in range(2))
+def plain_torch(model: Grouped | Latent, context: int) -> Call:
+    """Norm, projections and attention alone, in bf16; latent attention over the latents."""
+    x = randn(1, model.hidden).bfloat16()
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if isinstance(model, Grouped):
+        heads, kv = model.n_head * model.d, model.n_kv * model.d
+        w_qkv, w_o = randn(heads + 2 * kv, model.hidden).bfloat16(), randn(model.hidden, heads).bfloat16()
+        k, v = (randn(1, model.n_kv, context, model.d).bfloat16() for _ in range(2))
 
-    def run() -> None:
-        y = torch.nn.functional.rms_norm(x, (model.hidden,))
-        q = (y @ w_qkv.T)[:, :heads].view(1, model.n_head, 1, model.d)
-        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-        torch.addmm(x, y.view(1, -1), w_o.T)
+        def run() -> None:
+            y = torch.nn.functional.rms_norm(x, (model.hidden,))
+            q = (y @ w_qkv.T)[:, :heads].view(1, model.n_head, 1, model.d)
+            torch.addmm(x, attention(q, k, v, enable_gqa=True).view(1, -1), w_o.T)
 
-    return run
+        return run
+    h, lora, rot, nope = model.n_head, model.kv_lora, model.n_rot, model.n_nope
+    n_q, n_first = h * (nope + rot), model.q_lora or h * (nope + rot)
+    w_first, w_o = randn(n_first + lora + rot, model.hidden).bfloat16(), randn(model.hidden, h * nope).bfloat16()
+    w_q = randn(n_q, model.q_lora).bfloat16() if model.q_lora else None
+    w_kb, w_vb = randn(h, nope, lora).bfloat16(), randn(h, lora, nope).bfloat16()
+    keys = randn(1, 1, context, lora + rot).bfloat16()
+
+    def run_latent() -> None:
+        q = (torch.nn.functional.rms_norm(x, (model.hidden,)) @ w_first.T)[:, :n_first]
+        if w_q is not None:
+            q = torch.nn.functional.rms_norm(q, (model.q_lora,)) @ w_q.T
+        q_nope, q_pe = q.view(h, 1, -1).split([nope, rot], dim=2)
+        query = torch.cat([q_nope @ w_kb, q_pe], dim=2).transpose(0, 1)[None].transpose(1, 2)
+        y = attention(query, keys, keys[..., :lora], enable_gqa=True)
+        torch.addmm(x, (y.view(h, 1, lora) @ w_vb).view(1, -1), w_o.T)
+
+    return run_latent
 
 
 def results(tiny: bool = False, contexts: tuple[int, ...] = (512, 4096)) -> list[Row]:
@@ -202,8 +218,10 @@ def results(tiny: bool = False, contexts: tuple[int, ...] = (512, 4096)) -> list
                 return [partial(run_all, layer[:n_step]) for layer in layers]
 
             shape = f"{model.name}, context {context}"
+            reference = plain_torch(model, context)
+            reference()
             whole = report.add("whole", "Q4_K_M", shape, chains(len(steps)), error=error, n_bytes=n_bytes,
-                               reference=plain_torch(model, context))  # fmt: skip
+                               reference=reference)  # fmt: skip
             before = 0.0
             for i, (name, _) in enumerate(steps if "microseconds" in whole and context == contexts[0] else ()):
                 row = report.add(f"up to {name}", "Q4_K_M", shape, chains(i + 1), error=error)

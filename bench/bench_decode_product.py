@@ -1,16 +1,18 @@
 """Times the decode product of a layer's routed experts: gate, up, SiLU, down, weighted sum.
 
 Each is compared with f64 first. The experts of a call rotate through a pool far larger than the cache. The bytes of a
-row are those of each distinct expert once.
+row are those of each distinct expert once. Reference, for one token: torch's products of bf16 weights that are there
+already, expert by expert.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from gpu_timing import DEVICE, Report, Row, check, exact_values, randn, random_weight
+from torch import Tensor
 
 from moe_engine.kernels import decode_tiles
 from moe_engine.kernels.decode_product import MoeBuffers, moe_decode
@@ -46,6 +48,21 @@ def replaced(form: Mapping[str, Any]) -> Iterator[None]:
             setattr(decode_tiles, name, value)
 
 
+def torch_experts(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], share: Tensor) -> Callable[[], Tensor]:
+    """The same for one token, whose experts are copies of one."""
+    x, share = x.to(torch.bfloat16), share[0].to(torch.bfloat16)
+    gate, up, down = (weight.to(torch.bfloat16).repeat(len(share), 1, 1) for weight in weights)
+
+    def run() -> Tensor:
+        out = torch.zeros(1, down.shape[1], dtype=torch.bfloat16, device=x.device)
+        for e in range(len(share)):
+            h = torch.nn.functional.silu(x @ gate[e].T).mul_(x @ up[e].T)
+            out.addcmul_(h @ down[e].T, share[e])
+        return out
+
+    return run
+
+
 def experts(report: Report, name: str, types: str, tokens: tuple[int, ...], forms: Forms | None = None) -> None:
     hidden, n_ff, top_k, n_expert = (EXPERTS | TINY_EXPERTS)[name]
     gate, down = types.split("/")
@@ -68,6 +85,9 @@ def experts(report: Report, name: str, types: str, tokens: tuple[int, ...], form
         run = partial(moe_decode, x, pool, layout, weights=share, out=out, buffers=buffers)
         h = torch.nn.functional.silu(x.double() @ w_gate.T) * (x.double() @ w_up.T)
         exact = h @ w_down.T * share.sum(dim=1, keepdim=True)
+        reference = torch_experts(x, (w_gate, w_up, w_down), share) if n_token == 1 else None
+        if reference is not None:
+            check(f"{name} {types} torch", reference(), exact, 2e-2)
         for form, tiles in (forms or {"": {}}).items():
             with replaced(tiles):
                 report.add(
@@ -77,6 +97,7 @@ def experts(report: Report, name: str, types: str, tokens: tuple[int, ...], form
                     [partial(run, slots=slots) for slots in chosen],
                     error=check(f"{name} {types}", run(slots=chosen[0]), exact, 1.5e-2),
                     n_bytes=sum(len(slots.unique()) for slots in chosen) / ROTATION * layout.slot_bytes,
+                    reference=reference,
                 )
 
 
