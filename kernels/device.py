@@ -33,6 +33,16 @@ def table(type_id: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(codebooks.codebook(type_id).ravel(), device=device)
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a kernel's program may have on the chip; the interpreter has no limit."""
+    if device.type != "cuda":
+        return 1 << 30
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
+
+
 # Triton's functions of these names may be called in kernels, too, and take ten times as long or more outside of them.
 def cdiv(n: int, size: int) -> int:
     """How many pieces of a size hold n."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_engine.kernels.device import is_interpreted, table
+from moe_engine.kernels.device import is_interpreted, shared_memory, table
 from moe_engine.kernels.grouped_expand import check_pool, expanded, expanded_part
 from moe_engine.kernels.grouped_sort import Groups, Sorted, sort_by_expert
 from moe_engine.kernels.slot_layout import SlotLayout, SlotPart
@@ -35,6 +35,7 @@ class _Tiling:
 
 
 LEAST_ROWS = 16  # of a tile
+WIDE_TILES = 200 << 10  # bytes of four stages of 128 and 256 rows of 64 bf16 numbers, and some
 
 
 def _tiling(n_row: int, n_group: int) -> _Tiling:
@@ -113,8 +114,8 @@ def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
     return constants
 
 
-def _tiling_of(part: SlotPart, tiling: _Tiling) -> _Tiling:
-    """bf16 weights leave the registers for wider tiles.
+def _tiling_of(part: SlotPart, tiling: _Tiling, device: torch.device) -> _Tiling:
+    """bf16 weights leave the registers for wider tiles, where the device has room for them.
 
     Measured on an H200, gate and up in us with 128 columns and three stages, 256 and three, 256 and four:
     Qwen3-30B-A3B, 128 rows a group 402, 362, 344, 1024 rows 1703, 1627, 1619; DeepSeek-V2-Lite, 192 rows 486, 426, 407;
@@ -122,7 +123,7 @@ def _tiling_of(part: SlotPart, tiling: _Tiling) -> _Tiling:
     """
     if part.type.name != "BF16":
         return tiling
-    if tiling.block_m == 128:
+    if tiling.block_m == 128 and shared_memory(device) >= WIDE_TILES:
         return _Tiling(128, 256, 8, 4)
     return replace(tiling, num_stages=3)
 
@@ -149,7 +150,7 @@ def grouped_gate_up(
     h = x.new_empty(n_row, gate.n_out) if out is None else out
     if n_row == 0:
         return h
-    tiling = _tiling_of(gate, tiling or _tiling(n_row, len(groups)))
+    tiling = _tiling_of(gate, tiling or _tiling(n_row, len(groups)), x.device)
     tile_group, tile_row = tiles or _tile_map(groups, n_row, tiling.block_m)
     n_column_tile = -(-gate.n_out // (tiling.block_n // 2))
     gate_up_kernel[(tile_group.numel() * n_column_tile,)](
@@ -193,7 +194,7 @@ def grouped_down(
     y = h.new_empty(n_row, down.n_out) if out is None else out
     if n_row == 0:
         return y
-    tiling = _tiling_of(down, tiling or _tiling(n_row, len(groups)))
+    tiling = _tiling_of(down, tiling or _tiling(n_row, len(groups)), h.device)
     tile_group, tile_row = tiles or _tile_map(groups, n_row, tiling.block_m)
     n_column_tile = -(-down.n_out // tiling.block_n)
     down_kernel[(tile_group.numel() * n_column_tile,)](
