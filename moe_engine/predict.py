@@ -114,8 +114,9 @@ class Predictor:
         kernels = work.kernels + HIT_KERNELS * (len(work.experts) - n_missed)
         if n_missed > 0:  # then every layer has an exchange, and where there are slots what may come late
             kernels += (EXCHANGE_KERNELS + HIT_KERNELS * any(shape.shares)) * len(work.experts)
-        if shape.fetches:
-            seconds = copies
+        if shape.fetches:  # a layer's answer waits for the last one's slot number too
+            least = min(gpu.pcie)
+            seconds = copies + n_missed * (least / gpu.pcie[least] + self.machine.cpu_call_seconds)
         else:
             cpu = self._cpu_rate()
             alone = miss_seconds(misses, 0, cpu=cpu, ram=self.machine.ram)
@@ -262,11 +263,10 @@ class Predictor:
 
 
 def _fetch_seconds(gpu: Gpu, nbytes: int) -> float:
-    """Of one expert for the step that waits for it: its matrices one after another, and then its slot's number."""
-    least = min(gpu.pcie)  # smaller copies take as long
-    part = max(nbytes / N_MATRIX, least)
+    """Of one expert for the step that waits for it: its matrices are copied one after another."""
+    part = max(nbytes / N_MATRIX, min(gpu.pcie))  # smaller copies take as long
     size = max(size for size in gpu.pcie if size <= part)
-    return N_MATRIX * part / gpu.pcie[size] + least / gpu.pcie[least]
+    return N_MATRIX * part / gpu.pcie[size]
 
 
 def _read_seconds(gpu: Gpu, by_type: Mapping[str, int]) -> float:

@@ -234,3 +234,40 @@ SLOW_HOST_PROMPT_ROWS = (
 """Not 128 tokens, most of which went in steps, nor 256 and 1024, as above: they took 0.327, 0.270 and 0.458 s. How
 launches and the choice count in predictions was settled with these rows, so they do not show what it is worth on other
 machines."""
+
+FIFTH_H200 = replace(
+    QUIET_H200,
+    gpu=replace(
+        QUIET_H200.gpu,
+        copy=4131e9,
+        pcie={
+            1 << 16 + i: rate * 1e9
+            for i, rate in enumerate((17.3, 26.1, 35.8, 43.4, 47.6, 50.9, 52.7, 53.6, 53.3, 53.9, 54.7))
+        },
+        kernel_seconds=1.723e-6,
+        layer_seconds=0.002405,
+        stream_seconds=0.003446,
+        decode={"Q4_K": 2692e9, "Q6_K": 2234e9, "Q8_0": 3246e9},
+        prompt={
+            "Q4_K": Product(1385e9, 383e12),
+            "Q6_K": Product(574.3e9, 679.7e12),
+            "Q8_0": Product(825.2e9, 639.1e12),
+        },
+        dequantize={"Q4_K": 787.9e9, "Q6_K": 978.1e9, "Q8_0": 1251e9},
+        matmul=780.2e12,
+        attention=371.3e12,
+    ),
+)
+"""As `moe-engine calibrate` gave it, but for the CPU, which takes no part in these rows."""
+
+FETCH_ROWS = (
+    DecodeRow("qwen3-30b-a3b", 0.25, 0.4248, 57.50),
+    DecodeRow("qwen3-30b-a3b", 0.25, 0.5096, 65.43),
+    DecodeRow("qwen3-30b-a3b", 0.5, 0.7570, 114.43),
+    DecodeRow("deepseek-v2-lite", 0.25, 0.5077, 86.72),
+    DecodeRow("deepseek-v2-lite", 0.25, 0.5889, 101.62),
+)
+"""`miss="fetch"`. That an expert comes in pieces was settled with these rows."""
+
+IN_VRAM_ROWS = (("qwen3-30b-a3b", 8192, 39953.0), ("deepseek-v2-lite", 8192, 68977.0))
+"""Prompts that the GPU's products bound: model, tokens, tokens/s. What activations take was settled with these."""

@@ -15,7 +15,10 @@ from recorded_h200 import (
     BUSY_ONE_TOKEN_SECONDS,
     BUSY_PROMPT_ROWS,
     DECODE_ROWS,
+    FETCH_ROWS,
+    FIFTH_H200,
     H200,
+    IN_VRAM_ROWS,
     QUIET_H200,
     QUIET_PROMPT_ROWS,
     SLOW_HOST_H200,
@@ -134,6 +137,28 @@ def test_decode_is_predicted_within_a_fifth(machine: Calibration, row: DecodeRow
     found = Predictor(work, machine, RoutingEstimate(bundled_trace())).decode(shape, context=640)
     assert found.rate == pytest.approx(row.tokens_per_second, rel=0.2)
     assert found.seconds == pytest.approx(sum(found.terms.values()))
+
+
+@pytest.mark.parametrize("row", FETCH_ROWS, ids=lambda row: f"{row.model}-{row.hit_rate}")
+def test_fetched_misses_are_predicted_within_a_tenth(row: DecodeRow, header: Callable[..., Path]) -> None:
+    work = plan(header(row.model), device="cpu").work
+    n, hits = len(work.experts), row.hit_rate or 0.0
+    shape = RunShape((hits,) * n, (1.0,) * n, (True,) * n, ubatch=512, fetches=True)
+    found = Predictor(work, FIFTH_H200, RoutingEstimate(bundled_trace())).decode(shape, context=576)
+    assert found.binding == "misses"
+    assert found.rate == pytest.approx(row.tokens_per_second, rel=0.1)
+
+
+@pytest.mark.parametrize(("model", "tokens", "rate"), IN_VRAM_ROWS)
+def test_prompts_in_vram_are_predicted_within_a_tenth(
+    model: str, tokens: int, rate: float, header: Callable[..., Path]
+) -> None:
+    work = plan(header(model), device="cpu").work
+    n = len(work.experts)
+    shape = RunShape((1.0,) * n, (1.0,) * n, (True,) * n, ubatch=tokens, ctx=tokens)
+    found = Predictor(work, FIFTH_H200, Used(work.n_expert)).streamed(shape, tokens)
+    assert found.binding == "gpu"
+    assert found.rate == pytest.approx(rate, rel=0.1)
 
 
 def test_sequences_of_a_step_share_experts_that_do_not_move(header: Callable[..., Path]) -> None:
