@@ -89,6 +89,7 @@ struct Chunk {
 #include "grid_signs_avx512.inc"
 #include "grids_avx512.inc"
 #include "small_grids_avx512.inc"
+#include "nibbles_avx512.inc"
 #include "superblocks_avx512.inc"
 #include "ternary_avx512.inc"
 #include "gemm_avx512.inc"
@@ -145,8 +146,10 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
                                                     const uint8_t* const* acts, float* out) {
     if constexpr (has_grid(T))
         dot_grid<T, Gather, N>(row, n_in, ahead, acts, out);
-    else if constexpr (T == Q4_K || T == Q5_K || T == IQ4_XS)
+    else if constexpr (T == Q4_K || T == Q5_K)
         dot_superblocks<T, N>(row, n_in, ahead, acts, out);
+    else if constexpr (T == Q4_0 || T == IQ4_NL || T == IQ4_XS || T == MXFP4)
+        dot_nibbles<T, N>(row, n_in, ahead, acts, out);
     else if constexpr (T == TQ1_0 || T == TQ2_0)
         dot_ternary<T, N>(row, n_in, ahead, acts, out);
     else
