@@ -39,7 +39,8 @@ inline __m512i add_dots(__m512i sums, __m512i codes, __m512i q) {
 #endif
 }
 
-// The same with n vectors of codes, so small that without VNNI 2 n products fit 16 bits: 64 at most for n = 2.
+// The same with n vectors of codes, so small that without VNNI 2 n products fit 16 bits: 64 at most
+// for n = 2, 32 for n = 4.
 template <int n>
 __attribute__((always_inline)) inline __m512i add_small_dots(__m512i sums, const __m512i (&codes)[n],
                                                              const __m512i (&q)[n]) {
@@ -89,6 +90,7 @@ struct Chunk {
 #include "grid_signs_avx512.inc"
 #include "grids_avx512.inc"
 #include "small_grids_avx512.inc"
+#include "nibbles_avx512.inc"
 #include "superblocks_avx512.inc"
 #include "ternary_avx512.inc"
 #include "gemm_avx512.inc"
@@ -145,8 +147,10 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
                                                     const uint8_t* const* acts, float* out) {
     if constexpr (has_grid(T))
         dot_grid<T, Gather, N>(row, n_in, ahead, acts, out);
-    else if constexpr (T == Q4_K || T == Q5_K || T == IQ4_XS)
+    else if constexpr (T == Q4_K || T == Q5_K)
         dot_superblocks<T, N>(row, n_in, ahead, acts, out);
+    else if constexpr (T == Q4_0 || T == Q4_1 || T == IQ4_NL || T == IQ4_XS || T == MXFP4)
+        dot_nibbles<T, N>(row, n_in, ahead, acts, out);
     else if constexpr (T == TQ1_0 || T == TQ2_0)
         dot_ternary<T, N>(row, n_in, ahead, acts, out);
     else
