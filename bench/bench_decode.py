@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
+from full_size import LITE, QWEN, ROUTING, V3, begun, by_model, keep, options_of, vram_budget
 from memory_watch import MemoryWatch
 from prediction import predicted
 
@@ -27,10 +27,7 @@ from moe_engine import Engine
 from moe_engine.benchmark.routing import RecordedRouting
 from moe_engine.config import format_size
 from moe_engine.graph_decoder import GraphDecoder
-from moe_engine.inspection import inspect_file
 from moe_engine.stats import Stats
-
-ROUTING = Path(__file__).parent / "data" / "routing.npz"
 
 
 @dataclass(frozen=True)
@@ -69,13 +66,6 @@ ROWS = [
     Row(LITE, 0.25, "trace", batch=8),
     Row(V3, 0.0, "own", 105),
 ]
-
-
-def vram_budget(path: Path, share: float, **options: Any) -> int:
-    """What a share of the experts needs beside everything else."""
-    with_none = Engine.plan(path, **options)
-    found = inspect_file(path)
-    return with_none.budget - with_none.slots + int(share * found.routed_bytes) + 2 * sum(found.expert_bytes)
 
 
 def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_decode import ROUTING, vram_budget
-from full_size import QWEN, begun, by_model, keep, options_of
+from full_size import QWEN, ROUTING, begun, by_model, keep, options_of, vram_budget
 
 import moe_engine
 from moe_engine import Engine

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_decode import ROUTING, vram_budget
-from full_size import LITE, QWEN, begun, by_model, keep, options_of
+from full_size import LITE, QWEN, ROUTING, begun, by_model, keep, options_of, vram_budget
 from prediction import predicted
 
 from moe_engine import Engine

@@ -1,4 +1,4 @@
-"""What benches of full-size random models share: options, the models' files, and results that are kept row by row."""
+"""What benches of full-size random models share: options, files, budgets, and results that are kept row by row."""
 
 import argparse
 import gc
@@ -13,10 +13,13 @@ import torch
 if not torch.cuda.is_available():  # must be known before the kernels are imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from moe_engine import Engine
 from moe_engine.benchmark.random_model import write_model
+from moe_engine.inspection import inspect_file
 
 QWEN, LITE, V3 = "qwen3-30b-a3b", "deepseek-v2-lite", "deepseek-v3"
 LAYERS = {V3: 7}  # of models of which only the first ones are written
+ROUTING = Path(__file__).parent / "data" / "routing.npz"  # recorded of a trained model
 
 
 class Row(Protocol):
@@ -56,6 +59,13 @@ def by_model(rows: Sequence[AnyRow], options: argparse.Namespace) -> Iterator[tu
             write_model(model, path, layers=2 if options.tiny else LAYERS.get(model))
         yield path, [row for row in rows if row.model == model]
         path.unlink()
+
+
+def vram_budget(path: Path, share: float, **options: Any) -> int:
+    """What a share of the experts needs beside everything else."""
+    with_none = Engine.plan(path, **options)
+    found = inspect_file(path)
+    return with_none.budget - with_none.slots + int(share * found.routed_bytes) + 2 * sum(found.expert_bytes)
 
 
 def keep(results: dict[str, Any], out: Path | None) -> None:

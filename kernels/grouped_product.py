@@ -35,7 +35,7 @@ class _Tiling:
 
 
 LEAST_ROWS = 16  # of a tile
-WIDE_TILES = 200 << 10  # bytes of four stages of 128 and 256 rows of 64 bf16 numbers, and some
+WIDE_TILE_BYTES = 200 << 10  # of shared memory: four stages of 128 and 256 rows of 64 bf16 numbers, and some
 
 
 def _tiling(n_row: int, n_group: int) -> _Tiling:
@@ -123,9 +123,9 @@ def _tiling_of(part: SlotPart, tiling: _Tiling, device: torch.device) -> _Tiling
     """
     if part.type.name != "BF16":
         return tiling
-    if tiling.block_m == 128 and shared_memory(device) >= WIDE_TILES:
+    if tiling.block_m == 128 and shared_memory(device) >= WIDE_TILE_BYTES:
         return _Tiling(128, 256, 8, 4)
-    return replace(tiling, num_stages=3)
+    return replace(tiling, num_stages=3, maxnreg=None)
 
 
 def grouped_gate_up(

@@ -224,7 +224,7 @@ class Predictor:
         products = 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention
         dense = (expand + products + n * work.activation_bytes / gpu.copy) / work.n_block
         plain = work.n_block - len(work.experts)  # blocks without routed experts
-        in_vram = gpu.layer_seconds * self.work.launches
+        in_vram = gpu.layer_seconds * work.launches
         bound = {"gpu": plain * max(dense, in_vram)}
         alike: dict[tuple[tuple[float, float, bool], object], list[ExpertLayer]] = {}
         places = zip(shape.shares, shape.in_ram, shape.fixed, strict=True)

@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tests run side by side, not what numpy does in each
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,19 @@ def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def quick_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the RAM's rate."""
     monkeypatch.setattr("moe_engine.hardware.RAM_SAMPLE_BYTES", 1 << 20)
+
+
+@pytest.fixture(scope="session")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A file of a real model's shape without its bytes."""
+    from header_files import write_header  # imports what must know of the interpreter first
+
+    folder = tmp_path_factory.mktemp("headers")
+
+    def path(model: str, layers: int | None = None) -> Path:
+        file = folder / f"{model}.gguf"
+        if not file.exists():
+            write_header(model, file, layers)
+        return file
+
+    return path

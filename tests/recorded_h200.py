@@ -51,7 +51,12 @@ H200 = Calibration(
 
 _POOL = 128 * 3 * 2048 * 768 // 256  # blocks of all experts of a layer of Qwen3-30B-A3B
 _FEW, _MANY = (6.0 * 2048 * 768 * 8 * n for n in (64, 2048))  # operations
-_PCIE = (17.3, 26.1, 36, 43.3, 47.5, 50.9, 52.7, 53.7, 54, 54.8, 55.1)
+
+
+def _pcie(*gb_per_s: float) -> dict[int, float]:
+    """Rates of copies of 64 KiB and, each time, twice as much."""
+    return {1 << 16 + i: rate * 1e9 for i, rate in enumerate(gb_per_s)}
+
 
 BUSY_H200 = Calibration(
     processor="Intel(R) Xeon(R) Processor",
@@ -73,7 +78,7 @@ BUSY_H200 = Calibration(
         name="NVIDIA H200",
         vram_bytes=139 << 30,
         copy=4.16e12,
-        pcie={1 << 16 + i: rate * 1e9 for i, rate in enumerate(_PCIE)},
+        pcie=_pcie(17.3, 26.1, 36, 43.3, 47.5, 50.9, 52.7, 53.7, 54, 54.8, 55.1),
         kernel_seconds=1.7e-6,
         exchange_seconds=42e-6,
         step_seconds={16: 28e-6},
@@ -163,10 +168,7 @@ QUIET_H200 = Calibration(
         name="NVIDIA H200",
         vram_bytes=139 << 30,
         copy=4157000000000.0,
-        pcie={
-            1 << 16 + i: rate * 1e9
-            for i, rate in enumerate((17.0, 25.5, 35.1, 43.2, 47.5, 50.4, 52.5, 53.5, 54.0, 54.7, 55.0))
-        },
+        pcie=_pcie(17.0, 25.5, 35.1, 43.2, 47.5, 50.4, 52.5, 53.5, 54.0, 54.7, 55.0),
         kernel_seconds=1.712e-06,
         exchange_seconds=1e-07,
         step_seconds={4: 6.205e-05, 16: 8.495e-05, 32: 9.259e-05},
@@ -240,10 +242,7 @@ FIFTH_H200 = replace(
     gpu=replace(
         QUIET_H200.gpu,
         copy=4131e9,
-        pcie={
-            1 << 16 + i: rate * 1e9
-            for i, rate in enumerate((17.3, 26.1, 35.8, 43.4, 47.6, 50.9, 52.7, 53.6, 53.3, 53.9, 54.7))
-        },
+        pcie=_pcie(17.3, 26.1, 35.8, 43.4, 47.6, 50.9, 52.7, 53.6, 53.3, 53.9, 54.7),
         kernel_seconds=1.723e-6,
         layer_seconds=0.002405,
         stream_seconds=0.003446,

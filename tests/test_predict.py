@@ -1,0 +1,251 @@
+"""Predictions against hand-computed cases and recorded runs of files that hold no weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recorded_h200 import (
+    BUSY_DECODE_ROWS,
+    BUSY_H200,
+    BUSY_ONE_TOKEN_SECONDS,
+    BUSY_PROMPT_ROWS,
+    DECODE_ROWS,
+    FETCH_ROWS,
+    FIFTH_H200,
+    H200,
+    IN_VRAM_ROWS,
+    QUIET_H200,
+    QUIET_PROMPT_ROWS,
+    SLOW_HOST_H200,
+    SLOW_HOST_PROMPT_ROWS,
+    DecodeRow,
+    PromptRow,
+    StreamedRow,
+)
+
+from moe_engine.benchmark.random_writer import MODELS
+from moe_engine.calibration import Calibration, Product
+from moe_engine.costs import BEHIND_CHOICE, PromptLayer, StepCosts, layer_terms, miss_seconds
+from moe_engine.decode_step import PROMPT_TOKENS
+from moe_engine.inspection import inspect_file
+from moe_engine.loading import bundled_model
+from moe_engine.model_work import ModelWork
+from moe_engine.planner import plan
+from moe_engine.predict import Predictor, RunShape
+from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
+from moe_engine.simulator import simulate
+from moe_engine.traces import Trace, TraceModel
+
+GIB = 1 << 30
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_the_sum_of_what_does_not_overlap() -> None:
+    costs = StepCosts(kernels=1.0, reads=2.0, hits=3.0, misses=5.0, exchange=0.5)
+    assert costs.terms == {"kernels": 1.0, "reads": 2.0, "misses": 5.0, "exchange": 0.5}
+    assert costs.seconds == 8.5
+    assert replace(costs, hits=6.0).seconds == 9.0
+    assert replace(costs, hits=6.0).terms == {"kernels": 1.0, "reads": 2.0, "hits": 6.0}
+
+
+def test_copies_and_cpu_share_the_ram() -> None:
+    assert miss_seconds(100, 0, cpu=50, ram=80) == 2.0
+    assert miss_seconds(100, 100, cpu=50, ram=80) == 2.5
+
+
+def test_a_product_goes_through_two_measurements() -> None:
+    found = Product.through(10.0, (1.0, 3.0), (5.0, 5.0))  # half a second an operation, 2.5 for the weights
+    assert found == Product(4.0, 2.0)
+    assert found.seconds(10.0, 1.0) == 3.0
+    assert Product.through(10.0, (1.0, 2.0), (4.0, 2.0)) == Product(5.0, 2.0)  # bound by weights alone
+
+
+def layer(**changes: object) -> PromptLayer:
+    values = {
+        "missing": [1, 1],
+        "cached": [10],
+        "nbytes": 100,
+        "dense": 1.0,
+        "gpu_expert": 0.5,
+        "gpu_token": 0.125,
+        "launches": 0.25,
+    }
+    return PromptLayer(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_a_layer_waits_for_its_copies_or_its_products() -> None:
+    products = 1.0 + 3 * 0.5 + 12 * 0.125
+    waited = BEHIND_CHOICE * 0.25  # behind the router's choice, for the host
+    assert layer_terms(layer(), pcie=50.0) == {"misses": 4.0 + waited, "gpu": products + waited, "launches": 0.25}
+    assert layer_terms(layer(missing=[]), pcie=50.0)["misses"] == 0.0
+
+
+# -- against recorded runs -------------------------------------------------------------------------------------
+
+
+def test_work_of_a_file(header: Callable[..., Path]) -> None:
+    file = header("qwen3-30b-a3b")
+    found, inspected, shape = plan(file, device="cpu").work, inspect_file(file), MODELS["qwen3-30b-a3b"]
+    assert found.expert_bytes == inspected.routed_bytes
+    assert found.active_bytes == inspected.active_bytes
+    assert (found.n_block, len(found.experts), found.top_k) == (48, 48, 8)
+    assert found.experts[0].n_weight == 3 * shape.hidden * shape.n_ff_expert
+    assert found.kv_bytes == 48 * 2 * 4 * 128 * 2
+    assert found.attention_operations == 48 * 32 * 4 * 128
+    attention = 2 * 4096 * 2048 + 2 * 512 * 2048
+    assert found.prompt_weights == 48 * (attention + 128 * 2048)
+    assert sum(found.dense.values()) == inspected.dense_bytes - 151936 * 2048 * 144 // 256  # without the embedding
+
+
+@pytest.mark.parametrize(
+    ("machine", "row"),
+    [*((H200, row) for row in DECODE_ROWS), *((BUSY_H200, row) for row in BUSY_DECODE_ROWS)],
+    ids=lambda value: f"{value.model}-{value.hit_rate}-{value.n_sequence}" if isinstance(value, DecodeRow) else "",
+)
+def test_decode_is_predicted_within_a_fifth(machine: Calibration, row: DecodeRow, header: Callable[..., Path]) -> None:
+    work = plan(header(row.model, row.layers), device="cpu").work
+    n = len(work.experts)
+    share = row.share if row.hit_rate is None else row.hit_rate
+    where = ((share,) * n, (1.0,) * n, (row.hit_rate is not None,) * n)
+    shape = RunShape(*where, ubatch=512, n_sequence=row.n_sequence)
+    found = Predictor(work, machine, RoutingEstimate(bundled_trace())).decode(shape, context=640)
+    assert found.rate == pytest.approx(row.tokens_per_second, rel=0.2)
+    assert found.seconds == pytest.approx(sum(found.terms.values()))
+
+
+@pytest.mark.parametrize("row", FETCH_ROWS, ids=lambda row: f"{row.model}-{row.hit_rate}")
+def test_fetched_misses_are_predicted_within_a_tenth(row: DecodeRow, header: Callable[..., Path]) -> None:
+    work = plan(header(row.model), device="cpu").work
+    n, hits = len(work.experts), row.hit_rate or 0.0
+    shape = RunShape((hits,) * n, (1.0,) * n, (True,) * n, ubatch=512, fetches=True)
+    found = Predictor(work, FIFTH_H200, RoutingEstimate(bundled_trace())).decode(shape, context=576)
+    assert found.binding == "misses"
+    assert found.rate == pytest.approx(row.tokens_per_second, rel=0.1)
+
+
+@pytest.mark.parametrize(("model", "tokens", "rate"), IN_VRAM_ROWS)
+def test_prompts_in_vram_are_predicted_within_a_tenth(
+    model: str, tokens: int, rate: float, header: Callable[..., Path]
+) -> None:
+    work = plan(header(model), device="cpu").work
+    n = len(work.experts)
+    shape = RunShape((1.0,) * n, (1.0,) * n, (True,) * n, ubatch=tokens, ctx=tokens)
+    found = Predictor(work, FIFTH_H200, Used(work.n_expert)).streamed(shape, tokens)
+    assert found.binding == "gpu"
+    assert found.rate == pytest.approx(rate, rel=0.1)
+
+
+def test_sequences_of_a_step_share_experts_that_do_not_move(header: Callable[..., Path]) -> None:
+    work = plan(header("qwen3-30b-a3b"), device="cpu").work
+    shape = RunShape((0.0,) * 48, (1.0,) * 48, (True,) * 48, ubatch=512)
+    one, eight = (
+        Predictor(work, H200, RoutingEstimate(bundled_trace(), n)).found(replace(shape, n_sequence=n))[0].misses
+        for n in (1, 8)
+    )
+    assert one == work.top_k
+    assert one < eight < 8 * one
+
+
+class Used(RoutingEstimate):
+    """As many experts as a run has used, all with as many tokens."""
+
+    def __init__(self, n_used: int) -> None:
+        self.n_used = n_used
+
+    def counts(self, n_token: int, n_expert: int, top_k: int) -> list[int]:
+        return [-(-n_token * top_k // self.n_used)] * self.n_used
+
+
+@pytest.fixture
+def busy(header: Callable[..., Path]) -> tuple[ModelWork, RunShape]:
+    work = plan(header("qwen3-30b-a3b"), device="cpu").work
+    return work, RunShape((400 / 6144,) * 48, (1.0,) * 48, (False,) * 48, ubatch=16384, ctx=16384)
+
+
+@pytest.mark.parametrize("row", BUSY_PROMPT_ROWS, ids=lambda row: str(row.tokens))
+def test_streamed_prompts_are_predicted_within_a_quarter(row: PromptRow, busy: tuple[ModelWork, RunShape]) -> None:
+    work, shape = busy
+    missing = row.streamed_bytes / (work.expert_bytes / work.n_expert)
+    found = Predictor(work, BUSY_H200, Used(round(missing / (1 - shape.shares[0])))).streamed(shape, row.tokens)
+    assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("machine", "row"),
+    [
+        *((QUIET_H200, row) for row in QUIET_PROMPT_ROWS),
+        *((SLOW_HOST_H200, row) for row in SLOW_HOST_PROMPT_ROWS),
+    ],
+    ids=lambda value: f"{value.tokens}-{value.share}-{value.used}" if isinstance(value, StreamedRow) else "",
+)
+def test_streamed_prompts_are_predicted_within_a_fifth(
+    machine: Calibration, row: StreamedRow, busy: tuple[ModelWork, RunShape]
+) -> None:
+    work, shape = busy
+    shape = replace(shape, shares=(row.share,) * 48)
+    found = Predictor(work, machine, Used(row.used)).streamed(shape, row.tokens)
+    assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
+
+
+def test_launches_are_those_of_the_calibrated_model() -> None:
+    assert plan(bundled_model(), device="cpu").work.launches == 1
+    assert BUSY_H200.gpu
+    rates = BUSY_H200.rates("Q4_K", launches=0.5)
+    assert (rates.stream_layer, rates.cached_layer) == (1.5e-3, 0.4e-3)
+
+
+def test_short_prompts_take_steps(busy: tuple[ModelWork, RunShape]) -> None:
+    work, shape = busy
+    predictor = Predictor(work, BUSY_H200, RoutingEstimate(bundled_trace()))
+    found = predictor.prompt(shape, 1)
+    assert found == predictor.in_steps(shape, 1)
+    assert found.rate == pytest.approx(1 / BUSY_ONE_TOKEN_SECONDS, rel=0.2)
+    steps = [predictor.in_steps(shape, n).seconds for n in (1, PROMPT_TOKENS, PROMPT_TOKENS + 1, 2 * PROMPT_TOKENS)]
+    assert steps == sorted(steps)
+    assert steps[3] == pytest.approx(2 * steps[1], rel=0.01)
+    assert BUSY_H200.gpu
+    slower = replace(BUSY_H200.gpu, step_seconds={4: 28e-6, PROMPT_TOKENS: 1.0})
+    later = replace(predictor, machine=replace(BUSY_H200, gpu=slower))
+    assert later.in_steps(shape, 4) == predictor.in_steps(shape, 4)
+    assert later.in_steps(shape, 5).terms["kernels"] == work.n_block
+    assert predictor.prompt(shape, 2048) == predictor.streamed(shape, 2048)
+    assert predictor.prompt(replace(shape, ctx=16), 1) == predictor.streamed(shape, 1)  # no room for a step
+    assert predictor.prompt(replace(shape, fetches=True), 1) == predictor.streamed(shape, 1)
+
+
+# -- routing ---------------------------------------------------------------------------------------------------
+
+
+def test_hits_are_the_simulators() -> None:
+    ids = np.random.default_rng(0).integers(0, 16, (400, 3, 1)).astype(np.uint16)
+    ids = np.concatenate([ids, (ids + 1) % 16], axis=2)
+    trace = Trace(TraceModel("x", 3, 16, 2), ids, None, (400,))
+    found = RoutingEstimate(trace).found(0.25)
+    # What the second half adds to a replay is what it hits in a warm cache
+    whole, half = (simulate(t, ["lru"], [4])[0].hits for t in (trace, Trace(trace.model, ids[:200], None, (200,))))
+    hits = sum(whole) - sum(half)
+    assert found.hit_rate == pytest.approx(hits / (200 * 3 * 2))
+    assert found.misses == pytest.approx((200 * 3 * 2 - hits) / (200 * 3))
+    assert RoutingEstimate(trace).found(0.0).misses == 2
+    assert RoutingEstimate(trace).found(1.0).hit_rate == 1.0
+
+
+def test_hit_rates_grow_with_the_cache() -> None:
+    routing = RoutingEstimate(bundled_trace())
+    rates = [routing.found(share / 40).hit_rate for share in range(41)]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("n_token", "n_expert", "top_k"), [(1, 128, 8), (64, 64, 6), (8192, 256, 8)])
+def test_counts_are_those_of_the_tokens(n_token: int, n_expert: int, top_k: int) -> None:
+    counts = RoutingEstimate(bundled_trace()).counts(n_token, n_expert, top_k)
+    assert top_k <= len(counts) <= n_expert
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) == pytest.approx(n_token * top_k, rel=0.1)
+    assert min(counts) >= 1
+    assert max(counts) <= n_token
