@@ -61,8 +61,7 @@ def attentions(report: Report, models: tuple[Heads, ...], contexts: tuple[int, .
                 calls: list[Call] = [partial(attend, model, query, c, position) for c in sets]
                 error = check(model.name, attend(model, query, first, position), expected, 2e-3)
                 shape = f"{model.name}, context {context}"
-                reference = sdpa if kind == "f16" and context <= 4096 else None
-                report.add("attention", kind, shape, calls, error=error, n_bytes=n_bytes, reference=reference)
+                report.add("attention", kind, shape, calls, error=error, n_bytes=n_bytes, reference=sdpa)
 
 
 def results(tiny: bool = False) -> list[Row]:

@@ -1,8 +1,8 @@
 """Times the decode product of a layer's routed experts: gate, up, SiLU, down, weighted sum.
 
 Each is compared with f64 first. The experts of a call rotate through a pool far larger than the cache. The bytes of a
-row are those of each distinct expert once. Reference, for one token: torch's products of bf16 weights that are there
-already, expert by expert.
+row are those of each distinct expert once. Reference: torch's products of bf16 weights that are there already, token by
+token and expert by expert.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -49,16 +49,18 @@ def replaced(form: Mapping[str, Any]) -> Iterator[None]:
 
 
 def torch_experts(x: Tensor, weights: tuple[Tensor, Tensor, Tensor], share: Tensor) -> Callable[[], Tensor]:
-    """The same for one token, whose experts are copies of one."""
-    x, share = x.to(torch.bfloat16), share[0].to(torch.bfloat16)
-    gate, up, down = (weight.to(torch.bfloat16).repeat(len(share), 1, 1) for weight in weights)
+    """The same, with experts that are copies of one."""
+    x, share = x.to(torch.bfloat16), share.to(torch.bfloat16)
+    n_token, top_k = share.shape
+    gate, up, down = (weight.to(torch.bfloat16).repeat(top_k, 1, 1) for weight in weights)
 
     def run() -> Tensor:
-        out = torch.zeros(1, down.shape[1], dtype=torch.bfloat16, device=x.device)
-        for e in range(len(share)):
-            h = torch.nn.functional.silu(x @ gate[e].T).mul_(x @ up[e].T)
-            out.addcmul_(h @ down[e].T, share[e])
-        return out
+        out = torch.zeros(n_token, 1, down.shape[1], dtype=torch.bfloat16, device=x.device)
+        for t in range(n_token):
+            for e in range(top_k):
+                h = torch.nn.functional.silu(x[t : t + 1] @ gate[e].T).mul_(x[t : t + 1] @ up[e].T)
+                out[t].addcmul_(h @ down[e].T, share[t, e])
+        return out[:, 0]
 
     return run
 
@@ -85,9 +87,8 @@ def experts(report: Report, name: str, types: str, tokens: tuple[int, ...], form
         run = partial(moe_decode, x, pool, layout, weights=share, out=out, buffers=buffers)
         h = torch.nn.functional.silu(x.double() @ w_gate.T) * (x.double() @ w_up.T)
         exact = h @ w_down.T * share.sum(dim=1, keepdim=True)
-        reference = torch_experts(x, (w_gate, w_up, w_down), share) if n_token == 1 else None
-        if reference is not None:
-            check(f"{name} {types} torch", reference(), exact, 2e-2)
+        reference = torch_experts(x, (w_gate, w_up, w_down), share)
+        check(f"{name} {types} torch", reference(), exact, 2e-2)
         for form, tiles in (forms or {"": {}}).items():
             with replaced(tiles):
                 report.add(

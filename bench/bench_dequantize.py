@@ -4,8 +4,9 @@
     python bench/bench_dequantize.py --tiny     # a dry run on any machine, nothing timed
 
 GB/s counts the quantized bytes read and the bytes written; the copy, of floats of the same dtype, is counted alike
-(read + written). The experts of a layer repeat one expert of random blocks, at places of their own: a call reads and
-writes several times what the last-level cache holds. Their values are compared with the gguf package's first.
+(read + written), and its time is the reference. The experts of a layer repeat one expert of random blocks, at places of
+their own: a call reads and writes several times what the last-level cache holds. Values are compared with the gguf
+package's first.
 """
 
 import argparse
@@ -62,13 +63,14 @@ def results(
     """One row for each type (all by default) and dtype; first the copies, whose `type` is empty."""
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
-    copy_rates: dict[str, float] = {}
+    copies: dict[str, tuple[float, float]] = {}  # GB/s, microseconds
 
     def add(kernel: str, type: str, dtype: str, us: float, n_bytes: int) -> None:
         rate = n_bytes / us / 1e3
-        share = rate / copy_rates.setdefault(dtype, rate)
+        copy_rate, copy_us = copies.setdefault(dtype, (rate, us))
         row = {"kernel": kernel, "type": type, "shape": list(shape), "microseconds": round(us, 1)}
-        rows.append(row | {"gb_per_s": round(rate), "share_of_copy": round(share, 3)})
+        row |= {"reference_microseconds": round(copy_us, 1), "gb_per_s": round(rate)}
+        rows.append(row | {"share_of_copy": round(rate / copy_rate, 3)})
 
     outputs = {name: torch.empty(shape, device=device, dtype=dtype) for name, dtype in DTYPES.items()}
     for name, out in outputs.items():
