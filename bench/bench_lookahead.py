@@ -30,8 +30,8 @@ from moe_engine.hardware import measure
 from moe_engine.inspection import inspect_file
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.worker import DecodeWorker
-from moe_engine.prefetch import TRIAL
 from moe_engine.stats import Stats
+from moe_engine.trial_switch import TRIAL
 
 WAYS: dict[str, tuple[bool, PrefetchMode]] = {"auto": (True, "auto"), "off": (False, "off"), "always": (True, "always")}
 SHARES, LINKS = (0.1, 0.25, 0.5), (1.0, 0.25)

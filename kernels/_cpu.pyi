@@ -294,6 +294,9 @@ class WorkerStats:
     def timed(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Steps that followed another without delay, and their nanoseconds: without and with prefetch."""
     @property
+    def timed_late(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The same steps: without and with misses that the GPU may compute late."""
+    @property
     def rates(self) -> Rates: ...
 
 class DecodeWorker:

@@ -15,21 +15,18 @@ from moe_engine.expert_cache import CachedExperts
 from moe_engine.kernels.sampling_kernel import variant_for
 from moe_engine.kernels.worker import MAX_AHEAD, DecodeWorker, Mode, WorkerLayer
 from moe_engine.policies.registry import policy_of
-from moe_engine.prefetch import PrefetchSwitch
 from moe_engine.profile import Profile
 from moe_engine.recording import Recorder
 from moe_engine.stats import Stats
+from moe_engine.trial_switch import TRIAL, TrialSwitch
 
-# What steps do with misses, by the mode of the worker; of two, the second as long as fetching is found to pay.
+# What steps do with misses, by the mode of the worker; of two, the second as long as that is found to be faster.
 FORMS: dict[Mode, tuple[Misses, ...]] = {
     "cpu": ("cpu",),
     "fetch": ("late",),
     "auto": ("cpu", "late"),
     "exact": ("merge",),
 }
-
-# Of every so many steps one may fetch, to see whether that pays; it does if this share of the misses is fetched.
-PROBE_STEPS, FETCH_SHARE = 32, 0.2
 
 PROMPT_SIZES = (4, 16, PROMPT_TOKENS)  # of steps with a prompt's tokens
 
@@ -48,25 +45,23 @@ class GraphDecoder:
         prefetch: PrefetchMode,
         recorder: Recorder | None = None,
     ) -> None:
-        """misses: the form of step to run; of two, the first, and the second as long as fetching is found to pay.
+        """misses: the form of step to run; of two, the first, and the second as long as that is found to be faster.
 
         lookahead: whether the CPU pulls predicted experts into its caches. This and prefetch may be changed between
         generations.
         """
         self.step, self.worker, self.misses, self.lookahead = step, worker, misses, lookahead
-        self.prefetch = PrefetchSwitch(prefetch)
+        self.prefetch = TrialSwitch(prefetch)
+        self.late = TrialSwitch("auto" if len(misses) > 1 else "off", first=TRIAL)  # whether to run the second form
         self._recorder, self._position = recorder, 0  # of the next token of the first sequence
         step.recorded = recorder is not None
         self.launched = self.taken = 0  # the last step of each
         self._last = 0  # that `next` can ask for
         self.idle_steps: list[int] = []  # that have loaded a form
         self._form = StepForm(1, misses[0], "greedy")
-        self._launched_forms: dict[int, StepForm] = {}
         self._graphs: dict[StepForm, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if step.tokens.is_cuda else None
         self._filled = False  # all slots, where nothing may miss
-        self._fetch_share = 0.0  # of missed experts, lately, in steps of the second form
-        self._before = (0, 0, 0)  # fetched experts, those the CPU has computed, and steps, as last noted
 
     @classmethod
     def start(
@@ -111,8 +106,7 @@ class GraphDecoder:
     def _next_form(self) -> StepForm:
         step = self.launched + 1
         ahead = MAX_AHEAD if self.prefetch.wants(step) else int(self.lookahead)
-        fetches = len(self.misses) > 1 and (step % PROBE_STEPS == 0 or self._fetch_share > FETCH_SHARE)
-        return replace(self._form, misses=self.misses[-1 if fetches else 0], ahead=ahead)
+        return replace(self._form, misses=self.misses[self.late.wants(step)], ahead=ahead)
 
     @property
     def takes_prompts(self) -> bool:
@@ -181,7 +175,6 @@ class GraphDecoder:
         else:
             self.step.run(form)
         self.launched = step
-        self._launched_forms[step] = form
 
     def _take(self) -> list[int]:
         step = self.taken + 1
@@ -189,27 +182,19 @@ class GraphDecoder:
             found = self.worker.wait_tokens(step)
         assert found is not None
         self.taken = step
-        if self.prefetch.is_due(step):
-            self.prefetch.note(self.worker.stats().timed)
-            self.prefetch.turn(step)
+        if self.prefetch.is_due(step) or self.late.is_due(step):
+            self._note_times()
+            for switch in (self.prefetch, self.late):
+                if switch.is_due(step):
+                    switch.turn(step)
         if found.bad:
             raise ModelFormatError(NOT_FINITE)
-        form = self._launched_forms.pop(step)
-        if form.misses == "late" and len(self.misses) > 1:
-            self._note_fetches()
         return found.tokens
 
-    def _note_fetches(self) -> None:
-        """How much of the misses the worker has found worth fetching, on average over steps that allowed it."""
-        now = self.worker.stats()
-        fetched, computed, steps = (
-            after - before
-            for after, before in zip((now.fetched_now, now.cpu_experts, now.steps), self._before, strict=True)
-        )
-        self._before = now.fetched_now, now.cpu_experts, now.steps
-        missed = fetched + computed / max(1, steps)  # of this step; the ones since the last such fetched nothing
-        if fetched >= 0 and missed > 0:
-            self._fetch_share += 0.25 * (fetched / missed - self._fetch_share)
+    def _note_times(self, starts_again: bool = False) -> None:
+        stats = self.worker.stats()
+        self.prefetch.note(stats.timed, starts_again)
+        self.late.note(stats.timed_late, starts_again)
 
     def _capture(self, form: StepForm) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -235,9 +220,8 @@ class GraphDecoder:
 
     @torch.inference_mode()
     def reset_stats(self) -> None:
-        self.prefetch.note(self.worker.stats().timed, starts_again=True)
+        self._note_times(starts_again=True)
         self.worker.reset_stats()
-        self._before = (0, 0, 0)
         self.step.waited.zero_()
 
     def use_of_experts(self, model: str) -> Profile | None:

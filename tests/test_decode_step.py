@@ -103,15 +103,16 @@ def test_tokens_do_not_depend_on_who_computes_a_miss(
         assert greedy(engine, 2) == eager(name)[0]
 
 
-def test_auto_tries_to_fetch_now_and_then(
+def test_auto_tries_both_ways(
     path_of: Callable[[str], Path],
     eager: Callable[[str], tuple[list[int], list[Tensor]]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moe_engine.graph_decoder.PROBE_STEPS", 2)
+    monkeypatch.setattr("moe_engine.trial_switch.WINDOW", 1)
     forms: list[str] = []
     with load(path_of("qwen3moe/plain"), miss="auto", cache_slots=3) as engine:
         assert isinstance(engine.decoder, GraphDecoder)
+        engine.decoder.late.first = 1
         step = engine.decoder.step
         run = step.run
 

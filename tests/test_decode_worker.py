@@ -341,20 +341,23 @@ def test_useless_prefetches_end() -> None:
 
 
 def test_steps_are_timed_apart() -> None:
+    """Of steps 6 to 11, which followed another at once, 8 to 11 prefetch, and 9 and 11 may compute misses late."""
     gpu = FakeGpu("cpu")
     for step in range(1, 5):
         gpu.ahead = [CHOICES] * (2 if step % 2 else 1)
         gpu.step(step, CHOICES)
     assert gpu.worker.stats().timed == ((0, 0), (0, 0))  # none was waiting when the one before ended
-    gpu.worker.expect(5, 1, True)
+    gpu.worker.expect(5, 1, False)
     for step in range(5, 12):
-        gpu.worker.expect(step + 1, 1, True)
+        gpu.worker.expect(step + 1, 1, step + 1 in (9, 11))
         gpu.ahead = [CHOICES] * (2 if step >= 8 else 1)
         gpu.layers(step, CHOICES)
         assert gpu.worker.wait_tokens(step) is not None
     (n_without, without), (n_with, with_) = gpu.worker.stats().timed
     assert (n_without, n_with) == (2, 4)
     assert min(without, with_) > 0
+    (n_cpu, cpu), (n_late, late) = gpu.worker.stats().timed_late
+    assert (n_cpu, n_late, cpu + late) == (4, 2, without + with_)
 
 
 def test_bad_logits() -> None:

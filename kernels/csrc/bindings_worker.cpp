@@ -181,10 +181,9 @@ void bind_parts(nb::module_& m) {
         .def_ro("prefetched", &WorkerStats::prefetched)
         .def_ro("prefetched_in_time", &WorkerStats::prefetched_in_time)
         .def_ro("prefetched_late", &WorkerStats::prefetched_late)
-        .def_prop_ro("timed", [](const WorkerStats& stats) {
-            return std::pair(std::pair(stats.timed_steps[0], stats.timed_ns[0]),
-                             std::pair(stats.timed_steps[1], stats.timed_ns[1]));
-        })
+        .def_prop_ro("timed", [](const WorkerStats& stats) { return std::pair(stats.timed[0], stats.timed[1]); })
+        .def_prop_ro("timed_late",
+                     [](const WorkerStats& stats) { return std::pair(stats.timed_late[0], stats.timed_late[1]); })
         .def_ro("rates", &WorkerStats::rates);
 }
 

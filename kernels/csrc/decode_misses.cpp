@@ -144,7 +144,7 @@ void DecodeWorker::read_ahead(int layer) {
     experts.memory->prefetch(experts.memory_layer, expert_.data(), static_cast<int64_t>(expert_.size()));
 }
 
-// Decides which missed experts are late, and starts to fetch those that are not on their way.
+// Decides which missed experts are late. Those that are not on their way have slots, and are left in `fetches_`.
 void DecodeWorker::divide(const Step& step, int layer) {
     fetches_.clear();
     for (ExpertKey key : missed_) {
@@ -176,9 +176,8 @@ void DecodeWorker::divide(const Step& step, int layer) {
     for (int64_t i = 0; i < n_started; ++i) {
         const ExpertKey key = fetches_[static_cast<size_t>(i)];
         fate_[static_cast<size_t>(key % spec_.n_expert)] = Fate::late;
-        start_fetch(key);
-        note_use(key);
     }
+    fetches_.resize(static_cast<size_t>(n_started));
     entry_.n_now += n_started;
     entry_.n_cpu = static_cast<int64_t>(missed_.size()) - entry_.n_now;
     if (spec_.fetch == Fetch::all && entry_.n_cpu > 0)
@@ -193,6 +192,10 @@ void DecodeWorker::divide(const Step& step, int layer) {
 void DecodeWorker::compute(const Step& step, int layer, const Mailbox::Message& message) {
     // Driver and policy take microseconds: meanwhile the other threads compute.
     const std::function<void()> look_after_slots = [&] {
+        for (ExpertKey key : fetches_) {
+            start_fetch(key);
+            note_use(key);
+        }
         start_background();
         if (!step.allow_late) note_choices(step, layer, message);
         prefetch_next(step, layer, message);

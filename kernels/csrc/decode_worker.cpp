@@ -150,8 +150,10 @@ void DecodeWorker::publish(const Step& step) {
         const int64_t before = published_;
         published_ = now();
         if (follows_ && !step.idle) {
-            ++stats_.timed_steps[step_prefetches_];
-            stats_.timed_ns[step_prefetches_] += published_ - before;
+            for (auto* timed : {&stats_.timed[step_prefetches_], &stats_.timed_late[step.allow_late]}) {
+                ++timed->first;
+                timed->second += published_ - before;
+            }
         }
         step_prefetches_ = false;
         if (!step.posted && !step.idle)

@@ -36,6 +36,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "copy_engine.h"
@@ -100,8 +101,9 @@ struct WorkerStats {
     // By layer: experts prefetched into slots; those chosen when their layer came, in time and too late; the rest
     // was wasted.
     std::vector<int64_t> prefetched, prefetched_in_time, prefetched_late;
-    // Steps that followed another without delay, and their nanoseconds: without and with prefetch.
-    std::array<int64_t, 2> timed_steps{}, timed_ns{};
+    // Steps that followed another without delay, and their nanoseconds: without and with prefetch; without and with
+    // misses that the GPU may compute late.
+    std::array<std::pair<int64_t, int64_t>, 2> timed{}, timed_late{};
     Rates rates{};
 };
 
