@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from memory_watch import MemoryWatch
-from prediction import predicted
+from prediction import Used, predicted
 
 from moe_engine import Engine
 from moe_engine.config import format_size
@@ -114,7 +114,7 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         cached = int(setting.cache * found.routed_bytes) + 3 * sum(found.expert_bytes)
         options |= {"vram_budget": plan.budget - plan.slots + cached}
     rows = []
-    used: dict[int, float] = {}  # experts of a layer: random weights use fewer than trained ones
+    used: dict[int, Used] = {}  # random weights use fewer experts than trained ones, and find more in slots
     watch = MemoryWatch(enabled=device == "cuda")
     with watch, Engine.load(path, **options) as engine:
         experts = engine.experts
@@ -122,6 +122,8 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         assert experts.prompt is not None
         while experts.store.is_locking:
             time.sleep(0.1)
+        for seed in range(repeats):  # a machine that has just loaded is slow at first
+            engine.generate(prompt(1, seed), max_tokens=16)
         rate, hardware = matrix_rate(engine.device), engine.hardware
         for n, target in setting.targets.items():
             for seed in range(2):
@@ -133,8 +135,10 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
                 seconds.append(stats.prompt_seconds)
             counts = {key: n / repeats for key, n in vars(experts.prompt.counts.since(before)).items()}
             middle = statistics.median(seconds)
-            used[n] = sum(counts[where] for where in ("cached", "streamed", "cpu")) / len(experts.layouts)
-            if not used[n] and experts.n_slot < experts.slot_table.numel():  # else nothing is posted
+            n_used = sum(counts[where] for where in ("cached", "streamed", "cpu"))
+            if n_used:
+                used[n] = Used(n_used / len(experts.layouts), counts["cached"] / len(experts.layouts))
+            elif experts.n_slot < experts.slot_table.numel():  # else nothing is posted
                 used[n] = used_by_last_step(engine, (n - 1) % PROMPT_TOKENS + 1)
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {
@@ -149,6 +153,7 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
                 "counts": counts,
                 "budget": options["vram_budget"],
                 "slots": experts.n_slot,
+                "used": vars(used[n]) if n in used else None,
             }
             rows.append(row)
             missed = "" if target is None or n / middle >= target else " MISSED"
@@ -173,11 +178,17 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
     return rows
 
 
-def used_by_last_step(engine: Engine, n_token: int) -> float:
-    """Experts of a layer, of a prompt that went through steps."""
+def used_by_last_step(engine: Engine, n_token: int) -> Used:
+    """Of a prompt that went through steps."""
     assert isinstance(engine.decoder, GraphDecoder)
-    ids, _ = engine.decoder.step.routing(engine.decoder.launched, n_token)
-    return float(np.mean([len(np.unique(ids[:, layer])) for layer in range(ids.shape[1])]))
+    decoder = engine.decoder
+    ids, _ = decoder.step.routing(decoder.launched, n_token)
+    slots = decoder.step.slots_found(decoder.launched, n_token)
+    layers = range(ids.shape[1])
+    return Used(
+        float(np.mean([len(np.unique(ids[:, layer])) for layer in layers])),
+        float(np.mean([len(np.unique(ids[:, layer][slots[:, layer] >= 0])) for layer in layers])),
+    )
 
 
 def where_time_goes(engine: Engine, n: int) -> None:

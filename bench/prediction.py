@@ -1,7 +1,7 @@
 """What `moe-engine plan` predicts for a measured row, with the calibration that this machine keeps."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,14 @@ from moe_engine.calibration import this_machine
 from moe_engine.config import EngineConfig
 from moe_engine.planner import DECODE_CONTEXT, plan
 from moe_engine.routing_estimate import Found, RoutingEstimate
+
+
+@dataclass(frozen=True)
+class Used:
+    """Experts of a layer that a prompt has used, on average, and how many of them were in slots."""
+
+    n: float
+    cached: float
 
 
 class EvenUse(RoutingEstimate):
@@ -26,7 +34,7 @@ def predicted(
     *,
     decode: float | None = None,
     prompts: dict[int, float] | None = None,
-    used: dict[int, float] | None = None,
+    used: dict[int, Used] | None = None,
     hit_rate: float | None = None,
     found: Sequence[Found] | None = None,
     context: int = DECODE_CONTEXT,
@@ -35,7 +43,7 @@ def predicted(
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
-    planner expects it. found: the same by MoE layer. used: experts of each layer that prompts have used, likewise.
+    planner expects it. found: the same by MoE layer. used: of prompts by tokens, likewise.
     options: as the row was loaded.
     """
     machine = this_machine(options.get("device", "auto"), EngineConfig.of(**options).n_threads)
@@ -53,10 +61,11 @@ def predicted(
         step = predictor.decode(shape, context, found)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
-        if used and used.get(n_token):
-            prompt = replace(predictor, routing=EvenUse(round(used[n_token]))).prompt(planned.run_shape, n_token)
-        else:
-            prompt = predictor.prompt(planned.run_shape, n_token)
+        prompt = predictor.prompt(planned.run_shape, n_token)
+        if used and n_token in used:
+            of = used[n_token]
+            shape = replace(planned.run_shape, shares=(of.cached / of.n,) * len(planned.run_shape.shares))
+            prompt = replace(predictor, routing=EvenUse(round(of.n))).prompt(shape, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
         if name != "hit_rate":

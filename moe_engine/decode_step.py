@@ -157,16 +157,24 @@ class DecodeStep:
         Of the last RING steps only.
         """
         box = self.mailbox
+        return (
+            self._posted(step, n_token, box.ids_offset, np.int32),
+            self._posted(step, n_token, box.weights_offset, np.float32),
+        )
+
+    def slots_found(self, step: int, n_token: int) -> npt.NDArray[np.int32]:
+        """Likewise the slots in which the step has found its experts, -1: in none."""
+        return self._posted(step, n_token, self.mailbox.slots_offset, np.int32)
+
+    def _posted(self, step: int, n_token: int, offset: int, kind: type[Any]) -> npt.NDArray[Any]:
+        """A field of a step's messages, `[n_token, n_layer, top_k]`."""
+        box = self.mailbox
         messages = box.messages.view(RING, box.n_layer, -1)[step % RING].numpy()
         due = step * (box.n_layer + 1) + np.arange(box.n_layer)
         assert (messages[:, :8].view(np.int64)[:, 0] == due).all(), "a step that has not posted, or was overwritten"
-
-        def field(offset: int, kind: type[Any]) -> npt.NDArray[Any]:
-            values = messages[:, offset : offset + 4 * n_token * box.top_k].copy().view(kind)
-            by_layer: npt.NDArray[Any] = values.reshape(box.n_layer, n_token, box.top_k)
-            return by_layer.swapaxes(0, 1)
-
-        return field(box.ids_offset, np.int32), field(box.weights_offset, np.float32)
+        values = messages[:, offset : offset + 4 * n_token * box.top_k].copy().view(kind)
+        by_layer: npt.NDArray[Any] = values.reshape(box.n_layer, n_token, box.top_k)
+        return by_layer.swapaxes(0, 1)
 
     def _mixture(self, moe: MixtureOfExperts, x: Normed, residual: Tensor, positions: Tensor, form: StepForm) -> Tensor:
         """Router, then hits and shared expert while the CPU works on the misses."""
