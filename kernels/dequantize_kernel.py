@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from moe_engine.kernels import unpack, unpack_words_iq, unpack_words_k
+from moe_engine.kernels.launch import launched
 from moe_engine.kernels.unpack_pairs import unpack_pairs
 from moe_engine.kernels.unpack_words import INTERPRETED as INTERPRETED
 from moe_engine.kernels.unpack_words import LANES
@@ -147,6 +148,7 @@ def dequantize_tile(
             tl.store(at, round_to(y, out.dtype.element_ty), mask=blocks < n_blocks)
 
 
+@launched
 @triton.jit(do_not_specialize=["data", "n_blocks", "batch_stride"])
 def dequantize_kernel(
     data,

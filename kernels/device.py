@@ -13,11 +13,9 @@ def is_interpreted() -> bool:
     """Whether the kernels were decorated for Triton's interpreter, which also takes CPU tensors."""
     if "TRITON_INTERPRET" not in os.environ:
         return False
-    from triton import JITFunction
+    from moe_engine.kernels.dequantize_kernel import INTERPRETED
 
-    from moe_engine.kernels.dequantize_kernel import dequantize_kernel
-
-    return not isinstance(dequantize_kernel, JITFunction)
+    return bool(INTERPRETED.value)
 
 
 def run_kernels(tensor: torch.Tensor) -> bool:

@@ -19,8 +19,10 @@ from moe_engine.kernels.grouped_decoders import (
     q8_0_decode,
     q8_0_load,
 )
+from moe_engine.kernels.launch import launched
 
 
+@launched
 @triton.jit(do_not_specialize=["n_pair"])
 def sort_kernel(ids, offsets, token, place, n_pair, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """Program e places the pairs of expert e, in their order, behind all those of the experts before it."""
@@ -47,6 +49,7 @@ def sort_kernel(ids, offsets, token, place, n_pair, TOP_K: tl.constexpr, BLOCK: 
 _PIECES = ["offsets", "slots", "tile_group", "tile_row"]
 
 
+@launched
 @triton.jit(do_not_specialize=["n_group"], do_not_specialize_on_alignment=_PIECES)
 def tile_map_kernel(
     offsets, slots, tile_group, tile_row, n_group,
@@ -171,6 +174,7 @@ def _down_tile(x, out, down, row_bytes, row, stop, column, n_in, n_out, table,
     tl.store(out + at, round_to(acc, out.dtype.element_ty), mask=(rows < stop)[:, None] & (columns < n_out)[None, :])
 
 
+@launched
 @triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
 def gate_up_kernel(
     x, row_index, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, gate_at, up_from_gate,
@@ -195,6 +199,7 @@ def gate_up_kernel(
                           HAS_INDEX, BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
 def down_kernel(
     x, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, down_at,
@@ -219,6 +224,7 @@ def down_kernel(
                        BLOCK_M, BLOCK_N, TYPE, BLOCK_SIZE, BLOCK_BYTES, RUN_WIDTH, FAST)  # fmt: skip
 
 
+@launched
 @triton.jit(do_not_specialize=["n_block"], do_not_specialize_on_alignment=_PIECES)
 def dequantize_groups_kernel(
     pool, offsets, slots, table, out, slot_bytes, part_at, n_block, out_stride,
@@ -234,6 +240,7 @@ def dequantize_groups_kernel(
                         TYPE, BLOCK_BYTES, N_RUN, RUN_WIDTH, DISTANCE, TILE_BLOCKS)  # fmt: skip
 
 
+@launched
 @triton.jit
 def sum_kernel(y, ids, place, weights, slots, out, n_column, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = sum over k, in order, of weights[t, k] * y[place[t, k]]; experts with slot -1 are left out."""

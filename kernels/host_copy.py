@@ -8,10 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_engine.kernels.device import cdiv
+from moe_engine.kernels.launch import launched
 
 _BLOCK = 4096
 
 
+@launched
 @triton.jit
 def _copy_kernel(source, target, n, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

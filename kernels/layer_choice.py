@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_engine.kernels.device import cdiv
+from moe_engine.kernels.launch import launched
 
 _BLOCK = 2048
 
@@ -83,6 +84,7 @@ class ChoiceOnHost:
             )
 
 
+@launched
 @triton.jit(do_not_specialize=["next_table", "n_foreseen", "n_pair"])
 def choice_kernel(
     offsets, tables, foreseen, ids, weights, numbers, host_ids, host_weights, next_table, n_foreseen, n_pair,

@@ -8,8 +8,10 @@ import triton.language as tl
 from moe_engine.kernels.decode_activations_kernel import rounded, step_of, store_run
 from moe_engine.kernels.decode_overlap import let_next_kernel_start, wait_for_previous_kernel
 from moe_engine.kernels.dequantize_kernel import round_to
+from moe_engine.kernels.launch import launched
 
 
+@launched
 @triton.jit
 def rms_norm_kernel(
     x,
@@ -112,6 +114,7 @@ def _store_row(values, scales, index, v, D: tl.constexpr, BLOCK: tl.constexpr, Q
         tl.store(values + index * D + lane, round_to(v, values.dtype.element_ty), mask=lane < D)
 
 
+@launched
 @triton.jit
 def qk_kernel(
     q,
@@ -178,6 +181,7 @@ def qk_kernel(
             _store_row(v_values, v_scales, row * N_KV + head, y, D, BLOCK, QUANTIZED)
 
 
+@launched
 @triton.jit
 def latent_kernel(
     q,

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from moe_engine.kernels.dequantize_kernel import INTERPRETED, round_to
+from moe_engine.kernels.launch import launched
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def _attend(
     return sums, total, maximum
 
 
+@launched
 @triton.jit(do_not_specialize=["position", "n_token"])
 def prompt_attention_kernel(
     query,

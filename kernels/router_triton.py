@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from moe_engine.kernels.decode_overlap import let_next_kernel_start, wait_for_previous_kernel
+from moe_engine.kernels.launch import launched
 
 _SMALLEST_SUM = tl.constexpr(6.103515625e-05)  # router.route clamps the sum of weights to it
 _TAKEN = tl.constexpr(-(1 << 31))  # below the order of any score, minus infinity included
@@ -69,6 +70,7 @@ def _limit_groups(order, N_GROUP: tl.constexpr, N_USED: tl.constexpr, GROUPS: tl
     return (tl.sum(before.to(tl.int32), 1) < N_USED)[:, None]
 
 
+@launched
 @triton.jit
 def choose_kernel(
     logits,
@@ -171,6 +173,7 @@ def choose_kernel(
         tl.store(slots + out, slot, mask=is_choice)
 
 
+@launched
 @triton.jit(do_not_specialize=["n_token"])
 def logits_kernel(
     x,

@@ -1,0 +1,51 @@
+"""Launches of Triton kernels that have been compiled before, without most of what Triton does to find them again."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+
+
+def launched(kernel: Any) -> Any:
+    """Decorates a kernel, `kernel[grid](*args, **constants)` as before: all plain arguments by place, all constants by
+    name. An interpreted kernel stays as it is."""
+    return Launched(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+class Launched:
+    """A kernel with what it was compiled to, by what Triton specializes for.
+
+    A launch is looked up by the types of its arguments, whether addresses and integers are multiples of 16, whether
+    integers are one or need 64 bits, and all constants. That is at least as fine as Triton's own distinctions.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._constants = [param.name for param in kernel.params if param.is_constexpr]
+        self._n_plain = len(kernel.params) - len(self._constants)
+        self._defaults = {name: param.default for name, param in kernel.signature.parameters.items()}
+        self._known: dict[object, tuple[Any, tuple[object, ...]]] = {}  # compiled kernels, and their constants in order
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        key = (torch.cuda.current_device(), *map(_kind, args), *constants.items())
+        known = self._known.get(key)
+        if known is None:
+            assert len(args) == self._n_plain, f"{len(args)} plain arguments, expected {self._n_plain}"
+            compiled = self._kernel[grid](*args, **constants)
+            self._known[key] = compiled, tuple(constants.get(name, self._defaults[name]) for name in self._constants)
+            return
+        compiled, in_order = known
+        compiled[(*grid, 1, 1)[:3]](*args, *in_order)
+
+
+def _kind(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31
+    return value

@@ -1,0 +1,92 @@
+"""Kernels are launched again as Triton has specialized them. The Triton kernel is a stand-in that counts."""
+
+from inspect import signature
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_engine.kernels.launch import Launched
+
+
+class Kernel:
+    """x, n and eps are plain, A and B constants."""
+
+    def __init__(self) -> None:
+        def kernel(x: Any, n: Any, eps: Any, A: Any, B: Any = 5) -> None: ...
+
+        self.signature = signature(kernel)
+        self.params = [SimpleNamespace(name=name, is_constexpr=name in "AB") for name in self.signature.parameters]
+        self.compiled: list[tuple[Any, ...]] = []
+        self.launches: list[tuple[int, tuple[Any, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: Any, **constants: Any) -> Any:
+            number = len(self.compiled)
+            self.compiled.append((grid, args, constants))
+
+            class Compiled:
+                def __getitem__(_, grid: tuple[int, ...]) -> Any:
+                    return lambda *args: self.launches.append((number, (grid, *args)))
+
+            return Compiled()
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Kernel()
+
+
+def test_a_launch_like_another_goes_to_what_was_compiled(kernel: Kernel) -> None:
+    launched, x, y = Launched(kernel), torch.zeros(64), torch.ones(64)
+    launched[3, 4](x, 32, 0.5, A=7, num_warps=8)
+    assert kernel.compiled == [((3, 4), (x, 32, 0.5), {"A": 7, "num_warps": 8})]
+    assert kernel.launches == []
+    launched[9,](y, 48, 0.5, A=7, num_warps=8)
+    assert len(kernel.compiled) == 1
+    ((number, (grid, *args)),) = kernel.launches
+    assert (number, grid, args[1:]) == (0, (9, 1, 1), [48, 0.5, 7, 5])
+    assert args[0] is y
+
+
+@pytest.mark.parametrize(
+    ("x", "n", "eps", "constants"),
+    [
+        (torch.zeros(64, dtype=torch.float16), 32, 0.5, {"A": 7}),  # another type
+        (torch.zeros(65)[1:], 32, 0.5, {"A": 7}),  # an address that is no multiple of 16
+        (torch.zeros(64), 33, 0.5, {"A": 7}),
+        (torch.zeros(64), 1, 0.5, {"A": 7}),
+        (torch.zeros(64), 1 << 40, 0.5, {"A": 7}),
+        (torch.zeros(64), 32, None, {"A": 7}),
+        (torch.zeros(64), 32, 0.5, {"A": 8}),
+        (torch.zeros(64), 32, 0.5, {"A": 7, "B": 6}),
+        (torch.zeros(64), 32, 0.5, {"A": 7, "num_warps": 4}),
+    ],
+)
+def test_what_triton_specializes_for_is_compiled_anew(
+    kernel: Kernel, x: torch.Tensor, n: int, eps: float | None, constants: dict[str, int]
+) -> None:
+    launched = Launched(kernel)
+    for _ in range(2):
+        launched[1,](torch.zeros(64), 32, 0.5, A=7)
+        launched[1,](x, n, eps, **constants)
+    assert len(kernel.compiled) == 2
+    assert [number for number, _ in kernel.launches] == [0, 1]
+
+
+def test_each_device_has_its_own(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, x = Launched(kernel), torch.zeros(64)
+    for device in (0, 1, 0, 1):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        launched[1,](x, 32, 0.5, A=7)
+    assert len(kernel.compiled) == 2
+    assert [number for number, _ in kernel.launches] == [0, 1]
+
+
+def test_constants_by_place_are_an_error(kernel: Kernel) -> None:
+    with pytest.raises(AssertionError, match="4 plain arguments, expected 3"):
+        Launched(kernel)[1,](torch.zeros(64), 32, 0.5, 7)
