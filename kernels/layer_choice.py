@@ -4,6 +4,8 @@
 
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -16,12 +18,12 @@ _BLOCK = 2048
 
 
 class LayerChoice(NamedTuple):
-    """By expert."""
+    """By expert, int32."""
 
-    counts: list[int]  # tokens
-    resident: list[int]  # slot or -1
-    resident_next: list[int]  # the same in the next layer
-    foreseen: list[int]  # tokens there, as far as they were foreseen
+    counts: npt.NDArray[np.int32]  # tokens
+    resident: npt.NDArray[np.int32]  # slot or -1
+    resident_next: npt.NDArray[np.int32]  # the same in the next layer
+    foreseen: npt.NDArray[np.int32]  # tokens there, as far as they were foreseen
 
 
 class ChoiceOnHost:
@@ -61,7 +63,7 @@ class ChoiceOnHost:
             self._numbers.copy_(torch.stack([offsets.diff(), *tables, counts]))
             for host, device in zip((self.x, self.ids, self.weights), inputs or (), strict=False):
                 host[: len(device)].copy_(device)
-        return LayerChoice(*self._numbers.tolist())
+        return LayerChoice(*self._numbers.numpy().copy())
 
     def _launch(
         self, offsets: Tensor, tables: Tensor, foreseen: Tensor | None, inputs: tuple[Tensor, Tensor, Tensor] | None

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from moe_engine.kernels.grouped_product import PromptProduct, tile_map
 from moe_engine.kernels.host_copy import upload
 from moe_engine.kernels.layer_choice import ChoiceOnHost, LayerChoice
 from moe_engine.kernels.plain_product import PlainProduct
-from moe_engine.prompt_split import NEWEST, PromptRates, choose_for_cpu, cpu_seconds
+from moe_engine.prompt_split import NEWEST, IntArray, PromptRates, choose_for_cpu, cpu_seconds
 from moe_engine.stats import PromptCounts
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 FORECAST_TOKENS = 1024  # of a micro-batch, from which the next layer's choice is foreseen
+
+BoolArray = npt.NDArray[np.bool_]
 
 Chooser = Callable[[Tensor], Tensor]
 """A layer's router: x f32 `[n_token, hidden]` to the ids of the chosen experts, int `[n_token, top_k]`."""
@@ -91,13 +94,14 @@ class PromptExperts:
 
         arriving = self._take_ahead(layer)
         choice = self._look(layer, product.offsets, x, ids, weights)
-        streamed, on_cpu = self._divide(layer, choice, arriving)
-        coming = {expert for chunk in arriving for expert in chunk.experts}
+        coming = np.zeros(experts.n_expert, dtype=bool)
+        coming[[expert for chunk in arriving for expert in chunk.experts]] = True
+        streamed, on_cpu = self._divide(layer, choice, coming, waits=not self._brings_inputs(x))
         ring = self._ring
-        following = ring.chunks(layer, pool.layout, [expert for expert in streamed if expert not in coming])
+        following = ring.chunks(layer, pool.layout, np.flatnonzero(streamed & ~coming).tolist())
         self._send(following)
         launches, added, mine = self._place(choice, streamed, on_cpu, arriving, following, product.block_m)
-        share = self._begin_cpu_share(layer, x, ids, weights, mine, on_cpu) if on_cpu else None
+        share = self._begin_cpu_share(layer, x, ids, weights, mine, on_cpu.tolist()) if len(on_cpu) else None
         for launch in launches:
             chunk = launch.chunk
             if chunk is not None:
@@ -122,32 +126,41 @@ class PromptExperts:
         """Waits for the router's choice."""
         has_next = layer + 1 < len(self.choosers)
         foreseen = self.choosers[layer + 1](x[:FORECAST_TOKENS]).contiguous() if has_next else None
-        brings = not self.exact and len(x) <= len(self._choice.x)
         tables = self.experts.slot_table[layer : layer + 2]
-        choice = self._choice.read(offsets, tables, foreseen, (x, ids, weights) if brings else None)
+        choice = self._choice.read(offsets, tables, foreseen, (x, ids, weights) if self._brings_inputs(x) else None)
         if self._stream is not None:
             self._note_link_rate()
         return choice
 
-    def _divide(self, layer: int, choice: LayerChoice, arriving: deque[Chunk]) -> tuple[list[int], list[int]]:
-        """Experts to copy, ascending, and those for the CPU."""
-        coming = {expert for chunk in arriving for expert in chunk.experts}
-        wanted = [e for e, n in enumerate(choice.counts) if n and choice.resident[e] < 0]
-        free = sorted((e for e in wanted if e not in coming), key=lambda expert: choice.counts[expert])
-        layout, counts = self.experts.layouts[layer], [choice.counts[expert] for expert in free]
-        n_elsewhere = sum(choice.counts) - sum(counts)
-        operations = 6 * layout.hidden * layout.n_ff
-        n_cpu = 0 if self.exact else choose_for_cpu(counts, n_elsewhere, layout.slot_bytes, operations, self.rates)
-        on_cpu = set(free[:n_cpu])
-        streamed = [expert for expert in wanted if expert not in on_cpu]
-        unused = sum(1 for expert in coming if not choice.counts[expert] or choice.resident[expert] >= 0)
-        n_cached = sum(1 for n, slot in zip(choice.counts, choice.resident, strict=True) if n and slot >= 0)
-        self.counts.cached, self.counts.streamed = self.counts.cached + n_cached, self.counts.streamed + len(streamed)
-        self.experts.hits, self.experts.misses = self.experts.hits + n_cached, self.experts.misses + len(wanted)
-        self.counts.cpu, self.counts.unused = self.counts.cpu + n_cpu, self.counts.unused + unused
-        self.counts.streamed_bytes += (len(streamed) + unused) * layout.slot_bytes
-        self.counts.cpu_bytes += n_cpu * layout.slot_bytes
-        return streamed, sorted(on_cpu)
+    def _brings_inputs(self, x: Tensor) -> bool:
+        """Whether the inputs come to the host with the choice."""
+        return not self.exact and len(x) <= len(self._choice.x)
+
+    def _divide(self, layer: int, choice: LayerChoice, coming: BoolArray, waits: bool) -> tuple[BoolArray, IntArray]:
+        """Which experts are copied, those that are coming already among them; and the CPU's, ascending."""
+        layout, chosen = self.experts.layouts[layer], choice.counts > 0
+        streamed = chosen & (choice.resident < 0)
+        free = np.flatnonzero(streamed & ~coming)
+        free = free[np.argsort(choice.counts[free], kind="stable")]
+        counts = choice.counts[free]
+        n_elsewhere, operations = int(choice.counts.sum() - counts.sum()), 6 * layout.hidden * layout.n_ff
+        n_cpu = 0
+        if not self.exact:
+            n_cpu = choose_for_cpu(counts, n_elsewhere, layout.slot_bytes, operations, self.rates, waits)
+        on_cpu = np.sort(free[:n_cpu])
+        self._count(layer, choice, streamed, coming, n_cpu)
+        streamed[on_cpu] = False
+        return streamed, on_cpu
+
+    def _count(self, layer: int, choice: LayerChoice, missed: BoolArray, coming: BoolArray, n_cpu: int) -> None:
+        n_missed, n_unused = int(missed.sum()), int((coming & ~missed).sum())
+        n_cached = int((choice.counts > 0).sum()) - n_missed
+        counts, nbytes = self.counts, self.experts.layouts[layer].slot_bytes
+        self.experts.hits, self.experts.misses = self.experts.hits + n_cached, self.experts.misses + n_missed
+        counts.cached, counts.unused = counts.cached + n_cached, counts.unused + n_unused
+        counts.cpu, counts.streamed = counts.cpu + n_cpu, counts.streamed + n_missed - n_cpu
+        counts.streamed_bytes += (n_missed - n_cpu + n_unused) * nbytes
+        counts.cpu_bytes += n_cpu * nbytes
 
     # -- copies ------------------------------------------------------------------------------------------------
 
@@ -175,9 +188,9 @@ class PromptExperts:
         if layer >= len(self.choosers) or layer in self.experts.own_pools:
             return
         ring, layout = self._ring, self.experts.layouts[layer]
-        missing = [expert for expert, n in enumerate(choice.foreseen) if n and choice.resident_next[expert] < 0]
-        missing.sort(key=lambda expert: -choice.foreseen[expert])
-        chunks = ring.chunks(layer, layout, sorted(missing[: ring.room * ring.width(layout)]))
+        missing = np.flatnonzero((choice.foreseen > 0) & (choice.resident_next < 0))
+        best = missing[np.argsort(-choice.foreseen[missing], kind="stable")][: ring.room * ring.width(layout)]
+        chunks = ring.chunks(layer, layout, np.sort(best).tolist())
         self._send(chunks)
         self._ahead = (layer, chunks)
 
@@ -186,7 +199,7 @@ class PromptExperts:
             self.rates = replace(self.rates, pcie=self.rates.pcie + NEWEST * (rate - self.rates.pcie))
 
     def _place(
-        self, choice: LayerChoice, streamed: list[int], on_cpu: list[int], arriving: Iterable[Chunk],
+        self, choice: LayerChoice, streamed: BoolArray, on_cpu: IntArray, arriving: Iterable[Chunk],
         following: Iterable[Chunk], block_m: int,
     ) -> tuple[list[_Launch], Tensor, Tensor]:  # fmt: skip
         """What is to be launched; then, int32 `[n_expert]`, -1 for experts that this does not add; and 1 for the CPU's.
@@ -194,7 +207,7 @@ class PromptExperts:
         All of it goes to the device in one piece: slots of cached experts; places, in their chunks, of those copied
         ahead, and of the other streamed ones; the last two; and the tiles of each launch.
         """
-        n_expert, buffer, counts = len(choice.counts), self._places.numpy(), np.array(choice.counts)
+        n_expert, buffer, counts = len(choice.counts), self._places.numpy(), choice.counts
         rows = buffer[: 5 * n_expert].reshape(5, n_expert)
         rows[:4], rows[4] = -1, 0
         rows[0] = rows[3] = choice.resident
@@ -206,8 +219,7 @@ class PromptExperts:
                 rows[row, chunk.experts] = np.arange(len(chunk.experts))
                 launch[chunk.experts] = len(planned)
                 planned.append((chunk, row, slice(chunk.experts[0], chunk.experts[-1] + 1)))
-        in_vain = launch > 0  # copied ahead, but not chosen, or in a slot by now
-        in_vain[streamed] = False
+        in_vain = (launch > 0) & ~streamed  # copied ahead, but not chosen, or in a slot by now
         launch[in_vain], rows[1, in_vain] = np.where(rows[0, in_vain] >= 0, 0, -1), -1
         rows[3] = rows[:3].max(0)
         tiles, ends = tile_map(counts, launch, block_m)
@@ -244,12 +256,12 @@ class PromptExperts:
         self.experts.cpu.begin_expert_ffn(self.experts.handles[layer], x, ids, weights, on_cpu, partial)
         return _CpuShare(tokens, partial)
 
-    def _add_cpu_share(self, layer: int, out: Tensor, share: _CpuShare, choice: LayerChoice, on_cpu: list[int]) -> None:
+    def _add_cpu_share(self, layer: int, out: Tensor, share: _CpuShare, choice: LayerChoice, on_cpu: IntArray) -> None:
         seconds = self.experts.cpu.finish_expert_ffn()
         out.index_add_(0, share.tokens, upload(share.sums, out.device))
         layout = self.experts.layouts[layer]
-        bytes_operations = layout.slot_bytes, 6 * layout.hidden * layout.n_ff
-        expected = sum(cpu_seconds(choice.counts[expert], *bytes_operations, self.rates) for expert in on_cpu)
+        operations = 6 * layout.hidden * layout.n_ff
+        expected = float(cpu_seconds(choice.counts[on_cpu], layout.slot_bytes, operations, self.rates).sum())
         measured = max(0.0, seconds - self.rates.hand_over) / expected
         factor = 1 + NEWEST * (min(2.0, max(0.5, measured)) - 1)  # one stall says little
         self.rates = replace(self.rates, cpu_factor=self.rates.cpu_factor * factor)

@@ -1,10 +1,15 @@
 """How a prompt is computed: in decode steps or streamed, and which experts the CPU takes. A cost model, no torch."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from moe_engine.routing_estimate import RoutingEstimate
+
+IntArray = npt.NDArray[np.integer[Any]]
+FloatArray = npt.NDArray[np.float64]
 
 NEWEST = 0.2  # weight of the newest measurement in what is learnt
 UNTRIED = 0.5  # what streaming may take, by what is expected, as long as nobody has tried
@@ -33,25 +38,28 @@ class PromptRates:
     cached_layer: float = 2e-3  # the same where no layer misses anything
 
 
-def cpu_seconds(n_token: int, nbytes: int, operations: int, rates: PromptRates) -> float:
-    """For one expert; operations: of one token. Its weights are read beside the copies to the GPU."""
+def cpu_seconds(n_token: IntArray, nbytes: int, operations: int, rates: PromptRates) -> FloatArray:
+    """For experts with so many tokens each; operations: of one token. Weights are read beside the copies to the GPU."""
     reading = nbytes / max(rates.dram - rates.pcie, rates.dram / 4)
-    return rates.cpu_factor * max(reading, n_token * operations / rates.cpu)
+    seconds: FloatArray = rates.cpu_factor * np.maximum(reading, n_token * (operations / rates.cpu))
+    return seconds
 
 
-def choose_for_cpu(counts: Sequence[int], n_elsewhere: int, nbytes: int, operations: int, rates: PromptRates) -> int:
+def choose_for_cpu(
+    counts: IntArray, n_elsewhere: int, nbytes: int, operations: int, rates: PromptRates, waits: bool
+) -> int:
     """How many of the experts that would have to be copied, those with the fewest tokens, the CPU should compute.
 
     counts: tokens of each, ascending. n_elsewhere: (token, expert) pairs of other experts. operations: of one pair,
-    nbytes: of one expert. The layer takes as long as the slowest of bus, GPU and CPU; the least of that over all cuts,
-    and with equal times the fewest experts on the CPU.
+    nbytes: of one expert. waits: whether the layer waits while tokens come to the CPU. The layer takes as long as the
+    slowest of bus, GPU and CPU; the least of that over all cuts, and with equal times the fewest experts on the CPU.
     """
-    gpu = (n_elsewhere + sum(counts)) * operations / rates.gpu
-    link = [(len(counts) - n) * nbytes / rates.pcie for n in range(len(counts) + 1)]
-    each = (cpu_seconds(count, nbytes, operations, rates) for count in counts)
-    cpu = [0.0, *(seconds + rates.hand_over for seconds in accumulate(each))]
-    times = [max(gpu, *pair) for pair in zip(link, cpu, strict=True)]
-    return times.index(min(times))
+    gpu = (n_elsewhere + int(counts.sum())) * operations / rates.gpu
+    link = np.arange(len(counts), -1, -1) * (nbytes / rates.pcie)
+    cpu = rates.hand_over + np.cumsum(cpu_seconds(counts, nbytes, operations, rates))
+    times = np.maximum(gpu, link)
+    times[1:] = np.maximum(times[1:], cpu) + waits * rates.hand_over
+    return int(times.argmin())
 
 
 @dataclass

@@ -214,21 +214,23 @@ def test_an_interrupted_prompt_leaves_the_ring_usable(monkeypatch: pytest.Monkey
     pcie=st.floats(1e9, 1e11),
     dram=st.floats(1e10, 4e11),
     cpu=st.floats(1e10, 1e13),
+    waits=st.booleans(),
 )
 def test_the_cut_between_cpu_and_copies_is_the_best(
-    counts: list[int], n_elsewhere: int, pcie: float, dram: float, cpu: float
+    counts: list[int], n_elsewhere: int, pcie: float, dram: float, cpu: float, waits: bool
 ) -> None:
     counts, nbytes, operations = sorted(counts), 3_000_000, 9_000_000
     rates = PromptRates(pcie=pcie, dram=dram, cpu=cpu)
 
     def seconds(n: int) -> float:
-        work = sum(cpu_seconds(count, nbytes, operations, rates) for count in counts[:n])
-        gpu = (n_elsewhere + sum(counts)) * operations / rates.gpu
-        return max(gpu, (len(counts) - n) * nbytes / pcie, work + rates.hand_over if n else 0.0)
+        work = sum(cpu_seconds(np.array([count]), nbytes, operations, rates).item() for count in counts[:n])
+        gpu, link = (n_elsewhere + sum(counts)) * operations / rates.gpu, (len(counts) - n) * nbytes / pcie
+        return max(gpu, link, work + rates.hand_over) + waits * rates.hand_over if n else max(gpu, link)
 
-    chosen = choose_for_cpu(counts, n_elsewhere, nbytes, operations, rates)
+    of_cpu = np.array(counts, dtype=np.int32)
+    chosen = choose_for_cpu(of_cpu, n_elsewhere, nbytes, operations, rates, waits)
     times = [seconds(n) for n in range(len(counts) + 1)]
     assert times[chosen] == pytest.approx(min(times))
-    assert all(later <= earlier for earlier, later in pairwise(times[: chosen + 1]))
-    faster_bus = choose_for_cpu(counts, n_elsewhere, nbytes, operations, replace(rates, pcie=1e15))
+    assert all(later <= earlier for earlier, later in pairwise(times[min(1, chosen) : chosen + 1]))
+    faster_bus = choose_for_cpu(of_cpu, n_elsewhere, nbytes, operations, replace(rates, pcie=1e15), waits)
     assert faster_bus == 0
