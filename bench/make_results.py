@@ -46,6 +46,8 @@ def page() -> str:
         parts.append(simulator_section(found["simulator"]))
     if "prefill" in found:
         parts.append(prefill_section(found["prefill"]))
+    if "load" in found:
+        parts.append(load_section(found["load"]))
     if "check_gpu" in found:
         parts.append(memory_section(found["check_gpu"]))
     if "kv_types" in found:
@@ -122,7 +124,7 @@ def decode_section(found: dict[str, Any]) -> str:
         text += (
             f"\nRandom prompts on a cache of 10 % of the experts for {soak['seconds']:.0f} s: {soak['generations']} "
             f"generations, {soak['tokens']} tokens. Peaks after the first third above those of it: VRAM "
-            f"{format_size(soak['vram_growth'])}, RAM {format_size(soak['ram_growth'])}."
+            f"{signed_size(soak['vram_growth'])}, RAM {signed_size(soak['ram_growth'])}."
             f"{' ' + soak['note'] if 'note' in soak else ''}\n"
         )
     return text
@@ -173,6 +175,40 @@ def simulator_section(found: dict[str, Any]) -> str:
     return f"## Simulator and engine\n\n{about} {found.get('note', '')}".rstrip() + "\n\n" + table(lines)
 
 
+def load_section(found: dict[str, Any]) -> str:
+    lines = []
+    for name in ("cold_1", "cold_2", "warm_1", "warm_2"):
+        kind, turn = name.split("_")
+        of_disk = [found[f"disk_rate_{int(turn) + i}"] / 1e9 for i in (0, 1)]
+        lines.append(
+            {
+                "file": "on disk" if kind == "cold" else "in the page cache",
+                "GB/s": f"{found[name]['gigabytes_per_second']:.2f}",
+                "read alone, before and after": ", ".join(f"{rate:.2f}" for rate in of_disk)
+                if kind == "cold"
+                else f"{found['cache_rate'] / 1e9:.1f}",
+                "loaded after": f"{found[name]['load']:.1f} s",
+                "first token after": f"{found[name]['first_token']:.1f} s",
+                "all page-locked after": f"{found[name]['all_locked']:.1f} s",
+            }
+        )
+    copied, size = found["copy_rate"] / 1e9, found["file_bytes"] / 1e9
+    text = (
+        f"## Loading\n\n`{found['command']}` on {found['gpu']}: Qwen3-30B-A3B, {size:.1f} GB; RAM copies "
+        f"{copied:.0f} GB/s. {found.get('note', '')}".rstrip()
+        + "\n\n"
+        + table(lines)
+    )
+    for budget in (value for name, value in found.items() if name.startswith("budget")):
+        peak = format_size(budget["peak_ram"]["with"])
+        text += (
+            f"\nDeepSeek-V2-Lite with `--ram-budget {budget['ram_budget']} {' '.join(budget['options'][2:])}`: "
+            f"{'the same tokens as' if budget['same_tokens'] else 'OTHER TOKENS than'} without, peak RAM {peak}, "
+            f"{budget['decode_rate']['with']:.1f} instead of {budget['decode_rate']['without']:.1f} t/s.\n"
+        )
+    return text
+
+
 def memory_section(found: dict[str, Any]) -> str:
     lines = [
         {
@@ -205,6 +241,10 @@ def kernel_section(title: str, found: dict[str, Any]) -> str:
     facts = ", ".join(f"{name} {number(value)}" for name, value in found.items() if not isinstance(value, list | dict))
     rows = [{name: number(value) for name, value in row.items()} for row in found["rows"]]
     return f"<details><summary>{title.replace('`', '')}</summary>\n\n{facts}\n\n{table(rows)}\n</details>\n"
+
+
+def signed_size(n_bytes: int) -> str:
+    return ("-" if n_bytes < 0 else "") + format_size(abs(n_bytes))
 
 
 def number(value: Any) -> str:
