@@ -115,8 +115,8 @@ def way_of(runs: list[Stats]) -> dict[str, Any]:
 
 def main() -> None:
     parser = options_of(__doc__)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--small", type=Path, action="append", default=[], help="another trained model")
     options = parser.parse_args()
     device = "simulated" if options.tiny else "cuda"
