@@ -52,27 +52,21 @@ constexpr bool is_signed() {
     return has_wide_codes(T);
 }
 
-// Chunk<T>: 256 elements of a row, read from their bytes. scale and min serve 16 elements a lane, codes(k)
-// are the elements 32 k to 32 k + 31. This general form decodes with Block<T>; the specializations below are
-// the fast ones.
+// Chunk<T>: 256 elements of a row, read from their bytes. codes(k) are the elements 32 k to 32 k + 31; scale(half) and
+// min(half) serve 16 elements a lane, scales and mins 32 where all blocks are that long.
 template <int T>
-struct Chunk {
-    __m256 scale[2], min[2];
-    alignas(32) uint8_t code[kChunk];
+struct Chunk;
 
-    explicit Chunk(const uint8_t* b) {
-        float scales[16], mins[16] = {};
-        expand_chunk<T>(b, code, scales, mins);
-        for (int half = 0; half < 2; ++half) {
-            scale[half] = _mm256_loadu_ps(scales + 8 * half);
-            min[half] = _mm256_loadu_ps(mins + 8 * half);
-        }
-    }
-    __m256i codes(int k) const {
-        const __m256i raw = load32(code + 32 * k);
-        return is_signed<T>() ? _mm256_sub_epi8(raw, _mm256_set1_epi8(static_cast<char>(Block<T>::offset)))
-                              : raw;
-    }
+struct ScalesOf32 {
+    __m256 scales, mins;
+    __m256 scale(int half) const { return half ? high_doubled(scales) : low_doubled(scales); }
+    __m256 min(int half) const { return half ? high_doubled(mins) : low_doubled(mins); }
+};
+
+struct ScalesOf16 {
+    __m256 scales[2], mins[2];
+    __m256 scale(int half) const { return scales[half]; }
+    __m256 min(int half) const { return mins[half]; }
 };
 
 #include "chunks_avx2.inc"
@@ -80,27 +74,39 @@ struct Chunk {
 #include "gemm_avx2.inc"
 #include "floats_avx2.inc"
 
+// What one unit of activation sum takes away: the codes' offset and the minimum.
+template <int T>
+inline __m256 taken_away(__m256 scale, __m256 min) {
+    if (!Block<T>::offset) return min;
+    return _mm256_fmadd_ps(scale, _mm256_set1_ps(Block<T>::offset), Block<T>::has_min ? min : _mm256_setzero_ps());
+}
+
 template <int T, int N>
 inline void dot_rows(const uint8_t* row, int64_t n_in, const Ahead& ahead, const uint8_t* const* acts,
                      float* out) {
+    constexpr bool has_low = !is_signed<T>() && (Block<T>::offset != 0 || Block<T>::has_min);
     const int64_t n_pad = padded(n_in);
     __m256 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm256_setzero_ps();
     for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
         const Chunk<T> chunk(bytes);
-        float scales[N][16];
-        for (int half = 0; half < 2; ++half) {
-            // What one unit of activation sum takes away: the codes' offset and the minimum.
-            __m256 min = Block<T>::has_min ? chunk.min[half] : _mm256_setzero_ps();
-            if (Block<T>::offset)
-                min = _mm256_fmadd_ps(chunk.scale[half], _mm256_set1_ps(Block<T>::offset), min);
-            for (int t = 0; t < N; ++t) {
-                const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32 + 4 * half;
-                const float* s =
-                    reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16 + 8 * half;
-                if (!is_signed<T>()) low[t] = _mm256_fmadd_ps(min, _mm256_loadu_ps(s), low[t]);
-                const __m256 d8 = low_doubled(_mm256_castps128_ps256(_mm_loadu_ps(d)));
-                _mm256_storeu_ps(scales[t] + 8 * half, _mm256_mul_ps(chunk.scale[half], d8));
+        float steps[N][16];  // of 32 or 16 products
+        for (int t = 0; t < N; ++t) {
+            if constexpr (has_scales_of_32(T)) {
+                const float* pairs = reinterpret_cast<const float*>(acts[t] + pairs_offset(n_pad)) + first / 16;
+                if (has_low)
+                    low[t] = _mm256_fmadd_ps(taken_away<T>(chunk.scales, chunk.mins), _mm256_loadu_ps(pairs + 8), low[t]);
+                _mm256_storeu_ps(steps[t], _mm256_mul_ps(chunk.scales, _mm256_loadu_ps(pairs)));
+            } else {
+                const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32;
+                const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16;
+                for (int half = 0; half < 2; ++half) {
+                    const __m256 scale = chunk.scale(half);
+                    if (has_low)
+                        low[t] = _mm256_fmadd_ps(taken_away<T>(scale, chunk.min(half)), _mm256_loadu_ps(s + 8 * half), low[t]);
+                    const __m256 d8 = low_doubled(_mm256_castps128_ps256(_mm_loadu_ps(d + 4 * half)));
+                    _mm256_storeu_ps(steps[t] + 8 * half, _mm256_mul_ps(scale, d8));
+                }
             }
         }
 #pragma GCC unroll 8
@@ -110,9 +116,8 @@ inline void dot_rows(const uint8_t* row, int64_t n_in, const Ahead& ahead, const
                 const __m256i q = load32(acts[t] + first + 32 * k);
                 const __m256 sums = is_signed<T>() ? signed_products(codes, q) : products(codes, q);
                 // A scale of 16 codes serves 4 of the 8 sums.
-                const __m256 scale = has_scales_of_32(T) ? _mm256_broadcast_ss(&scales[t][2 * k])
-                                                           : scale_pair(&scales[t][2 * k]);
-                acc[t][k % 2] = _mm256_fmadd_ps(sums, scale, acc[t][k % 2]);
+                const __m256 step = has_scales_of_32(T) ? _mm256_broadcast_ss(&steps[t][k]) : scale_pair(&steps[t][2 * k]);
+                acc[t][k % 2] = _mm256_fmadd_ps(sums, step, acc[t][k % 2]);
             }
         }
     });
@@ -135,8 +140,8 @@ void dequantize_row(const uint8_t* row, int64_t n_in, float* out) {
         const Chunk<T> chunk(bytes);
         float scale[16], min[16];
         for (int half = 0; half < 2; ++half) {
-            _mm256_storeu_ps(scale + 8 * half, chunk.scale[half]);
-            if (Block<T>::has_min) _mm256_storeu_ps(min + 8 * half, chunk.min[half]);
+            _mm256_storeu_ps(scale + 8 * half, chunk.scale(half));
+            if (Block<T>::has_min) _mm256_storeu_ps(min + 8 * half, chunk.min(half));
         }
 #pragma GCC unroll 8
         for (int k = 0; k < 8; ++k) {
