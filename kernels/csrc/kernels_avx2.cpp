@@ -1,7 +1,7 @@
 // AVX2 + FMA + F16C. maddubs multiplies unsigned codes by signed activations and adds pairs into int16 (codes
 // stay below 128, so nothing saturates; wider codes go in as magnitudes, their signs moved to the
-// activations); 32 codes give 8 sums, which become floats and are multiplied by weight scale * activation
-// scale.
+// activations); the sums of four times 32 codes are brought together in 8 lanes, and then are multiplied by weight
+// scale * activation scale.
 
 #include "quant_blocks.h"
 
@@ -33,23 +33,42 @@ inline float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-inline __m256 products(__m256i codes, __m256i q) {
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(codes, q), _mm256_set1_epi16(1)));
-}
-inline __m256 signed_products(__m256i w, __m256i q) {
-    return products(_mm256_sign_epi8(w, w), _mm256_sign_epi8(q, w));
-}
-
-// Lanes 0-3 the first scale, lanes 4-7 the second: what 32 codes of two sub-blocks need.
-inline __m256 scale_pair(const float* scales) {
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_broadcast_ss(scales)),
-                                _mm_broadcast_ss(scales + 1), 1);
-}
+inline __m256i pair_sums(__m256i products) { return _mm256_madd_epi16(products, _mm256_set1_epi16(1)); }
 
 // Whether codes(k) of a type are signed (offset taken off) because the unsigned ones would not fit maddubs.
 template <int T>
 constexpr bool is_signed() {
     return has_wide_codes(T);
+}
+
+// Whether four of a type's int16 sums of two products fit an int16 together.
+template <int T>
+constexpr bool adds_narrow() {
+    return T == Q4_0 || T == Q4_1 || T == Q5_0 || T == Q5_1 || T == Q2_K || T == Q3_K || T == Q4_K || T == Q5_K ||
+           T == IQ1_S || T == IQ1_M || T == TQ1_0 || T == TQ2_0 || T == MXFP4 || T == NVFP4;
+}
+
+// int16, of 32 elements: sums of two products.
+template <int T>
+inline __m256i products(__m256i codes, __m256i q) {
+    if (is_signed<T>()) return _mm256_maddubs_epi16(_mm256_sign_epi8(codes, codes), _mm256_sign_epi8(q, codes));
+    return _mm256_maddubs_epi16(codes, q);
+}
+
+// Of four times 32 elements int32: lanes 0 to 3 have the sums of the first 16 of each, lanes 4 to 7 of the others.
+template <int T>
+inline __m256i sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
+    const auto add = [](__m256i x, __m256i y) {
+        return adds_narrow<T>() ? _mm256_add_epi16(x, y) : _mm256_add_epi32(x, y);
+    };
+    const auto two = [add](__m256i x, __m256i y) {  // of each half two words of x, and two of y
+        if (!adds_narrow<T>()) x = pair_sums(x), y = pair_sums(y);
+        return _mm256_castsi256_ps(add(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y)));
+    };
+    const __m256 ab = two(a, b), cd = two(c, d);
+    const __m256i sums = add(_mm256_castps_si256(_mm256_shuffle_ps(ab, cd, 0x88)),
+                             _mm256_castps_si256(_mm256_shuffle_ps(ab, cd, 0xdd)));
+    return adds_narrow<T>() ? pair_sums(sums) : sums;
 }
 
 // Chunk<T>: 256 elements of a row, read from their bytes. codes(k) are the elements 32 k to 32 k + 31; scale(half) and
@@ -82,50 +101,66 @@ inline __m256 taken_away(__m256 scale, __m256 min) {
 }
 
 template <int T, int N>
-inline void dot_rows(const uint8_t* row, int64_t n_in, const Ahead& ahead, const uint8_t* const* acts,
-                     float* out) {
+__attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t n_in, const Ahead& ahead,
+                                                    const uint8_t* const* acts, float* out) {
     constexpr bool has_low = !is_signed<T>() && (Block<T>::offset != 0 || Block<T>::has_min);
     const int64_t n_pad = padded(n_in);
     __m256 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm256_setzero_ps();
     for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
         const Chunk<T> chunk(bytes);
-        float steps[N][16];  // of 32 or 16 products
+        __m256 steps[N][2];  // of four times 32 elements, in the order of their sums
         for (int t = 0; t < N; ++t) {
             if constexpr (has_scales_of_32(T)) {
                 const float* pairs = reinterpret_cast<const float*>(acts[t] + pairs_offset(n_pad)) + first / 16;
                 if (has_low)
                     low[t] = _mm256_fmadd_ps(taken_away<T>(chunk.scales, chunk.mins), _mm256_loadu_ps(pairs + 8), low[t]);
-                _mm256_storeu_ps(steps[t], _mm256_mul_ps(chunk.scales, _mm256_loadu_ps(pairs)));
+                const __m256 eight = _mm256_mul_ps(chunk.scales, _mm256_loadu_ps(pairs));
+                steps[t][0] = _mm256_permute2f128_ps(eight, eight, 0x00);
+                steps[t][1] = _mm256_permute2f128_ps(eight, eight, 0x11);
             } else {
                 const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32;
                 const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16;
                 for (int half = 0; half < 2; ++half) {
-                    const __m256 scale = chunk.scale(half);
+                    const __m256 scale = chunk.scales[half];
                     if (has_low)
-                        low[t] = _mm256_fmadd_ps(taken_away<T>(scale, chunk.min(half)), _mm256_loadu_ps(s + 8 * half), low[t]);
-                    const __m256 d8 = low_doubled(_mm256_castps128_ps256(_mm_loadu_ps(d + 4 * half)));
-                    _mm256_storeu_ps(steps[t] + 8 * half, _mm256_mul_ps(scale, d8));
+                        low[t] = _mm256_fmadd_ps(taken_away<T>(scale, chunk.mins[half]), _mm256_loadu_ps(s + 8 * half),
+                                                 low[t]);
+                    const __m256i even_odd = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+                    const __m256 d4 = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(d + 4 * half));
+                    steps[t][half] = _mm256_mul_ps(_mm256_permutevar8x32_ps(scale, even_odd), d4);
                 }
             }
         }
-#pragma GCC unroll 8
-        for (int k = 0; k < 8; ++k) {
-            const __m256i codes = chunk.codes(k);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            __m256i sums[N][4];
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k) {
+                const __m256i codes = chunk.codes(4 * half + k);
+                for (int t = 0; t < N; ++t)
+                    sums[t][k] = products<T>(codes, load32(acts[t] + first + 128 * half + 32 * k));
+            }
             for (int t = 0; t < N; ++t) {
-                const __m256i q = load32(acts[t] + first + 32 * k);
-                const __m256 sums = is_signed<T>() ? signed_products(codes, q) : products(codes, q);
-                // A scale of 16 codes serves 4 of the 8 sums.
-                const __m256 step = has_scales_of_32(T) ? _mm256_broadcast_ss(&steps[t][k]) : scale_pair(&steps[t][2 * k]);
-                acc[t][k % 2] = _mm256_fmadd_ps(sums, step, acc[t][k % 2]);
+                const __m256i four = sums_of_four<T>(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+                acc[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(four), steps[t][half], acc[t][half]);
             }
         }
     });
     for (int t = 0; t < N; ++t) out[t] = total(_mm256_sub_ps(_mm256_add_ps(acc[t][0], acc[t][1]), low[t]));
 }
 
+// One token. A function of its own: the compiler makes constants once, not for every row.
+template <int T>
+__attribute__((noinline)) void dot_one(const Rows rows, const uint8_t* act, float* out, int64_t out_stride) {
+    const Ahead ahead(rows);
+    for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride)
+        dot_rows<T, 1>(row, rows.n_in, ahead, &act, out);
+}
+
 template <int T>
 void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
+    if (n_acts == 1) return dot_one<T>(rows, acts[0], out, out_stride);
     const Ahead ahead(rows);
     for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride) {
         int64_t t = 0;
