@@ -55,7 +55,7 @@ void fill_sign_tables() {
         g_codebooks.sign_bytes[bits] = bytes;
     }
     for (int code = 0; code < 128; ++code)
-        g_codebooks.even_signs[code] = static_cast<uint8_t>(code | (__builtin_popcount(code) & 1) << 7);
+        g_codebooks.even_sign_bytes[code] = g_codebooks.sign_bytes[code | (__builtin_popcount(code) & 1) << 7];
 }
 
 template <typename Entry, size_t n>

@@ -41,18 +41,17 @@ constexpr bool is_signed() {
     return has_wide_codes(T);
 }
 
+// Whether a type's values are magnitudes(k) with signs minus(k), 0xff where negative.
+template <int T>
+constexpr bool has_signs() {
+    return T == IQ2_XXS || T == IQ2_XS || T == IQ2_S || T == IQ3_XXS || T == IQ3_S;
+}
+
 // Whether four of a type's int16 sums of two products fit an int16 together.
 template <int T>
 constexpr bool adds_narrow() {
     return T == Q4_0 || T == Q4_1 || T == Q5_0 || T == Q5_1 || T == Q2_K || T == Q3_K || T == Q4_K || T == Q5_K ||
            T == IQ1_S || T == IQ1_M || T == TQ1_0 || T == TQ2_0 || T == MXFP4 || T == NVFP4;
-}
-
-// int16, of 32 elements: sums of two products.
-template <int T>
-inline __m256i products(__m256i codes, __m256i q) {
-    if (is_signed<T>()) return _mm256_maddubs_epi16(_mm256_sign_epi8(codes, codes), _mm256_sign_epi8(q, codes));
-    return _mm256_maddubs_epi16(codes, q);
 }
 
 // Of four times 32 elements int32: lanes 0 to 3 have the sums of the first 16 of each, lanes 4 to 7 of the others.
@@ -75,6 +74,27 @@ inline __m256i sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
 // min(half) serve 16 elements a lane, scales and mins 32 where all blocks are that long.
 template <int T>
 struct Chunk;
+
+// The elements 32 k to 32 k + 31 of a chunk, as they are multiplied with activations.
+template <int T>
+struct Factors {
+    __m256i codes, signs;  // signs: of the codes, or 0xff where an element is negative
+    Factors(const Chunk<T>& chunk, int k) {
+        if constexpr (has_signs<T>()) {
+            codes = chunk.magnitudes(k);
+            signs = chunk.minus(k);
+        } else {
+            signs = chunk.codes(k);
+            codes = is_signed<T>() ? _mm256_abs_epi8(signs) : signs;
+        }
+    }
+    // int16: sums of two products.
+    __m256i times(__m256i q) const {
+        if constexpr (has_signs<T>()) q = _mm256_sub_epi8(_mm256_xor_si256(q, signs), signs);
+        if constexpr (is_signed<T>()) q = _mm256_sign_epi8(q, signs);
+        return _mm256_maddubs_epi16(codes, q);
+    }
+};
 
 struct ScalesOf32 {
     __m256 scales, mins;
@@ -103,7 +123,7 @@ inline __m256 taken_away(__m256 scale, __m256 min) {
 template <int T, int N>
 __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t n_in, const Ahead& ahead,
                                                     const uint8_t* const* acts, float* out) {
-    constexpr bool has_low = !is_signed<T>() && (Block<T>::offset != 0 || Block<T>::has_min);
+    constexpr bool has_low = !is_signed<T>() && !has_signs<T>() && (Block<T>::offset != 0 || Block<T>::has_min);
     const int64_t n_pad = padded(n_in);
     __m256 acc[N][2], low[N];
     for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm256_setzero_ps();
@@ -137,9 +157,9 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
             __m256i sums[N][4];
 #pragma GCC unroll 4
             for (int k = 0; k < 4; ++k) {
-                const __m256i codes = chunk.codes(4 * half + k);
+                const Factors<T> factors(chunk, 4 * half + k);
                 for (int t = 0; t < N; ++t)
-                    sums[t][k] = products<T>(codes, load32(acts[t] + first + 128 * half + 32 * k));
+                    sums[t][k] = factors.times(load32(acts[t] + first + 128 * half + 32 * k));
             }
             for (int t = 0; t < N; ++t) {
                 const __m256i four = sums_of_four<T>(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);

@@ -217,7 +217,7 @@ struct Codebooks {
     uint8_t iq2_levels[16];                           // magnitude by rank
     PackedGrid iq2_xxs_packed, iq2_xs_packed, iq3_xxs_packed, iq3_s_packed;
     uint64_t sign_bytes[256];  // 0xff where the bit is set
-    uint8_t even_signs[128];  // 7-bit sign code to 8 sign bits: the parity bit goes on top
+    uint64_t even_sign_bytes[128];  // of a 7-bit sign code: an eighth bit on top makes their number even
 };
 extern Codebooks g_codebooks;
 
