@@ -83,6 +83,8 @@ struct Factors {
         if constexpr (has_signs<T>()) {
             codes = chunk.magnitudes(k);
             signs = chunk.minus(k);
+        } else if constexpr (T == IQ1_S) {
+            codes = signs = chunk.grid(k);
         } else {
             signs = chunk.codes(k);
             codes = is_signed<T>() ? _mm256_abs_epi8(signs) : signs;
@@ -116,7 +118,7 @@ struct ScalesOf16 {
 // What one unit of activation sum takes away: the codes' offset and the minimum.
 template <int T>
 inline __m256 taken_away(__m256 scale, __m256 min) {
-    if (!Block<T>::offset) return min;
+    if (!Block<T>::offset || T == IQ1_S) return min;
     return _mm256_fmadd_ps(scale, _mm256_set1_ps(Block<T>::offset), Block<T>::has_min ? min : _mm256_setzero_ps());
 }
 
