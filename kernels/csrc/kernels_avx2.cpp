@@ -136,7 +136,8 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
             if constexpr (has_scales_of_32(T)) {
                 const float* pairs = reinterpret_cast<const float*>(acts[t] + pairs_offset(n_pad)) + first / 16;
                 if (has_low)
-                    low[t] = _mm256_fmadd_ps(taken_away<T>(chunk.scales, chunk.mins), _mm256_loadu_ps(pairs + 8), low[t]);
+                    low[t] = _mm256_fmadd_ps(taken_away<T>(chunk.scales, chunk.mins), _mm256_loadu_ps(pairs + 8),
+                                             low[t]);
                 const __m256 eight = _mm256_mul_ps(chunk.scales, _mm256_loadu_ps(pairs));
                 steps[t][0] = _mm256_permute2f128_ps(eight, eight, 0x00);
                 steps[t][1] = _mm256_permute2f128_ps(eight, eight, 0x11);
