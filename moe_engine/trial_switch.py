@@ -1,6 +1,6 @@
 """Whether decode steps do what may or may not pay: off, on, or whatever is found to be faster."""
 
-from typing import Literal
+from moe_engine.config import PrefetchMode
 
 Timed = tuple[tuple[int, int], tuple[int, int]]
 """Steps and their nanoseconds in all, without and with it."""
@@ -13,7 +13,7 @@ WORTH = 0.98  # of the time without it, that steps with it must stay below: smal
 class TrialSwitch:
     """What the next steps should do. Both ways are compared again and again, for text and cache change."""
 
-    def __init__(self, mode: Literal["off", "auto", "always"], first: int = 0) -> None:
+    def __init__(self, mode: PrefetchMode, first: int = 0) -> None:
         """first: the step at which trials begin."""
         self.mode, self.first = mode, first
         self.pays = False  # as the last trial has found

@@ -47,6 +47,12 @@ constexpr bool has_signs() {
     return T == IQ2_XXS || T == IQ2_XS || T == IQ2_S || T == IQ3_XXS || T == IQ3_S;
 }
 
+// Whether a type's grid(k) is multiplied as it is, and what is taken away for that differs by block: it is in `mins`.
+template <int T>
+constexpr bool has_own_offsets() {
+    return T == IQ1_S;
+}
+
 // Whether four of a type's int16 sums of two products fit an int16 together.
 template <int T>
 constexpr bool adds_narrow() {
@@ -83,7 +89,7 @@ struct Factors {
         if constexpr (has_signs<T>()) {
             codes = chunk.magnitudes(k);
             signs = chunk.minus(k);
-        } else if constexpr (T == IQ1_S) {
+        } else if constexpr (has_own_offsets<T>()) {
             codes = signs = chunk.grid(k);
         } else {
             signs = chunk.codes(k);
@@ -118,7 +124,7 @@ struct ScalesOf16 {
 // What one unit of activation sum takes away: the codes' offset and the minimum.
 template <int T>
 inline __m256 taken_away(__m256 scale, __m256 min) {
-    if (!Block<T>::offset || T == IQ1_S) return min;
+    if (!Block<T>::offset || has_own_offsets<T>()) return min;
     return _mm256_fmadd_ps(scale, _mm256_set1_ps(Block<T>::offset), Block<T>::has_min ? min : _mm256_setzero_ps());
 }
 
