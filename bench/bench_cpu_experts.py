@@ -5,11 +5,11 @@
     python bench/bench_cpu_experts.py --tiny      # a dry run: small shapes, few calls
 
 Every call draws its experts anew from a pool of experts far larger than the last-level cache. A weight counts once a
-call, however many tokens use it. The memory's rate is that of a loop on the same threads that only reads, the best
-of the run for that number of threads. Where llama.cpp's libraries are found (in an installed llama-cpp-python, or in
-the folder of --ggml-lib), its CPU backend computes the same layer from the same bytes for the same tokens and
-experts, in turns with ours, and the results are compared. Times are medians, of calls of the library itself, as the
-decode worker makes them: what Python's checks cost is not in them.
+call, however many tokens use it. The memory's rate is that of a loop on the same threads that only reads the same
+stacks, in turns with the calls: the median of a row's own turns. Where llama.cpp's libraries are found (in an installed
+llama-cpp-python, or in the folder of --ggml-lib), its CPU backend computes the same layer from the same bytes for the
+same tokens and experts, in turns with ours, and the results are compared. Times are medians, of calls of the library
+itself, as the decode worker makes them: what Python's checks cost is not in them.
 """
 
 import argparse
@@ -224,7 +224,6 @@ def main() -> None:
         args.shapes, args.pool_mib, args.seconds, args.tokens = "tiny", 4, 0.001, "1,5"
     shapes = (TINY if args.tiny else SHAPES) | SHAPES
     pools = [CpuKernels(int(n), spin_microseconds=args.spin, pin=not args.no_pin) for n in args.threads.split(",")]
-    best_rate = dict.fromkeys((k.threads for k in pools), 0.0)
     rows: list[Row] = []
     for shape_name in args.shapes.split(","):
         shape = shapes[shape_name]
@@ -236,13 +235,14 @@ def main() -> None:
             for kernels in pools:
                 for n_tokens in map(int, args.tokens.split(",")):
                     row, rate = measure(handle, shape, kernels, ggml, n_tokens, args.seconds)
-                    row.shape, best_rate[kernels.threads] = shape_name, max(best_rate[kernels.threads], rate)
+                    row.shape, row.read_gb_s, row.share = shape_name, rate, row.gb_s / rate
                     rows.append(row)
-    for row in rows:
-        row.read_gb_s = best_rate[row.threads]
-        row.share = row.gb_s / row.read_gb_s
     show(rows, f"{processor()}, {_cpu.tier()}, a pool of {args.pool_mib} MiB")
-    print("read GB/s by threads:", {n: round(rate, 1) for n, rate in best_rate.items()})
+    for kernels in pools:
+        rates = [row.read_gb_s for row in rows if row.threads == kernels.threads]
+        print(
+            f"{kernels.threads} threads read {statistics.median(rates):.1f} GB/s, {min(rates):.1f} to {max(rates):.1f}"
+        )
     if any(r.speedup for r in rows):
         mean = math.exp(statistics.mean(math.log(r.speedup) for r in rows if r.speedup))
         print(f"llama.cpp's time over ours, geometric mean: {mean:.2f}")

@@ -2,16 +2,16 @@
 
 Each method is compared with the plain product first, on a few experts of the same widths. The operations counted are
 those of gate, up and down, 6 * n_embd * n_ff for each (token, expert) pair. `fused` and `dequantized` are all of
-`moe_prompt`, with sorting and the weighted sum; `sort` the first of its launches. `torch._grouped_mm` is the same with
-all experts dequantized at once, which takes far more memory, and torch between our sorting and sum. Reference: its
-products alone with SiLU between them, of rows and bf16 weights that are there already.
+`moe_prompt`, with sorting and the weighted sum; `sort` the first of its launches. `torch._grouped_mm`, their reference,
+is the same with all experts dequantized at once, which takes far more memory, and torch between our sorting and sum.
+Its own reference: its products alone with SiLU between them, of rows and bf16 weights that are there already.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from gpu_timing import DEVICE, Report, Row, check, random_weight
+from gpu_timing import DEVICE, Report, Row, check, check_equal, random_weight
 from torch import Tensor
 
 from moe_engine.kernels import grouped_product as gp
@@ -77,6 +77,13 @@ class TorchProduct:
         return torch._grouped_mm(torch.nn.functional.silu(gate).mul_(up), self.down.transpose(1, 2), offs=ends)
 
 
+def torch_sort(ids: Tensor, n_expert: int) -> tuple[Tensor, Tensor]:
+    """Tokens in the order of their experts, where each expert's begin."""
+    experts, order = ids.flatten().sort(stable=True)
+    starts = torch.arange(n_expert + 1, dtype=ids.dtype, device=ids.device)
+    return order // ids.shape[1], torch.searchsorted(experts, starts)
+
+
 def errors(shape: Shape, type: str, n_token: int) -> dict[str, float]:
     """Of each method with three experts."""
     few = Shape(shape.n_embd, shape.n_ff, 3, 2)
@@ -97,8 +104,13 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
         pairs = gp.sort_by_expert(ids, len(slots))
         operations = 6 * shape.n_embd * shape.n_ff * ids.numel()
         label, types = f"{name}, {n_token} tokens", f"{layout.gate.type}/{layout.down.type}"
+        by_torch = TorchProduct(layout, pool, slots)
+        of_torch = partial(by_torch, x, ids, weights)
         if type == "Q4_K":
-            report.add("sort", "", label, [partial(gp.sort_by_expert, ids, len(slots))], error=0.0)
+            sort, plain_sort = partial(gp.sort_by_expert, ids, len(slots)), partial(torch_sort, ids, len(slots))
+            for ours, plain in zip((pairs.token, pairs.offsets), plain_sort(), strict=True):
+                check_equal(f"{label}: sort", ours, plain.int())
+            report.add("sort", "", label, [sort], error=0.0, reference=plain_sort)
             product = gp.PromptProduct(x, ids, weights, len(slots), layout)
 
             def of_sorted(product: gp.PromptProduct = product) -> Tensor:
@@ -107,7 +119,15 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
 
             exact = gp.moe_prompt(x, ids, weights, slots, pool, layout)
             assert torch.equal(of_sorted(), exact)
-            report.add("prompt experts, sorted before", types, label, [of_sorted], error=0.0, operations=operations)
+            report.add(
+                "prompt experts, sorted before",
+                types,
+                label,
+                [of_sorted],
+                error=0.0,
+                operations=operations,
+                reference=of_torch,
+            )
         for method in METHODS:
             report.add(
                 f"prompt experts, {method}",
@@ -116,16 +136,16 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
                 [partial(gp.moe_prompt, x, ids, weights, slots, pool, layout, method)],
                 error=error[method],
                 operations=operations,
+                reference=of_torch,
             )
-        run = TorchProduct(layout, pool, slots)
         report.add(
             "prompt experts, torch._grouped_mm",
             types,
             label,
-            [partial(run, x, ids, weights)],
+            [of_torch],
             error=error["torch"],
             operations=operations,
-            reference=partial(run.products, x[pairs.token], pairs),
+            reference=partial(by_torch.products, x[pairs.token], pairs),
         )
 
 

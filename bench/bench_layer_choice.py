@@ -14,8 +14,12 @@ from moe_engine.kernels.layer_choice import ChoiceOnHost
 from moe_engine.prompt_experts import FORECAST_TOKENS, SHORT_PROMPT
 
 
-def counted(offsets: Tensor, tables: Tensor, foreseen: Tensor, numbers: Tensor) -> Tensor:
-    """Into `numbers`, int32 `[4, n_expert]`, on the host."""
+def counted(
+    offsets: Tensor, tables: Tensor, foreseen: Tensor, numbers: Tensor, copied: tuple[tuple[Tensor, Tensor], ...]
+) -> Tensor:
+    """Into `numbers`, int32 `[4, n_expert]`, on the host. copied: pairs of target, on the host, and source."""
+    for target, source in copied:
+        target.copy_(source, non_blocking=True)
     of_next = torch.zeros_like(offsets[1:])
     of_next.index_add_(0, foreseen.flatten(), torch.ones_like(foreseen.flatten()))
     return numbers.copy_(torch.stack([offsets.diff(), *tables, of_next]), non_blocking=True)
@@ -35,6 +39,7 @@ def choices(report: Report, name: str, n_expert: int, top_k: int, hidden: int, t
         host = ChoiceOnHost(n_expert, n_token, hidden, top_k, DEVICE)
         numbers = torch.empty(4, n_expert, dtype=torch.int32, pin_memory=DEVICE.type == "cuda")
         label, brought = f"{name}, {n_token} tokens", (inputs[0], inputs[1], inputs[2])
+        landing = [torch.empty(part.shape, dtype=part.dtype, pin_memory=numbers.is_pinned()) for part in brought]
         for kernel, some in (("choice", None), ("choice and inputs", brought)):
             if some is not None and n_token > SHORT_PROMPT:
                 continue
@@ -44,7 +49,8 @@ def choices(report: Report, name: str, n_expert: int, top_k: int, hidden: int, t
             error = check_equal(label, host._numbers, expected)
             if some is not None:
                 check_equal(label, host.x, x)
-            reference = partial(counted, at, slots, following, numbers) if some is None else None
+            copied = () if some is None else tuple(zip(landing, some, strict=True))
+            reference = partial(counted, at, slots, following, numbers, copied)
             report.add(kernel, "", label, [run], error=error, reference=reference)
 
 

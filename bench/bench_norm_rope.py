@@ -54,8 +54,14 @@ def rotations(report: Report, capacity: int) -> None:
     cos, sin = cos[:, :32].contiguous(), sin[:, :32].contiguous()
     out = randn(1, 16, 576)[..., 512:]
     turn = partial(latent_norm_rope_append, q_pe, kv, weight, cos, sin, position, latents, eps=EPS, out=out)
-    error = check("rope", turn(), rope_reference(q_pe, cos, sin, position[None], True), 1e-6)
-    report.add("latent norm, rope, append", "f16", "DeepSeek-V2-Lite", [turn], error=error)
+
+    def plain() -> Tensor:
+        rms_norm_reference(kv[:, :512], weight, EPS)
+        rope_reference(kv[:, None, 512:], cos, sin, position[None], True)
+        return rope_reference(q_pe, cos, sin, position[None], True)
+
+    error = check("rope", turn(), plain(), 1e-6)
+    report.add("latent norm, rope, append", "f16", "DeepSeek-V2-Lite", [turn], error=error, reference=plain)
 
 
 def results(tiny: bool = False) -> list[Row]:

@@ -4,8 +4,9 @@
     python bench/bench_prompt_attention.py                       # sizes of the kernel's tiles; needs a CUDA device
 
 Each is compared with its reference first, with fewer tokens. Operations counted are those below the diagonal. PyTorch's
-are cuDNN and FlashAttention-2, where they take the dimensions; MLA's shared keys are copied to all heads for them
-before. `first_milliseconds` is the first call with a number of tokens, on the clock, for cuDNN builds a plan for each.
+are cuDNN and FlashAttention-2, where they take the dimensions, the first of them the reference; MLA's shared keys are
+copied to all heads for them before. `first_milliseconds` is the first call with a number of tokens, on the clock, for
+cuDNN builds a plan for each.
 """
 
 import time
@@ -116,12 +117,14 @@ def errors(model: Heads, n_token: int) -> dict[str, float]:
 def prompts(report: Report, model: Heads, tokens: tuple[int, ...]) -> None:
     error = errors(model, min(CHECKED_TOKENS, *tokens))
     for n_token in tokens:
-        for name, call in ways(Inputs.random(model, n_token)):
-            if name not in error:
-                continue
+        calls = {name: call for name, call in ways(Inputs.random(model, n_token)) if name in error}
+        for name, call in calls.items():
             first = first_milliseconds(call)
             shape = f"{model.name}, {n_token} tokens"
-            row = report.add(name, "f16", shape, [call], error=error[name], operations=model.operations(n_token))
+            reference = None if name in TORCH else next((calls[other] for other in TORCH if other in calls), None)
+            row = report.add(
+                name, "f16", shape, [call], error=error[name], operations=model.operations(n_token), reference=reference
+            )
             if DEVICE.type == "cuda":
                 row["first_milliseconds"] = first
 
