@@ -25,7 +25,8 @@ inline bool uses_integers(int type_id, bool float_activations) {
 }
 
 // For threads that wait: fetches the beginning of rows, as far as the kernels' own prefetches leave it out.
-inline void fetch(const uint8_t* rows, int64_t n_bytes) {
+// Inlined always: GCC leaves out calls of functions that only prefetch.
+__attribute__((always_inline)) inline void fetch(const uint8_t* rows, int64_t n_bytes) {
     for (int64_t line = 0; line < n_bytes && line < kPrefetchDistance; line += 64)
         __builtin_prefetch(rows + line);
 }

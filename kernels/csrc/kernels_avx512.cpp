@@ -148,7 +148,7 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
     if constexpr (has_grid(T))
         dot_grid<T, Gather, N>(row, n_in, ahead, acts, out);
     else if constexpr (T == Q4_K || T == Q5_K)
-        dot_superblocks<T, N>(row, n_in, ahead, acts, out);
+        dot_superblocks<T, 1, N>(row, 0, n_in, ahead, acts, out, 0);
     else if constexpr (T == Q4_0 || T == Q4_1 || T == IQ4_NL || T == IQ4_XS || T == MXFP4)
         dot_nibbles<T, N>(row, n_in, ahead, acts, out);
     else if constexpr (T == TQ1_0 || T == TQ2_0)
@@ -162,7 +162,11 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
 template <int T, bool Gather>
 __attribute__((noinline)) void dot_one(const Rows rows, const uint8_t* act, float* out, int64_t out_stride) {
     const Ahead ahead(rows);
-    for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride)
+    const uint8_t* row = rows.data;
+    if constexpr (T == Q4_K || T == Q5_K)
+        for (; row + rows.stride < rows.end(); row += 2 * rows.stride, out += 2 * out_stride)
+            dot_superblocks<T, 2, 1>(row, rows.stride, rows.n_in, ahead, &act, out, out_stride);
+    for (; row < rows.end(); row += rows.stride, out += out_stride)
         dot_best<T, Gather, 1>(row, rows.n_in, ahead, &act, out);
 }
 
