@@ -27,6 +27,7 @@ KERNELS = {
     "gpu_kernels": "GPU kernels: `python bench/bench_gpu_kernels.py`",
     "dequantize": "Dequantizing on the GPU: `python bench/bench_dequantize.py`",
     "cpu_experts": "CPU experts beside llama.cpp's kernels: `python bench/bench_cpu_experts.py`",
+    "cpu_experts_16": "CPU experts beside the rate of memory, 16 threads: `python bench/bench_cpu_experts.py`",
     "cpu_experts_avx2": "The same with AVX2: `python bench/bench_cpu_experts.py`",
 }
 
