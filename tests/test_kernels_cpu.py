@@ -181,6 +181,20 @@ def test_a_token_is_alone_in_its_arithmetic(type: QuantType, floats: bool, tier:
         assert same_bits(POOLS[1, floats].linear(x[some], weight), together[some].contiguous())
 
 
+@pytest.mark.parametrize("type", ALL_TYPES)
+def test_many_tokens_and_long_rows(type: QuantType, tier: str) -> None:
+    """Rows of more than eight chunks of 256, some of which end inside one, which tokens share decoded."""
+    rng = np.random.default_rng(6)
+    n_in = {1: 2333, 32: 2336, 64: 2368}.get(type.block_size, 2560)
+    weight, x = random_weight(type, (17, n_in), rng), random_x((41, n_in), rng)
+    truth = x.to(torch.float64) @ exact(weight).T
+    for n_tokens in (8, 9, 41):
+        together = POOLS[3, False].linear(x[:n_tokens], weight)
+        assert relative_error(together, truth[:n_tokens]) < 1e-2
+        if tier in ("scalar", "avx2"):  # higher ones have other forms for many
+            assert same_bits(POOLS[1, False].linear(x[7:8], weight), together[7:8].contiguous())
+
+
 def test_gather() -> None:
     weight = random_weight(BY_NAME["Q5_K"], (50, 256), np.random.default_rng(5))
     ids = torch.tensor([49, 0, 7, 7])

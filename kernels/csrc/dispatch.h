@@ -44,9 +44,6 @@ constexpr int64_t many_threshold(int type_id) {
     return has_scales_of_32(type_id) ? 7 : 9;
 }
 
-// How many activation rows are multiplied with a weight row at a time: they fit the cache beside it.
-constexpr int64_t kTokenGroup = 32;
-
 // Scratch bytes of row_products for rows of n_in elements: decoded rows.
 inline int64_t row_scratch_bytes(int64_t n_in) { return (kFloatRows * n_in * 4 + 63) / 64 * 64; }
 

@@ -11,6 +11,9 @@
 
 #include <immintrin.h>
 
+#include <new>
+#include <type_traits>
+
 #include "rows.inc"
 
 namespace moe {
@@ -128,55 +131,121 @@ inline __m256 taken_away(__m256 scale, __m256 min) {
     return _mm256_fmadd_ps(scale, _mm256_set1_ps(Block<T>::offset), Block<T>::has_min ? min : _mm256_setzero_ps());
 }
 
+// A product of N tokens on its way.
+template <int N>
+struct Sums {
+    __m256 acc[N][2], low[N];
+    Sums() {
+        for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm256_setzero_ps();
+    }
+    float of(int t) const { return total(_mm256_sub_ps(_mm256_add_ps(acc[t][0], acc[t][1]), low[t])); }
+};
+
+// A chunk that many tokens are multiplied with, decoded once.
+template <int T>
+struct Kept : std::conditional_t<has_scales_of_32(T), ScalesOf32, ScalesOf16> {
+    Factors<T> kept[8];
+    explicit Kept(const Chunk<T>& chunk)
+        : kept{{chunk, 0}, {chunk, 1}, {chunk, 2}, {chunk, 3}, {chunk, 4}, {chunk, 5}, {chunk, 6}, {chunk, 7}} {
+        std::memcpy(&this->scales, &chunk.scales, sizeof(chunk.scales));
+        if (Block<T>::has_min || has_own_offsets<T>()) std::memcpy(&this->mins, &chunk.mins, sizeof(chunk.mins));
+    }
+};
+
+template <int T>
+inline Factors<T> factors_of(const Chunk<T>& chunk, int k) { return Factors<T>(chunk, k); }
+template <int T>
+inline const Factors<T>& factors_of(const Kept<T>& chunk, int k) { return chunk.kept[k]; }
+
+// The products of a chunk, a Chunk<T> or Kept<T>, with elements `first` and on.
+template <int T, int N, class AnyChunk>
+__attribute__((always_inline)) inline void add_chunk(const AnyChunk& chunk, const uint8_t* const* acts, int64_t n_pad,
+                                                     int64_t first, Sums<N>& to) {
+    constexpr bool has_low = !is_signed<T>() && !has_signs<T>() && (Block<T>::offset != 0 || Block<T>::has_min);
+    __m256 steps[N][2];  // of four times 32 elements, in the order of their sums
+    for (int t = 0; t < N; ++t) {
+        if constexpr (has_scales_of_32(T)) {
+            const float* pairs = reinterpret_cast<const float*>(acts[t] + pairs_offset(n_pad)) + first / 16;
+            if (has_low)
+                to.low[t] = _mm256_fmadd_ps(taken_away<T>(chunk.scales, chunk.mins), _mm256_loadu_ps(pairs + 8),
+                                            to.low[t]);
+            const __m256 eight = _mm256_mul_ps(chunk.scales, _mm256_loadu_ps(pairs));
+            steps[t][0] = _mm256_permute2f128_ps(eight, eight, 0x00);
+            steps[t][1] = _mm256_permute2f128_ps(eight, eight, 0x11);
+        } else {
+            const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32;
+            const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16;
+            for (int half = 0; half < 2; ++half) {
+                const __m256 scale = chunk.scales[half];
+                if (has_low)
+                    to.low[t] = _mm256_fmadd_ps(taken_away<T>(scale, chunk.mins[half]), _mm256_loadu_ps(s + 8 * half),
+                                                to.low[t]);
+                const __m256i even_odd = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+                const __m256 d4 = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(d + 4 * half));
+                steps[t][half] = _mm256_mul_ps(_mm256_permutevar8x32_ps(scale, even_odd), d4);
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        __m256i sums[N][4];
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) {
+            const Factors<T>& factors = factors_of<T>(chunk, 4 * half + k);
+            for (int t = 0; t < N; ++t)
+                sums[t][k] = factors.times(load32(acts[t] + first + 128 * half + 32 * k));
+        }
+        for (int t = 0; t < N; ++t) {
+            const __m256i four = sums_of_four<T>(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+            to.acc[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(four), steps[t][half], to.acc[t][half]);
+        }
+    }
+}
+
 template <int T, int N>
 __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t n_in, const Ahead& ahead,
                                                     const uint8_t* const* acts, float* out) {
-    constexpr bool has_low = !is_signed<T>() && !has_signs<T>() && (Block<T>::offset != 0 || Block<T>::has_min);
-    const int64_t n_pad = padded(n_in);
-    __m256 acc[N][2], low[N];
-    for (int t = 0; t < N; ++t) acc[t][0] = acc[t][1] = low[t] = _mm256_setzero_ps();
+    Sums<N> sums;
     for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* bytes, int64_t first) __attribute__((always_inline)) {
-        const Chunk<T> chunk(bytes);
-        __m256 steps[N][2];  // of four times 32 elements, in the order of their sums
-        for (int t = 0; t < N; ++t) {
-            if constexpr (has_scales_of_32(T)) {
-                const float* pairs = reinterpret_cast<const float*>(acts[t] + pairs_offset(n_pad)) + first / 16;
-                if (has_low)
-                    low[t] = _mm256_fmadd_ps(taken_away<T>(chunk.scales, chunk.mins), _mm256_loadu_ps(pairs + 8),
-                                             low[t]);
-                const __m256 eight = _mm256_mul_ps(chunk.scales, _mm256_loadu_ps(pairs));
-                steps[t][0] = _mm256_permute2f128_ps(eight, eight, 0x00);
-                steps[t][1] = _mm256_permute2f128_ps(eight, eight, 0x11);
-            } else {
-                const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32;
-                const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16;
-                for (int half = 0; half < 2; ++half) {
-                    const __m256 scale = chunk.scales[half];
-                    if (has_low)
-                        low[t] = _mm256_fmadd_ps(taken_away<T>(scale, chunk.mins[half]), _mm256_loadu_ps(s + 8 * half),
-                                                 low[t]);
-                    const __m256i even_odd = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-                    const __m256 d4 = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(d + 4 * half));
-                    steps[t][half] = _mm256_mul_ps(_mm256_permutevar8x32_ps(scale, even_odd), d4);
-                }
-            }
-        }
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; ++half) {
-            __m256i sums[N][4];
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; ++k) {
-                const Factors<T> factors(chunk, 4 * half + k);
-                for (int t = 0; t < N; ++t)
-                    sums[t][k] = factors.times(load32(acts[t] + first + 128 * half + 32 * k));
-            }
-            for (int t = 0; t < N; ++t) {
-                const __m256i four = sums_of_four<T>(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-                acc[t][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(four), steps[t][half], acc[t][half]);
-            }
-        }
+        add_chunk<T>(Chunk<T>(bytes), acts, padded(n_in), first, sums);
     });
-    for (int t = 0; t < N; ++t) out[t] = total(_mm256_sub_ps(_mm256_add_ps(acc[t][0], acc[t][1]), low[t]));
+    for (int t = 0; t < N; ++t) out[t] = sums.of(t);
+}
+
+// Chunks are decoded once for all tokens, as many at a time as the first-level cache holds beside activations.
+constexpr int kKept = 8;
+constexpr int64_t kTokensToKeep = 8;
+template <int T>
+constexpr bool pays_to_keep() {  // codes of these two cost less than what is kept of them
+    return T != Q8_0 && T != TQ2_0;
+}
+
+template <int T>
+__attribute__((noinline)) void dot_kept(const uint8_t* row, int64_t n_in, const Ahead& ahead,
+                                        const uint8_t* const* acts, int64_t n_acts, float* out) {
+    alignas(32) unsigned char space[kKept * sizeof(Kept<T>)];
+    Kept<T>* kept = reinterpret_cast<Kept<T>*>(space);
+    Sums<2> sums[kTokenGroup / 2];
+    int n_kept = 0;
+    const auto multiply = [&](int64_t first) {
+        for (int64_t t = 0; t < n_acts; t += 2) {
+            const uint8_t* pair[2] = {acts[t], acts[t + 1 < n_acts ? t + 1 : t]};
+            Sums<2> here = sums[t / 2];
+            for (int c = 0; c < n_kept; ++c) add_chunk<T>(kept[c], pair, padded(n_in), first + c * kChunk, here);
+            sums[t / 2] = here;
+        }
+    };
+    int64_t first_kept = 0;
+    for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* bytes, int64_t first) {
+        if (n_kept == kKept) {
+            multiply(first_kept);
+            n_kept = 0;
+            first_kept = first;
+        }
+        new (static_cast<void*>(kept + n_kept++)) Kept<T>(Chunk<T>(bytes));
+    });
+    multiply(first_kept);
+    for (int64_t t = 0; t < n_acts; ++t) out[t] = sums[t / 2].of(static_cast<int>(t % 2));
 }
 
 // One token. A function of its own: the compiler makes constants once, not for every row.
@@ -192,6 +261,10 @@ void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* ou
     if (n_acts == 1) return dot_one<T>(rows, acts[0], out, out_stride);
     const Ahead ahead(rows);
     for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride) {
+        if (pays_to_keep<T>() && n_acts >= kTokensToKeep) {
+            dot_kept<T>(row, rows.n_in, ahead, acts, n_acts, out);
+            continue;
+        }
         int64_t t = 0;
         for (; t + 2 <= n_acts; t += 2) dot_rows<T, 2>(row, rows.n_in, ahead, acts + t, out + t);
         if (t < n_acts) dot_rows<T, 1>(row, rows.n_in, ahead, acts + t, out + t);

@@ -162,8 +162,11 @@ struct Product {
     int64_t out_stride;
 };
 
-// The kernels of one type in one tier. `n_acts` activation rows share one pass over a weight row;
-// out[r * out_stride + t].
+// How many activation rows are multiplied with a weight row at a time: they fit the cache beside it.
+constexpr int64_t kTokenGroup = 32;
+
+// The kernels of one type in one tier. `n_acts` activation rows, at most kTokenGroup, share one pass over a weight
+// row; out[r * out_stride + t].
 using DequantizeFn = void (*)(const uint8_t* row, int64_t n_in, float* out);
 using DotFn = void (*)(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out,
                        int64_t out_stride);
