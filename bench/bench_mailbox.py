@@ -39,7 +39,6 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
         ids = torch.randint(0, shape.n_expert, (n_token, shape.top_k), dtype=torch.int32)
         positions = torch.zeros(n_token, dtype=torch.int32, device=DEVICE)
         out = torch.empty_like(x)
-        host = [torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned) for part in (ids, x)]
         for kind, first_slot in (("no misses", 3), ("misses", -1)):
             missed = first_slot < 0
             box = Mailbox.allocate(N_LAYER, shape.n_expert, shape.top_k, shape.hidden, n_token, pinned)
@@ -53,7 +52,8 @@ def layers(report: Report, name: str, shape: Shape, tokens: tuple[int, ...]) -> 
             check_equal(label, fields[: ids.numel()], ids.flatten())
             error = check_equal(label, box.x, x if missed else torch.zeros_like(x))
             sent = x if missed else routing.ids
-            reference = partial(host[missed].copy_, sent, non_blocking=True)
+            host = torch.empty(sent.shape, dtype=sent.dtype, pin_memory=pinned)
+            reference = partial(host.copy_, sent, non_blocking=True)
             report.add(f"post, {kind}", "", label, [send], error=error, reference=reference, beside=beside)
 
             box.y.normal_()
