@@ -227,24 +227,21 @@ __attribute__((noinline)) void dot_kept(const uint8_t* row, int64_t n_in, const 
     Kept<T>* kept = reinterpret_cast<Kept<T>*>(space);
     Sums<2> sums[kTokenGroup / 2];
     int n_kept = 0;
-    const auto multiply = [&](int64_t first) {
+    const auto multiply = [&](int64_t stop) {  // the element behind what is kept
+        const int64_t first = stop - n_kept * kChunk;
         for (int64_t t = 0; t < n_acts; t += 2) {
             const uint8_t* pair[2] = {acts[t], acts[t + 1 < n_acts ? t + 1 : t]};
             Sums<2> here = sums[t / 2];
             for (int c = 0; c < n_kept; ++c) add_chunk<T>(kept[c], pair, padded(n_in), first + c * kChunk, here);
             sums[t / 2] = here;
         }
+        n_kept = 0;
     };
-    int64_t first_kept = 0;
     for_each_chunk<T>(row, n_in, ahead, [&](const uint8_t* bytes, int64_t first) {
-        if (n_kept == kKept) {
-            multiply(first_kept);
-            n_kept = 0;
-            first_kept = first;
-        }
+        if (n_kept == kKept) multiply(first);
         new (static_cast<void*>(kept + n_kept++)) Kept<T>(Chunk<T>(bytes));
     });
-    multiply(first_kept);
+    multiply(padded(n_in));
     for (int64_t t = 0; t < n_acts; ++t) out[t] = sums[t / 2].of(static_cast<int>(t % 2));
 }
 
