@@ -11,6 +11,7 @@ import ctypes
 import json
 import mmap
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from moe_engine.expert_store import ExpertStore
 from moe_engine.kernels.cpu import CpuKernels
 
 BLOCK, N_THREAD = 4 << 20, 16
+N_COLD = 4  # loads, each against the disk's rate before and after it
 PROMPT = "The sea is not the land. The hotel is there, and the road is here. It is"
 
 
@@ -48,21 +50,21 @@ def cached_share(path: Path) -> float:
         return sum(page & 1 for page in pages) / len(pages)
 
 
-def read_rate(path: Path, flags: int) -> float:
-    """Bytes per second at which threads read the file, block by block, into memory of their own."""
-    n_block = path.stat().st_size // BLOCK
+def read_rate(path: Path, flags: int, every: int = 1) -> float:
+    """Bytes per second at which threads read every n-th block of the file into memory of their own."""
+    blocks = range(0, path.stat().st_size // BLOCK, every)
 
     def read(first: int) -> None:
         file = os.open(path, os.O_RDONLY | flags)
         with mmap.mmap(-1, BLOCK) as buffer:
-            for block in range(first, n_block, N_THREAD):
+            for block in blocks[first::N_THREAD]:
                 os.preadv(file, [buffer], block * BLOCK)
         os.close(file)
 
     start = time.perf_counter()
     with ThreadPoolExecutor(N_THREAD) as pool:
         list(pool.map(read, range(N_THREAD)))
-    return n_block * BLOCK / (time.perf_counter() - start)
+    return len(blocks) * BLOCK / (time.perf_counter() - start)
 
 
 def copy_rate() -> float:
@@ -172,25 +174,24 @@ def main() -> None:
 
     def disk_rate() -> float:
         drop_cache(path)
-        return read_rate(path, os.O_DIRECT)
+        return read_rate(path, os.O_DIRECT, every=4)
 
-    note("disk_rate_1", disk_rate)  # others may share the disk: measured around each cold load
-    for turn in (1, 2):
+    shares: list[float] = []
+    note("disk_rate_0", disk_rate)  # others may share the disk: measured before and after each cold load
+    for turn in range(1, N_COLD + 1):
         drop_cache(path)
         note(f"cold_{turn}", lambda: in_process(path, engine_options))
-        note(f"disk_rate_{turn + 1}", disk_rate)
+        note(f"disk_rate_{turn}", disk_rate)
+        around = (results[f"disk_rate_{turn - 1}"] + results[f"disk_rate_{turn}"]) / 2
+        shares.append(results["file_bytes"] / results[f"cold_{turn}"]["load"] / around)
+    note("cold_shares", lambda: shares)
+    note("cold_share", lambda: statistics.median(shares))
     note("cache_rate", lambda: (read_rate(path, 0), read_rate(path, 0))[1])
     note("cached_share_when_warm", lambda: cached_share(path))
     for turn in (1, 2):
         note(f"warm_{turn}", lambda: in_process(path, engine_options))
-    for turn in (1, 2):
-        against = {
-            "cold": (results[f"disk_rate_{turn}"] + results[f"disk_rate_{turn + 1}"]) / 2,
-            "warm": results["cache_rate"],
-        }
-        for name, rate in against.items():
-            share = results["file_bytes"] / results[f"{name}_{turn}"]["load"] / rate
-            note(f"{name}_share_{turn}", lambda share=share: share)  # type: ignore[misc]
+    rates = [results["file_bytes"] / results[f"warm_{turn}"]["load"] for turn in (1, 2)]
+    note("warm_shares", lambda: [rate / results["cache_rate"] for rate in rates])
     path.unlink()
 
     path = options.work / "load-deepseek-v2-lite.gguf"

@@ -33,7 +33,7 @@ from moe_engine.kernels.worker import DecodeWorker
 from moe_engine.stats import Stats
 from moe_engine.trial_switch import TRIAL
 
-WAYS: dict[str, tuple[bool, PrefetchMode]] = {"auto": (True, "auto"), "off": (False, "off"), "always": (True, "always")}
+WAYS: tuple[PrefetchMode, ...] = ("auto", "off", "always")
 SHARES, LINKS = (0.1, 0.25, 0.5), (1.0, 0.25)
 SMALL = Path(moe_engine.__file__).parent / "data" / "stories-deepseek-Q4_K_M.gguf"
 
@@ -58,7 +58,7 @@ def rows_of(options: Namespace) -> Iterator[tuple[Path, Row]]:
 
 def run(path: Path, row: Row, device: str, copy_rate: float, n_decode: int, repeats: int) -> dict[str, Any]:
     follows = row.model == QWEN
-    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": TRIAL + 128}
+    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": 3 * TRIAL + 128}
     if follows:
         options["vram_budget"] = vram_budget(path, row.share, **options)
     else:  # the least budget would hold more
@@ -74,14 +74,14 @@ def run(path: Path, row: Row, device: str, copy_rate: float, n_decode: int, repe
         if follows:
             RecordedRouting.load(ROUTING).follow(decoder.step)
 
-        def decode(way: str, n: int) -> Stats:
-            decoder.lookahead, decoder.prefetch.mode = WAYS[way]
+        def decode(way: PrefetchMode, n: int) -> Stats:
+            decoder.lookahead.mode = decoder.prefetch.mode = way
             return engine.generate([5, 6, 7, 8], temperature=0, max_tokens=n, ignore_eos=True).stats
 
-        decode("auto", n_decode if device == "simulated" else TRIAL + 32)
+        decode("auto", n_decode if device == "simulated" else 3 * TRIAL + 32)
         decode("off", min(16, n_decode))  # the other ways' steps are captured
         decode("always", min(16, n_decode))
-        stats: dict[str, list[Stats]] = {way: [] for way in WAYS}
+        stats: dict[PrefetchMode, list[Stats]] = {way: [] for way in WAYS}
         for _ in range(repeats):
             for way in WAYS:
                 stats[way].append(decode(way, n_decode))

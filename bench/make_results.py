@@ -6,6 +6,7 @@ Files of `moe-engine bench -o json` are lists of rows; the others are what the s
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,9 +180,9 @@ def simulator_section(found: dict[str, Any]) -> str:
 
 def load_section(found: dict[str, Any]) -> str:
     lines = []
-    for name in ("cold_1", "cold_2", "warm_1", "warm_2"):
+    for name in (name for name in found if re.fullmatch(r"(cold|warm)_\d+", name)):
         kind, turn = name.split("_")
-        of_disk = [found[f"disk_rate_{int(turn) + i}"] / 1e9 for i in (0, 1)]
+        of_disk = [found.get(f"disk_rate_{int(turn) - i}", 0.0) / 1e9 for i in (1, 0)]
         lines.append(
             {
                 "file": "on disk" if kind == "cold" else "in the page cache",

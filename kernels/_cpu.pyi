@@ -297,6 +297,9 @@ class WorkerStats:
     def timed_late(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """The same steps: without and with misses that the GPU may compute late."""
     @property
+    def timed_pulled(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The same steps: without and with pulling into the CPU's caches."""
+    @property
     def rates(self) -> Rates: ...
 
 class DecodeWorker:

@@ -47,11 +47,12 @@ class GraphDecoder:
     ) -> None:
         """misses: the form of step to run; of two, the first, and the second as long as that is found to be faster.
 
-        lookahead: whether the CPU pulls predicted experts into its caches. This and prefetch may be changed between
-        generations.
+        lookahead: whether the CPU pulls predicted experts into its caches, as long as that is found to be faster. This
+        and prefetch may be changed between generations.
         """
-        self.step, self.worker, self.misses, self.lookahead = step, worker, misses, lookahead
+        self.step, self.worker, self.misses = step, worker, misses
         self.prefetch = TrialSwitch(prefetch)
+        self.lookahead = TrialSwitch("auto" if lookahead else "off", first=2 * TRIAL, pays=lookahead)
         self.late = TrialSwitch("auto" if len(misses) > 1 else "off", first=TRIAL)  # whether to run the second form
         self._recorder, self._position = recorder, 0  # of the next token of the first sequence
         step.recorded = recorder is not None
@@ -105,7 +106,7 @@ class GraphDecoder:
 
     def _next_form(self) -> StepForm:
         step = self.launched + 1
-        ahead = MAX_AHEAD if self.prefetch.wants(step) else int(self.lookahead)
+        ahead = MAX_AHEAD if self.prefetch.wants(step) else int(self.lookahead.wants(step))
         return replace(self._form, misses=self.misses[self.late.wants(step)], ahead=ahead)
 
     @property
@@ -167,7 +168,7 @@ class GraphDecoder:
         step = self.launched + 1
         with _decode_errors():
             late, posted = form.misses in ("late", "merge"), form.misses != "none"
-            pull = self.lookahead and form.prompt_of is None
+            pull = form.ahead > 0 and self.lookahead.mode != "off"
             self.worker.expect(step, form.n_token, late, posted, pull=pull, idle=idle)
         graph = self._graphs.get(form)
         if graph is not None:
@@ -182,11 +183,11 @@ class GraphDecoder:
             found = self.worker.wait_tokens(step)
         assert found is not None
         self.taken = step
-        if self.prefetch.is_due(step) or self.late.is_due(step):
+        due = [switch for switch in (self.prefetch, self.late, self.lookahead) if switch.is_due(step)]
+        if due:
             self._note_times()
-            for switch in (self.prefetch, self.late):
-                if switch.is_due(step):
-                    switch.turn(step)
+        for switch in due:
+            switch.turn(step)
         if found.bad:
             raise ModelFormatError(NOT_FINITE)
         return found.tokens
@@ -195,6 +196,7 @@ class GraphDecoder:
         stats = self.worker.stats()
         self.prefetch.note(stats.timed, starts_again)
         self.late.note(stats.timed_late, starts_again)
+        self.lookahead.note(stats.timed_pulled, starts_again)
 
     def _capture(self, form: StepForm) -> None:
         graph = torch.cuda.CUDAGraph()

@@ -13,10 +13,10 @@ WORTH = 0.98  # of the time without it, that steps with it must stay below: smal
 class TrialSwitch:
     """What the next steps should do. Both ways are compared again and again, for text and cache change."""
 
-    def __init__(self, mode: PrefetchMode, first: int = 0) -> None:
-        """first: the step at which trials begin."""
+    def __init__(self, mode: PrefetchMode, first: int = 0, pays: bool = False) -> None:
+        """first: the step at which trials begin. pays: what is taken for granted before."""
         self.mode, self.first = mode, first
-        self.pays = False  # as the last trial has found
+        self.pays = pays  # as the last trial has found
         self._trial = [[0, 0], [0, 0]]
         self._before: Timed = (0, 0), (0, 0)
 

@@ -349,7 +349,7 @@ def test_steps_are_timed_apart() -> None:
     assert gpu.worker.stats().timed == ((0, 0), (0, 0))  # none was waiting when the one before ended
     gpu.worker.expect(5, 1, False)
     for step in range(5, 12):
-        gpu.worker.expect(step + 1, 1, step + 1 in (9, 11))
+        gpu.worker.expect(step + 1, 1, step + 1 in (9, 11), pull=step + 1 == 10)
         gpu.ahead = [CHOICES] * (2 if step >= 8 else 1)
         gpu.layers(step, CHOICES)
         assert gpu.worker.wait_tokens(step) is not None
@@ -358,6 +358,8 @@ def test_steps_are_timed_apart() -> None:
     assert min(without, with_) > 0
     (n_cpu, cpu), (n_late, late) = gpu.worker.stats().timed_late
     assert (n_cpu, n_late, cpu + late) == (4, 2, without + with_)
+    (n_left, left), (n_pulled, pulled) = gpu.worker.stats().timed_pulled
+    assert (n_left, n_pulled, left + pulled) == (5, 1, without + with_)
 
 
 def test_bad_logits() -> None:

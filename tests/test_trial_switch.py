@@ -44,6 +44,13 @@ def test_auto_does_what_was_faster(ns: tuple[int, int], pays: bool, restart_ever
     assert switch.pays == (other[1] < 0.98 * other[0])
 
 
+def test_what_is_taken_for_granted_is_done_until_a_trial_ends() -> None:
+    switch = TrialSwitch("auto", first=2 * TRIAL, pays=True)
+    assert run(switch, 1, 2 * TRIAL - 1, (100, 99)) == 2 * TRIAL - 1
+    assert run(switch, 2 * TRIAL, PERIOD, (100, 99)) == TRIAL // 2 + 1  # the trial's last result comes a step later
+    assert not switch.pays
+
+
 def test_a_trial_alternates() -> None:
     switch = TrialSwitch("auto")
     ways = [switch.wants(step) for step in range(PERIOD, PERIOD + 4 * WINDOW)]

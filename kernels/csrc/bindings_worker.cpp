@@ -184,6 +184,8 @@ void bind_parts(nb::module_& m) {
         .def_prop_ro("timed", [](const WorkerStats& stats) { return std::pair(stats.timed[0], stats.timed[1]); })
         .def_prop_ro("timed_late",
                      [](const WorkerStats& stats) { return std::pair(stats.timed_late[0], stats.timed_late[1]); })
+        .def_prop_ro("timed_pulled",
+                     [](const WorkerStats& stats) { return std::pair(stats.timed_pulled[0], stats.timed_pulled[1]); })
         .def_ro("rates", &WorkerStats::rates);
 }
 

@@ -150,7 +150,8 @@ void DecodeWorker::publish(const Step& step) {
         const int64_t before = published_;
         published_ = now();
         if (follows_ && !step.idle) {
-            for (auto* timed : {&stats_.timed[step_prefetches_], &stats_.timed_late[step.allow_late]}) {
+            for (auto* timed : {&stats_.timed[step_prefetches_], &stats_.timed_late[step.allow_late],
+                                &stats_.timed_pulled[step.pull]}) {
                 ++timed->first;
                 timed->second += published_ - before;
             }

@@ -102,8 +102,8 @@ struct WorkerStats {
     // was wasted.
     std::vector<int64_t> prefetched, prefetched_in_time, prefetched_late;
     // Steps that followed another without delay, and their nanoseconds: without and with prefetch; without and with
-    // misses that the GPU may compute late.
-    std::array<std::pair<int64_t, int64_t>, 2> timed{}, timed_late{};
+    // misses that the GPU may compute late; without and with pulling.
+    std::array<std::pair<int64_t, int64_t>, 2> timed{}, timed_late{}, timed_pulled{};
     Rates rates{};
 };
 
