@@ -251,7 +251,7 @@ CHOICES = np.array([[[0, 1]], [[2, 3]], [[4, 5]]])
 def test_a_prefetch_is_there_two_layers_later(predicted: int, arrives: bool, outcome: tuple[int, int]) -> None:
     engine = _cpu.HostCopyEngine(held=True)
     gpu = FakeGpu("cpu", (12, 6), max_background=1, copies=engine)
-    gpu.ahead = [CHOICES, np.full_like(CHOICES, predicted)]
+    gpu.ahead = [np.full_like(CHOICES, -1), np.full_like(CHOICES, predicted)]
     rng = np.random.default_rng(0)
     gpu.worker.expect(1, 1, True)
     gpu.layer(1, 0, CHOICES[0], True, rng)

@@ -40,8 +40,7 @@ void DecodeWorker::prefetch_next(const Step& step, int layer, const Mailbox::Mes
     const int64_t most_evicted = spec_.mailbox.max_evicted(step.n_token);
     int64_t n_started = 0;
     keep_foreseen(step, layer, message);
-    double room = layer_seconds_ * cost_of(step).rates().copy_beside_cpu;
-    room -= static_cast<double>(bytes_in_flight());
+    double room = link_room(step, layer);
     if (room < static_cast<double>(n_bytes) || !worth_prefetching(layer + 1)) return;
     for (int64_t choice = 0; choice < spec_.mailbox.top_k; ++choice)
         for (int64_t token = 0; token < step.n_token; ++token) {
@@ -196,6 +195,19 @@ void DecodeWorker::start_fetch(ExpertKey key, bool filled) {
     copies_.submit(batch_);
     in_flight_.push_back({key, expert_bytes_[static_cast<size_t>(layer_index)], false, filled, now()});
     unused_[static_cast<size_t>(key)] = !filled;
+}
+
+// Bytes that copies which begin now can bring before the GPU looks up the next layer's slots.
+double DecodeWorker::link_room(const Step& step, int layer) const {
+    const MissCost& cost = cost_of(step);
+    const Rates& rates = cost.rates();
+    const double cpu = cost.cpu_seconds(entry_.n_cpu * expert_bytes_[static_cast<size_t>(layer)], true);
+    double room = cpu * rates.copy_beside_cpu + std::max(0.0, gpu_seconds_ - kLookUp) * rates.copy;
+    room -= static_cast<double>(bytes_in_flight());
+    if (in_flight_.empty()) return room;
+    const int64_t begun = std::max(in_flight_.front().submitted, copied_until_);
+    const double copied = static_cast<double>(now() - begun) * 1e-9 * rates.copy;
+    return room + std::clamp(copied, 0.0, static_cast<double>(in_flight_.front().n_bytes));
 }
 
 int64_t DecodeWorker::bytes_in_flight() const {

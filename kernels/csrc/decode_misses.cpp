@@ -11,15 +11,15 @@ namespace moe {
 void DecodeWorker::handle(const Step& step, int layer) {
     const Mailbox::Message message = spec_.mailbox.message(step.number, layer);
     entry_ = {spec_.mailbox.seq(step.number, layer), seen_, 0, 0, 0, 0, 0, 0};
-    const double since_last = static_cast<double>(seen_ - last_seen_) * 1e-9;
-    const bool read = reads_disk(layer) || (layer > 0 && reads_disk(layer - 1));  // the disk's time says nothing here
-    if (layer > 0 && !read) layer_seconds_ += kNewest * (std::min(since_last, kLongLayer) - layer_seconds_);
-    last_seen_ = seen_;
+    const double since_answer = static_cast<double>(seen_ - answered_) * 1e-9;
+    if (layer > 0 && answered_ > 0)
+        gpu_seconds_ += kNewest * (std::min(since_answer, kLongLayer) - gpu_seconds_);
     read_message(step, layer, message);
     if (n_missed_ > 0)
         answer(step, layer, message);
     else
         note_choices(step, layer, message);
+    answered_ = entry_.answered;
     cache_.end_layer_step();
     ++progress_;
     note_message(layer);

@@ -203,6 +203,7 @@ class DecodeWorker {
     bool reserve(ExpertKey key, SlotCache::Evict evict, double least_more_uses = SlotCache::kAnyUses);
     void start_fetch(ExpertKey key, bool filled = false);
     int64_t bytes_in_flight() const;
+    double link_room(const Step& step, int layer) const;
     int64_t in_flight_after(double seconds, double bytes_per_second) const;
     void fill_some(int64_t n_bytes, bool in_step);
     int64_t unsettled() const { return static_cast<int64_t>(in_flight_.size() + fill_.size()); }
@@ -261,8 +262,8 @@ class DecodeWorker {
     std::vector<int32_t> token_, expert_;  // what the CPU computes
     std::vector<float> weight_;
     int64_t n_missed_ = 0, n_evicted_ = 0;
-    int64_t seen_ = 0, last_seen_ = 0;  // when its message was, and the one before, nanoseconds
-    double layer_seconds_ = 0;          // between two messages of a step, lately
+    int64_t seen_ = 0, answered_ = 0;  // when its message was, and the one before if anything was missed, nanoseconds
+    double gpu_seconds_ = 0;           // from an answer to the step's next message, lately
     TimelineEntry entry_{};
     std::vector<Copy> batch_;
 
@@ -270,14 +271,16 @@ class DecodeWorker {
     WorkerStats stats_;
     // Many tokens that share experts are bound by arithmetic: other rates.
     MissCost& cost_of(const Step& step) { return step.n_token > kFewTokens ? prompt_cost_ : cost_; }
+    const MissCost& cost_of(const Step& step) const { return step.n_token > kFewTokens ? prompt_cost_ : cost_; }
     static constexpr int64_t kFewTokens = 8;
     MissCost cost_, prompt_cost_;
     // A layer is prefetched for while this share of its prefetches is of use, averaged over about 16; then at every
     // so many chances.
-    static constexpr double kInTime = 0.5, kScoreStep = 1.0 / 16;
+    static constexpr double kInTime = 0.3, kScoreStep = 1.0 / 16;
     static constexpr int64_t kPassOver = 64;
     // The GPU needs more from an answer to the next message: 22 us on an H200 for the layers of small models.
     static constexpr int64_t kDriverTime = 15'000;
+    static constexpr double kLookUp = 10e-6;  // seconds before its message, at most, that the GPU looks up slots
     static constexpr double kNewest = 1.0 / 16, kLongLayer = 2e-3;  // seconds; more is an interruption
     static constexpr int64_t kTimeline = 4096;
     std::vector<TimelineEntry> timeline_;  // a ring
