@@ -5,8 +5,9 @@
 //    * up, where the down projection takes integers quantized by whoever completes a block of 32.
 // 2. For every range of output rows: down products of one expert after the other, added in ascending order.
 //
-// A thread's run of units holds the same rows of every expert, whichever experts a call of few tokens has: all threads
-// have the same to do, and what they read may be in their caches already (lookahead.h).
+// A thread's run of units holds the same rows of every expert, whichever experts a call of few tokens has (where n_ff
+// and hidden can be divided so): all threads have the same to do, and what they read may be in their caches already
+// (lookahead.h).
 //
 // Each product has two forms: row by row, or in tiles and panels for an expert with many tokens (gemm.h).
 
@@ -26,45 +27,20 @@ constexpr int64_t kPairsAtOnce = 64;  // bounds the products buffers of a unit
 constexpr int64_t kManyStride = product_stride(kPairsAtOnce);
 
 // Rows of gate and up in a unit of a call of many tokens: whole blocks of h.
-int64_t many_up_rows(const ExpertLayer& layer, int64_t n_active, int n_threads) {
+int64_t up_rows_of_blocks(const ExpertLayer& layer, int64_t n_active, int n_threads) {
     return std::clamp<int64_t>(round_up(n_active * layer.n_ff / (12 * n_threads), 32), 32, 128);
 }
-// How the rows of a product are divided for a call of few tokens: every thread has a range, the same for every expert,
-// in pieces that become smaller. Others take what a thread is late with, and no piece at the end takes long.
-class Cut {
- public:
-    Cut(int64_t n_rows, int n_threads) : n_rows_(n_rows), n_threads_(n_threads) {
-        const int64_t longest = round_up((n_rows + n_threads - 1) / n_threads, kLeast);
-        for (int64_t rest = std::max(longest, n_rows - begin(n_threads - 1)); rest > 0; ++n_pieces_)
-            rest -= piece_of(rest);
-    }
-    // [first, stop) of a thread.
-    std::pair<int64_t, int64_t> range(int64_t thread) const { return {begin(thread), begin(thread + 1)}; }
-    int64_t n_pieces() const { return n_pieces_; }
-    // The i-th, of n_pieces() times n_threads; some of a thread may be empty.
-    std::pair<int64_t, int64_t> piece(int64_t i) const {
-        auto [first, stop] = range(i / n_pieces_);
-        for (i %= n_pieces_; i > 0 && first < stop; --i) first += piece_of(stop - first);
-        return {first, std::min(stop, first + piece_of(stop - first))};
-    }
-
- private:
-    static constexpr int64_t kLeast = 4, kMost = 64;
-    static int64_t piece_of(int64_t rest) { return std::min({rest, round_up((rest + 1) / 2, kLeast), kMost}); }
-    int64_t begin(int64_t thread) const {
-        return thread == n_threads_ ? n_rows_ : thread * n_rows_ / n_threads_ / kLeast * kLeast;
-    }
-    const int64_t n_rows_, n_threads_;
-    int64_t n_pieces_ = 0;
-};
-
-// What a unit computes: rows of a product, of an expert where that is of gate and up.
-struct Part {
-    Part(int64_t index, int64_t first, int64_t n_rows) : index(index), first(first), n_rows(n_rows) {}
-    Part(int64_t index, std::pair<int64_t, int64_t> rows) : Part(index, rows.first, rows.second - rows.first) {}
-    int64_t index;  // among the active experts
-    int64_t first, n_rows;
-};
+// Rows of gate and up, and of down, in a unit of a call of few tokens. A thread's share of an expert is cut into
+// units of the same size, at most 16 for all experts, or one for each: others take what a thread is late with.
+int64_t up_rows(const ExpertLayer& layer, int64_t n_active, int n_threads) {
+    const int64_t share = layer.n_ff / n_threads, least = (share + 127) / 128;
+    for (int64_t n = std::max(16 / n_active, least); n >= least && layer.n_ff % n_threads == 0; --n)
+        if (share % (4 * n) == 0 && share / n >= 16) return share / n;
+    return up_rows_of_blocks(layer, n_active, n_threads);
+}
+int64_t down_rows(const ExpertLayer& layer, int n_threads) {
+    return std::clamp<int64_t>(round_up(layer.hidden / (16 * n_threads), 8), 8, 128);
+}
 
 constexpr int64_t kStreams = 16;  // of waiting threads: what they fetch must stay in the second-level cache
 
@@ -81,17 +57,17 @@ class Call {
     void run();
 
  private:
-    void find_memory();
+    void find_memory(int64_t tile);
     void pack_unit(int64_t index);
 
     // Each takes the place among the active experts and a range of the product's rows; next: what the thread will
     // probably read after them.
-    void gate_up_unit(const Part& part, int thread, const uint8_t* next);
+    void gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread, const uint8_t* next);
     void gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
     void put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, const float* values);
     void quantize_hidden(int64_t index, int64_t first, int64_t n_rows);
-    void down_unit(const Part& part, int thread, const uint8_t* next);
+    void down_unit(int64_t first, int64_t n_rows, int thread, const uint8_t* next);
     void down_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void down_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
 
@@ -133,8 +109,8 @@ class Call {
     std::atomic<int32_t>* rows_done_ = nullptr;  // [n_active, n_ff / 32] of each block of h_
 };
 
-// Finds memory for every form of the inputs and of h.
-void Call::find_memory() {
+// Finds memory for every form of the inputs and of h, of which a unit makes `tile` rows.
+void Call::find_memory(int64_t tile) {
     const int64_t panels = routing_.panel[routing_.n_active];
     if (integers(layer_.gate) || integers(layer_.up)) {
         const int64_t records_bytes = round_up(job_.n_tokens * activation_bytes(hidden_), 64);
@@ -146,7 +122,7 @@ void Call::find_memory() {
         h_records_ = pool_.shared(ThreadPool::kHiddenQuantized, records_bytes + panels * panel_bytes(n_ff_));
         h_panels_ = reinterpret_cast<PanelChunk*>(h_records_ + records_bytes);
     }
-    const bool splits_blocks = !any_many();  // units of few tokens end anywhere
+    const bool splits_blocks = tile % 32 != 0;
     if (!integers(layer_.down) || splits_blocks) {
         const int64_t n_float = routing_.n_pairs * n_ff_, n_block = routing_.n_active * n_ff_ / 32;
         h_ = reinterpret_cast<float*>(pool_.shared(ThreadPool::kHidden, (n_float + n_block) * 4));
@@ -288,9 +264,7 @@ void Call::down_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scra
     }
 }
 
-void Call::gate_up_unit(const Part& part, int thread, const uint8_t* next) {
-    const auto [index, first, n_rows] = part;
-    if (n_rows == 0) return;
+void Call::gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread, const uint8_t* next) {
     const bool many = many_up(index);
     const int64_t scratch_bytes = many ? 2 * tiles_bytes(n_rows, hidden_) : row_scratch_bytes(hidden_);
     const int64_t columns = many ? 2 * kManyStride + kPairsAtOnce : 2 * kPairsAtOnce + 3;
@@ -298,9 +272,7 @@ void Call::gate_up_unit(const Part& part, int thread, const uint8_t* next) {
     many ? gate_up_many(index, first, n_rows, scratch) : gate_up_few(index, first, n_rows, scratch, next);
 }
 
-void Call::down_unit(const Part& part, int thread, const uint8_t* next) {
-    const int64_t first = part.first, n_rows = part.n_rows;
-    if (n_rows == 0) return;
+void Call::down_unit(int64_t first, int64_t n_rows, int thread, const uint8_t* next) {
     for (int64_t t = 0; t < job_.n_tokens; ++t) std::fill_n(job_.out + t * hidden_ + first, n_rows, 0.0f);
     const int64_t few_bytes = row_scratch_bytes(n_ff_) + kPairsAtOnce * n_rows * 4;
     const int64_t many_bytes = tiles_bytes(n_rows, n_ff_) +
@@ -321,9 +293,10 @@ void Call::run() {
         return;
     }
     const int n_threads = pool_.n_threads();
-    const int64_t n_active = routing_.n_active;
-    const bool many = any_many();
-    find_memory();
+    const int64_t tile = any_many() ? std::min(up_rows_of_blocks(layer_, routing_.n_active, n_threads),
+                                               rows_in_cache(hidden_, 2))
+                                    : up_rows(layer_, routing_.n_active, n_threads);
+    find_memory(tile);
 
     const int64_t blocks = hidden_ / 32, blocks_per_unit = std::clamp<int64_t>(blocks / n_threads, 16, 512);
     const int64_t parts = (blocks + blocks_per_unit - 1) / blocks_per_unit;
@@ -336,53 +309,47 @@ void Call::run() {
     };
     const auto pack = [&](int64_t index, int) { pack_unit(index); };
 
-    // With many tokens an expert's activations are worth keeping in the cache: one expert after the other. And every
-    // unit of down reads all of h, which is more than its weights then: so there units are larger.
-    const int64_t tile = std::min(many_up_rows(layer_, n_active, n_threads), rows_in_cache(hidden_, 2));
-    const int64_t tiles = (n_ff_ + tile - 1) / tile;
-    const int64_t out_tile = std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64);
-    const Cut up_cut(n_ff_, n_threads), out_cut(hidden_, n_threads);
-    const auto up_part = [&](int64_t unit) -> Part {
-        if (many) return {unit / tiles, unit % tiles * tile, std::min(tile, n_ff_ - unit % tiles * tile)};
-        return {unit % n_active, up_cut.piece(unit / n_active)};
+    const int64_t tiles = (n_ff_ + tile - 1) / tile, n_active = routing_.n_active;
+    // With many tokens an expert's activations are worth keeping in the cache: one expert after the other.
+    const auto place = [&](int64_t unit) {
+        return any_many() ? std::pair(unit / tiles, unit % tiles) : std::pair(unit % n_active, unit / n_active);
     };
-    const auto out_part = [&](int64_t unit) -> Part {
-        if (many) return {0, unit * out_tile, std::min(out_tile, hidden_ - unit * out_tile)};
-        return {0, out_cut.piece(unit)};
-    };
-    const int64_t n_up = n_active * (many ? tiles : n_threads * up_cut.n_pieces());
-    const int64_t n_down = many ? (hidden_ + out_tile - 1) / out_tile : n_threads * out_cut.n_pieces();
+    // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
+    const int64_t out_tile =
+        any_many() ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
+                 : down_rows(layer_, n_threads);
+    const int64_t n_up = n_active * tiles, n_down = (hidden_ + out_tile - 1) / out_tile;
     const auto gate_up = [&](int64_t unit, int thread) {
+        const auto [index, first] = std::pair(place(unit).first, place(unit).second * tile);
         const int64_t run = pool_.run_of(unit, n_up);
         const uint8_t* next = nullptr;
-        if (unit + 1 < pool_.run_begin(run + 1, n_up)) {
-            const Part after = up_part(unit + 1);
-            next = rows(layer_.gate, after.index, after.first, hidden_);
-        } else if (pool_.run_begin(run, n_down) < n_down) {
-            next = rows(layer_.down, 0, out_part(pool_.run_begin(run, n_down)).first, n_ff_);
-        }
-        gate_up_unit(up_part(unit), thread, next);
+        if (unit + 1 < pool_.run_begin(run + 1, n_up))
+            next = rows(layer_.gate, place(unit + 1).first, place(unit + 1).second * tile, hidden_);
+        else if (pool_.run_begin(run, n_down) < n_down)
+            next = rows(layer_.down, 0, pool_.run_begin(run, n_down) * out_tile, n_ff_);
+        gate_up_unit(index, first, std::min(tile, n_ff_ - first), thread, next);
     };
     const auto fetch_gate_up = [&](int64_t unit, int64_t stop, int part) {
-        const Part of = up_part(unit + part / 2);
+        const auto [index, first] = std::pair(place(unit + part / 2).first, place(unit + part / 2).second * tile);
         const ExpertStack& stack = part % 2 == 0 ? layer_.gate : layer_.up;
-        fetch(rows(stack, of.index, of.first, hidden_), of.n_rows * row_bytes(stack.type_id, hidden_));
+        fetch(rows(stack, index, first, hidden_),
+              std::min(tile, n_ff_ - first) * row_bytes(stack.type_id, hidden_));
         return unit + (part + 1) / 2 < stop && part + 1 < std::min<int64_t>(2 * n_active, kStreams);
     };
 
     const auto down = [&](int64_t unit, int thread) {
-        const Part part = out_part(unit);
+        const int64_t first = unit * out_tile, n_rows = std::min(out_tile, hidden_ - first);
         const bool more = unit + 1 < pool_.run_begin(pool_.run_of(unit, n_down) + 1, n_down);
-        down_unit(part, thread, more ? rows(layer_.down, 0, part.first + part.n_rows, n_ff_) : nullptr);
+        down_unit(first, n_rows, thread, more ? rows(layer_.down, 0, first + n_rows, n_ff_) : nullptr);
     };
     const auto fetch_down = [&](int64_t unit, int64_t stop, int part) {
-        const Part last = out_part(stop - 1);
-        const int64_t first = out_part(unit).first, n_rows = last.first + last.n_rows - first;
-        fetch(rows(layer_.down, part, first, n_ff_), n_rows * row_bytes(layer_.down.type_id, n_ff_));
-        return part + 1 < std::min<int64_t>(n_active, kStreams);
+        const int64_t n_rows = std::min(hidden_, stop * out_tile) - unit * out_tile;
+        fetch(rows(layer_.down, part, unit * out_tile, n_ff_),
+              n_rows * row_bytes(layer_.down.type_id, n_ff_));
+        return part + 1 < std::min<int64_t>(routing_.n_active, kStreams);
     };
     pool_.run({Loop(x_records_ != nullptr ? job_.n_tokens * parts : 0, quantize),
-               Loop(many ? n_active : 0, pack),
+               Loop(any_many() ? routing_.n_active : 0, pack),
                Loop(n_up, gate_up, fetch_gate_up), Loop(n_down, down, fetch_down)},
               job_.beside);
 }
@@ -395,14 +362,25 @@ void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job
     Call(pool, layer, job).run();
 }
 
-std::array<Bytes, 3> expert_share(const ExpertLayer& layer, int64_t expert, int thread, int n_threads) {
-    const auto rows = [&](const ExpertStack& stack, int64_t n_in, int64_t n_out) {
-        const auto [first, stop] = Cut(n_out, n_threads).range(thread);
+std::array<Bytes, 3> expert_share(const ExpertLayer& layer, int64_t expert, int64_t index, int64_t n_active,
+                                  int thread, int n_threads) {
+    const auto rows = [&](const ExpertStack& stack, int64_t n_in, int64_t first, int64_t stop) {
         const int64_t n_bytes = row_bytes(stack.type_id, n_in);
-        return Bytes{stack.data + expert * stack.expert_stride + first * n_bytes, (stop - first) * n_bytes};
+        return Bytes{stack.data + expert * stack.expert_stride + first * n_bytes,
+                     std::max<int64_t>(0, stop - first) * n_bytes};
     };
-    return {rows(layer.gate, layer.hidden, layer.n_ff), rows(layer.up, layer.hidden, layer.n_ff),
-            rows(layer.down, layer.n_ff, layer.hidden)};
+    const int64_t tile = up_rows(layer, n_active, n_threads);
+    const int64_t n_units = n_active * ((layer.n_ff + tile - 1) / tile);
+    // Of the units [thread, thread + 1) * n_units / n_threads those of the index-th expert; unit u is of expert
+    // u % n_active.
+    const auto up_row = [&](int64_t run) {
+        return std::min((run * n_units / n_threads - index + n_active - 1) / n_active * tile, layer.n_ff);
+    };
+    const int64_t out_tile = down_rows(layer, n_threads), n_out = (layer.hidden + out_tile - 1) / out_tile;
+    const auto down_row = [&](int64_t run) { return std::min(run * n_out / n_threads * out_tile, layer.hidden); };
+    return {rows(layer.gate, layer.hidden, up_row(thread), up_row(thread + 1)),
+            rows(layer.up, layer.hidden, up_row(thread), up_row(thread + 1)),
+            rows(layer.down, layer.n_ff, down_row(thread), down_row(thread + 1))};
 }
 
 }  // namespace moe
