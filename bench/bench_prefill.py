@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from memory_watch import MemoryWatch
-from prediction import Used, predicted
+from prediction import RamRate, Used, predicted
 
 from moe_engine import Engine
 from moe_engine.config import format_size
@@ -101,7 +101,9 @@ def check(path: Path, device: str, n: int) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def measure(path: Path, setting: Setting, device: str, repeats: int, profile: int | None) -> list[dict[str, Any]]:
+def measure(
+    path: Path, setting: Setting, device: str, repeats: int, profile: int | None, ram: RamRate
+) -> list[dict[str, Any]]:
     longest = max(setting.targets)
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 24, "ubatch": longest + 8}
     options |= {"profile": False}
@@ -168,7 +170,7 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, profile: in
         if profile:
             where_time_goes(engine, profile)
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
-    predictions = predicted(path, prompts=rates, used=used, **options) or {}
+    predictions = predicted(path, ram=ram.around(), prompts=rates, used=used, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
@@ -217,6 +219,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "simulated" if options.tiny else "cuda"
     results = begun("python bench/bench_prefill.py", options) | {"checks": {}}
+    ram = RamRate()
     for path, settings in by_model(SETTINGS, options):
         model = settings[0].model
         results["checks"][model] = check(path, device, 3 if options.tiny else 40)
@@ -227,7 +230,7 @@ def main() -> None:
             if not targets:
                 continue
             one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
-            results["rows"] += measure(path, one, device, options.repeats, options.profile)
+            results["rows"] += measure(path, one, device, options.repeats, options.profile, ram)
             keep(results, options.out)
 
 

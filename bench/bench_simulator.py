@@ -5,7 +5,8 @@
 Random models of the real shapes follow recorded routing (benchmark/routing.py). With miss=fetch every miss has its slot
 before the step goes on, as in the simulator: hits must be equal, or the row fails. With miss=auto what is in the slots
 depends on times as well: then the simulator's hits are only shown beside the engine's. Speeds are predicted from the
-simulated hits by what `moe-engine calibrate` has kept. `--tiny` is a dry run on the simulated device with few layers.
+simulated hits by what `moe-engine calibrate` has kept, with the RAM's rate of the same minute. `--tiny` is a dry run on
+the simulated device with few layers.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from full_size import LITE, QWEN, ROUTING, begun, by_model, keep, options_of, vram_budget
-from prediction import predicted
+from prediction import RamRate, predicted
 
 from moe_engine import Engine
 from moe_engine.benchmark.engine_replay import simulated_hits
@@ -50,7 +51,7 @@ ROWS = [
 ]
 
 
-def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict[str, Any]:
+def run(path: Path, row: Row, device: str, ram: RamRate, n_prompt: int, n_decode: int) -> dict[str, Any]:
     """Decodes twice (the first time kernels compile) and compares the second one with the simulator."""
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": n_prompt + n_decode + 8, "miss": row.miss}
     budget = vram_budget(path, row.share, **options)
@@ -94,7 +95,9 @@ def run(path: Path, row: Row, device: str, n_prompt: int, n_decode: int) -> dict
     ]
     context = n_prompt + n_decode // 2
     rate = stats.decode_rate or 0.0
-    found["predicted"] = predicted(path, decode=rate, found=by_layer, context=context, vram_budget=budget, **options)
+    found["predicted"] = predicted(
+        path, ram=ram.around(), decode=rate, found=by_layer, context=context, vram_budget=budget, **options
+    )
     return found
 
 
@@ -104,9 +107,10 @@ def main() -> None:
     options = parser.parse_args()
     results = begun("python bench/bench_simulator.py", options)
     sizes = (4, 3) if options.tiny else (512, options.tokens)
+    ram = RamRate()
     for path, rows in by_model(ROWS, options):
         for row in rows:
-            results["rows"].append(run(path, row, "simulated" if options.tiny else "cuda", *sizes))
+            results["rows"].append(run(path, row, "simulated" if options.tiny else "cuda", ram, *sizes))
             keep(results, options.out)
 
 

@@ -1,12 +1,17 @@
 """What `moe-engine plan` predicts for a measured row, with the calibration that this machine keeps."""
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_engine.calibration import this_machine
+import torch
+
+from moe_engine.calibration import Calibration, this_machine
 from moe_engine.config import EngineConfig
+from moe_engine.hardware import RAM_SAMPLE_BYTES
+from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.planner import DECODE_CONTEXT, plan
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
@@ -29,9 +34,34 @@ class EvenUse(RoutingEstimate):
         return [-(-n_token * top_k // self.n_used)] * self.n_used
 
 
+class RamRate:
+    """Bytes per second that all threads read, noted around rows: on shared machines it changes by the minute."""
+
+    def __init__(self) -> None:
+        self._cpu = CpuKernels(EngineConfig().n_threads)
+        self._sample = torch.ones(RAM_SAMPLE_BYTES, dtype=torch.uint8)
+        self._last = self._now()
+
+    def _now(self) -> float:
+        return max(self._cpu.read_rate(self._sample) for _ in range(2))
+
+    def around(self) -> float:
+        """Of now and of the last call, which was behind the last row."""
+        before, self._last = self._last, self._now()
+        return statistics.mean((before, self._last))
+
+
+def with_ram(machine: Calibration, ram: float) -> Calibration:
+    """The machine as it is while its RAM is slower or faster."""
+    factor = ram / machine.ram
+    experts = {t: replace(product, weights=product.weights * factor) for t, product in machine.cpu_experts.items()}
+    return replace(machine, dram={n: rate * factor for n, rate in machine.dram.items()}, cpu_experts=experts)
+
+
 def predicted(
     path: Path,
     *,
+    ram: float,
     decode: float | None = None,
     prompts: dict[int, float] | None = None,
     used: dict[int, Used] | None = None,
@@ -42,6 +72,7 @@ def predicted(
 ) -> dict[str, Any] | None:
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
+    ram: what threads read per second while the row was measured, in place of what they did when it was calibrated.
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
     planner expects it. found: the same by MoE layer. used: of prompts by tokens, likewise.
     options: as the row was loaded.
@@ -50,10 +81,10 @@ def predicted(
     if machine is None:
         print("  no prediction: run moe-engine calibrate first", flush=True)
         return None
-    planned = plan(path, machine=machine, **options)
+    planned = plan(path, machine=with_ram(machine, ram), **options)
     predictor, shape = planned.predictor, planned.run_shape
     assert predictor is not None
-    result: dict[str, Any] = {"hit_rate": planned.hit_rate}
+    result: dict[str, Any] = {"hit_rate": planned.hit_rate, "ram": ram}
     if decode is not None:
         if hit_rate is not None:
             n = len(shape.shares)
@@ -68,6 +99,6 @@ def predicted(
             prompt = replace(predictor, routing=EvenUse(round(of.n))).prompt(shape, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
-        if name != "hit_rate":
+        if name not in ("hit_rate", "ram"):
             print(f"  predicted {name}: {speed['tokens_per_second']:.1f} tok/s, {speed['to_measured']:.2f} of measured")
     return result
