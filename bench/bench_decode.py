@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from full_size import LITE, QWEN, ROUTING, V3, begun, by_model, keep, options_of, vram_budget
-from memory_watch import MemoryWatch
+from gpu_watch import GpuStatus, GpuWatch
 from prediction import RamRate, predicted
 
 from moe_engine import Engine
@@ -78,7 +78,7 @@ def run(path: Path, row: Row, device: str, ram: RamRate, n_prompt: int, n_decode
         "miss": row.miss,
     }
     budget = vram_budget(path, row.share, **options)
-    watch = MemoryWatch(enabled=device == "cuda")
+    watch = GpuWatch.of(device)
     with watch:
         started = time.perf_counter()
         with Engine.load(path, vram_budget=budget, profile=False, **options) as engine:
@@ -124,7 +124,7 @@ def run(path: Path, row: Row, device: str, ram: RamRate, n_prompt: int, n_decode
         vram_budget=budget,
         **options,
     )
-    if watch.enabled and watch.peak > budget:
+    if watch.peak > budget:
         print(f"  PEAK OVER BUDGET by {format_size(watch.peak - budget)}", flush=True)
     return found
 
@@ -147,14 +147,14 @@ def soak(path: Path, seconds: float) -> dict[str, Any]:
     options: dict[str, Any] = {"device": "cuda", "experts": "cache", "ctx": 1024}
     used, ram, tokens = [], [], 0
     with Engine.load(path, vram_budget=vram_budget(path, 0.1, **options), profile=False, **options) as engine:
-        watch, random = MemoryWatch(enabled=False), np.random.default_rng(0)
+        status, random = GpuStatus(), np.random.default_rng(0)
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
             prompt = random.integers(0, 400, random.integers(1, 40)).tolist()
             greedy = bool(random.integers(2))
             result = engine.generate(prompt, max_tokens=int(random.integers(1, 200)), temperature=0 if greedy else 0.8)
             tokens += len(result.tokens)
-            used.append(watch.used())
+            used.append(status.used())
             ram.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
         assert isinstance(engine.decoder, GraphDecoder)
         engine.decoder.worker.settle()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
-from memory_watch import MemoryWatch
+from gpu_watch import GpuWatch
 from prediction import RamRate, Used, predicted
 
 from moe_engine import Engine
@@ -50,6 +50,9 @@ SETTINGS = [
     Setting(LITE, 1.0, {512: None, 2048: 22000, 8192: None}),
     Setting(V3, "1GiB", {8: None, 31: None, 512: None, 2048: None, 4096: None, 8192: None, 16384: None}),
 ]
+
+
+IDLE_FROM, IDLE_SECONDS = 512, 2.0  # prompts of which the GPU's idle share is measured, each for so long
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -117,7 +120,7 @@ def measure(
         options |= {"vram_budget": plan.budget - plan.slots + cached}
     rows = []
     used: dict[int, Used] = {}  # random weights use fewer experts than trained ones, and find more in slots
-    watch = MemoryWatch(enabled=device == "cuda")
+    watch = GpuWatch.of(device)
     with watch, Engine.load(path, **options) as engine:
         experts = engine.experts
         assert isinstance(experts, CachedExperts)
@@ -157,13 +160,15 @@ def measure(
                 "slots": experts.n_slot,
                 "used": vars(used[n]) if n in used else None,
             }
+            if n >= IDLE_FROM and isinstance(setting.cache, str):
+                row["gpu_idle_share"] = idle_share(engine, n, device)
             rows.append(row)
             missed = "" if target is None or n / middle >= target else " MISSED"
             print(
                 f"{setting.name:32} {n:6} tokens {n / middle:9.0f} tok/s (target {target or '-'}){missed}, "
                 f"{middle * 1e3:8.1f} ms, link {link * 1e3:7.1f}, matrix {gpu * 1e3:6.1f} ms, "
                 f"cached {counts['cached']:.0f} streamed {counts['streamed']:.0f} cpu {counts['cpu']:.0f} "
-                f"unused {counts['unused']:.0f}",
+                f"unused {counts['unused']:.0f}, GPU idle {row.get('gpu_idle_share')}",
                 flush=True,
             )
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
@@ -174,10 +179,21 @@ def measure(
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
-    if watch.enabled:
+    if watch.status is not None:
         over = " PEAK OVER BUDGET" if watch.peak > options["vram_budget"] else ""
         print(f"  peak {format_size(watch.peak)} of {format_size(options['vram_budget'])}{over}", flush=True)
     return rows
+
+
+def idle_share(engine: Engine, n: int, device: str) -> float | None:
+    """Of the time of prompts one behind another, in which no kernel runs."""
+    with GpuWatch.of(device) as watch:
+        start, seed = time.perf_counter(), 0
+        while time.perf_counter() - start < IDLE_SECONDS:
+            seed += 1
+            engine.generate(prompt(n, 50 + seed % 8), max_tokens=0)
+    later = watch.busy[len(watch.busy) // 2 :]  # a sample is of up to a second before it
+    return 1 - statistics.mean(later) if later else None
 
 
 def used_by_last_step(engine: Engine, n_token: int) -> Used:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory_watch import MemoryWatch
+from gpu_watch import GpuWatch
 
 from moe_engine import Engine
 from moe_engine.benchmark.random_model import write_model
@@ -62,11 +62,11 @@ def rates(stats: dict[str, Any]) -> dict[str, Any]:
 def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_decode: int) -> dict[str, Any]:
     """Loads a full-size file within the budget and runs it; the peak must stay below the budget."""
     vram_budget = BUDGET if device == "cuda" else 2 << 30
-    watch = MemoryWatch(enabled=device == "cuda")
-    if watch.enabled:
+    watch, context = GpuWatch.of(device), 0
+    if watch.status is not None:
         torch.cuda.empty_cache()
         # What the device holds without this process's tensors: the CUDA context, and other processes if any.
-        watch.base = watch.used() - torch.cuda.memory_reserved()
+        context = watch.status.used() - torch.cuda.memory_reserved()
     with watch:
         started = time.perf_counter()
         with Engine.load(path, device=device, experts=experts, vram_budget=vram_budget, profile=False) as engine:
@@ -79,7 +79,7 @@ def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_deco
                 engine.decoder.worker.settle()
                 engine.decoder.worker.check_integrity()
             plan = str(engine.vram_plan)
-        reserved = torch.cuda.max_memory_reserved() if watch.enabled else 0
+        reserved = torch.cuda.max_memory_reserved() if watch.status is not None else 0
     found = {
         "file": path.name,
         "experts": experts,
@@ -88,7 +88,7 @@ def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_deco
         "slots": slots,
         "plan": plan,
         "peak_reserved": reserved,
-        "context": watch.base,
+        "context": context,
         "peak_nvidia_smi": watch.peak,
         "prompt_tokens": n_prompt,
         **rates(result.stats.as_dict()),
@@ -96,7 +96,7 @@ def check_full_size(path: Path, device: str, experts: str, n_prompt: int, n_deco
     print(
         f"{path.name}, experts {experts}: loaded in {loaded:.1f} s, {slots} slots; {result.stats.summary()}; "
         f"peak by nvidia-smi {format_size(watch.peak)} of {format_size(vram_budget)}, of it context "
-        f"{format_size(watch.base)}\n  plan: {plan}",
+        f"{format_size(context)}\n  plan: {plan}",
         flush=True,
     )
     assert len(result.tokens) > 0

@@ -72,11 +72,12 @@ def prefill_section(found: dict[str, Any]) -> str:
             f"{row['predicted']['tokens_per_second']:.0f}" if row.get("predicted") else "-",
             "-" if row["target"] is None else f"{row['target']:.0f}",
             f"{row['bound_share']:.0%}" if row["link_seconds"] else "-",  # in steps of the decoder
+            "-" if row.get("gpu_idle_share") is None else f"{row['gpu_idle_share']:.0%}",
             format_size(row["peak_nvidia_smi"]),  # of all rows of a setting
         ]
         for row in found["rows"]
     ]
-    header = ["experts", "prompt tokens", "t/s", "predicted", "target", "of bound", "peak VRAM"]
+    header = ["experts", "prompt tokens", "t/s", "predicted", "target", "of bound", "GPU idle", "peak VRAM"]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     title = f"## Prompts: `{found['command']}` on {found['gpu']}\n"
     return "\n".join([title, *([found["note"] + "\n"] if "note" in found else []), *lines, ""])
