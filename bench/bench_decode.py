@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from full_size import LITE, QWEN, ROUTING, V3, begun, by_model, keep, options_of, vram_budget
 from gpu_watch import GpuStatus, GpuWatch
-from prediction import RamRate, predicted
+from prediction import CpuNow, predicted
 
 from moe_engine import Engine
 from moe_engine.benchmark.routing import RecordedRouting
@@ -68,7 +68,7 @@ ROWS = [
 ]
 
 
-def run(path: Path, row: Row, device: str, ram: RamRate, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:
+def run(path: Path, row: Row, device: str, cpu: CpuNow, n_prompt: int, n_decode: int, repeats: int) -> dict[str, Any]:
     """Loads the model as the row says, decodes, checks the books and the peak."""
     options: dict[str, Any] = {
         "device": device,
@@ -117,7 +117,7 @@ def run(path: Path, row: Row, device: str, ram: RamRate, n_prompt: int, n_decode
     print(summary(found, middle), flush=True)
     found["predicted"] = predicted(
         path,
-        ram=ram.around(),
+        cpu=cpu,
         decode=statistics.median(rates),
         hit_rate=middle.hit_rate if row.routing == "own" else None,
         context=n_prompt + n_decode // 2,
@@ -204,12 +204,12 @@ def main() -> None:
     device = "simulated" if options.tiny else "cuda"
     results = begun("python bench/bench_decode.py", options)
     results |= {"python": platform.python_version()}
-    ram = RamRate()
+    cpu = CpuNow()
     for path, rows in by_model(ROWS, options):
         for row in rows:
             try:
                 sizes = (4, 3, 1) if options.tiny else (512, options.tokens, options.repeats)
-                results["rows"].append(run(path, row, device, ram, *sizes))
+                results["rows"].append(run(path, row, device, cpu, *sizes))
             except Exception as error:  # the other rows are still worth having
                 traceback.print_exc(limit=-4)
                 results["rows"].append({"row": row.name, "error": f"{type(error).__name__}: {error}"})

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from gpu_watch import GpuWatch
-from prediction import RamRate, Used, predicted
+from prediction import CpuNow, Used, predicted
 
 from moe_engine import Engine
 from moe_engine.config import format_size
@@ -105,7 +105,7 @@ def check(path: Path, device: str, n: int) -> float:
 
 
 def measure(
-    path: Path, setting: Setting, device: str, repeats: int, profile: int | None, ram: RamRate
+    path: Path, setting: Setting, device: str, repeats: int, profile: int | None, cpu: CpuNow
 ) -> list[dict[str, Any]]:
     longest = max(setting.targets)
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 24, "ubatch": longest + 8}
@@ -175,7 +175,7 @@ def measure(
         if profile:
             where_time_goes(engine, profile)
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
-    predictions = predicted(path, ram=ram.around(), prompts=rates, used=used, **options) or {}
+    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
@@ -235,7 +235,7 @@ def main() -> None:
     options = parser.parse_args()
     device = "simulated" if options.tiny else "cuda"
     results = begun("python bench/bench_prefill.py", options) | {"checks": {}}
-    ram = RamRate()
+    cpu = CpuNow()
     for path, settings in by_model(SETTINGS, options):
         model = settings[0].model
         results["checks"][model] = check(path, device, 3 if options.tiny else 40)
@@ -246,7 +246,7 @@ def main() -> None:
             if not targets:
                 continue
             one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
-            results["rows"] += measure(path, one, device, options.repeats, options.profile, ram)
+            results["rows"] += measure(path, one, device, options.repeats, options.profile, cpu)
             keep(results, options.out)
 
 

@@ -5,8 +5,8 @@
 Random models of the real shapes follow recorded routing (benchmark/routing.py). With miss=fetch every miss has its slot
 before the step goes on, as in the simulator: hits must be equal, or the row fails. With miss=auto what is in the slots
 depends on times as well: then the simulator's hits are only shown beside the engine's. Speeds are predicted from the
-simulated hits by what `moe-engine calibrate` has kept, with the RAM's rate of the same minute. `--tiny` is a dry run on
-the simulated device with few layers.
+simulated hits by what `moe-engine calibrate` has kept, corrected by what the CPU's experts take in the same minute.
+`--tiny` is a dry run on the simulated device with few layers.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from full_size import LITE, QWEN, ROUTING, begun, by_model, keep, options_of, vram_budget
-from prediction import RamRate, predicted
+from prediction import CpuNow, predicted
 
 from moe_engine import Engine
 from moe_engine.benchmark.engine_replay import simulated_hits
@@ -51,7 +51,7 @@ ROWS = [
 ]
 
 
-def run(path: Path, row: Row, device: str, ram: RamRate, n_prompt: int, n_decode: int) -> dict[str, Any]:
+def run(path: Path, row: Row, device: str, cpu: CpuNow, n_prompt: int, n_decode: int) -> dict[str, Any]:
     """Decodes twice (the first time kernels compile) and compares the second one with the simulator."""
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": n_prompt + n_decode + 8, "miss": row.miss}
     budget = vram_budget(path, row.share, **options)
@@ -96,7 +96,7 @@ def run(path: Path, row: Row, device: str, ram: RamRate, n_prompt: int, n_decode
     context = n_prompt + n_decode // 2
     rate = stats.decode_rate or 0.0
     found["predicted"] = predicted(
-        path, ram=ram.around(), decode=rate, found=by_layer, context=context, vram_budget=budget, **options
+        path, cpu=cpu, decode=rate, found=by_layer, context=context, vram_budget=budget, **options
     )
     return found
 
@@ -107,10 +107,10 @@ def main() -> None:
     options = parser.parse_args()
     results = begun("python bench/bench_simulator.py", options)
     sizes = (4, 3) if options.tiny else (512, options.tokens)
-    ram = RamRate()
+    cpu = CpuNow()
     for path, rows in by_model(ROWS, options):
         for row in rows:
-            results["rows"].append(run(path, row, "simulated" if options.tiny else "cuda", ram, *sizes))
+            results["rows"].append(run(path, row, "simulated" if options.tiny else "cuda", cpu, *sizes))
             keep(results, options.out)
 
 

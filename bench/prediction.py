@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from moe_engine.calibrate import ExpertCalls
 from moe_engine.calibration import Calibration, this_machine
 from moe_engine.config import EngineConfig
-from moe_engine.hardware import RAM_SAMPLE_BYTES
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.planner import DECODE_CONTEXT, plan
 from moe_engine.routing_estimate import Found, RoutingEstimate
@@ -34,26 +32,22 @@ class EvenUse(RoutingEstimate):
         return [-(-n_token * top_k // self.n_used)] * self.n_used
 
 
-class RamRate:
-    """Bytes per second that all threads read, noted around rows: on shared machines it changes by the minute."""
+class CpuNow:
+    """How fast the CPU's experts are around rows, by the calibrated: on shared machines RAM changes by the minute."""
 
     def __init__(self) -> None:
-        self._cpu = CpuKernels(EngineConfig().n_threads)
-        self._sample = torch.ones(RAM_SAMPLE_BYTES, dtype=torch.uint8)
-        self._last = self._now()
+        self._calls = ExpertCalls(CpuKernels(EngineConfig().n_threads), "Q4_K")
+        self._last = self._calls.seconds()
 
-    def _now(self) -> float:
-        return max(self._cpu.read_rate(self._sample) for _ in range(2))
-
-    def around(self) -> float:
+    def around(self, machine: Calibration) -> float:
         """Of now and of the last call, which was behind the last row."""
-        before, self._last = self._last, self._now()
-        return statistics.mean((before, self._last))
+        before, self._last = self._last, self._calls.seconds()
+        product = machine.cpu_experts["Q4_K"].seconds(self._calls.nbytes, self._calls.operations)
+        return (product + machine.cpu_call_seconds) / statistics.mean((before, self._last))
 
 
-def with_ram(machine: Calibration, ram: float) -> Calibration:
-    """The machine as it is while its RAM is slower or faster."""
-    factor = ram / machine.ram
+def at_speed(machine: Calibration, factor: float) -> Calibration:
+    """The machine while it reads faster from RAM, or slower."""
     experts = {t: replace(product, weights=product.weights * factor) for t, product in machine.cpu_experts.items()}
     return replace(machine, dram={n: rate * factor for n, rate in machine.dram.items()}, cpu_experts=experts)
 
@@ -61,7 +55,7 @@ def with_ram(machine: Calibration, ram: float) -> Calibration:
 def predicted(
     path: Path,
     *,
-    ram: float,
+    cpu: CpuNow,
     decode: float | None = None,
     prompts: dict[int, float] | None = None,
     used: dict[int, Used] | None = None,
@@ -72,7 +66,7 @@ def predicted(
 ) -> dict[str, Any] | None:
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
-    ram: what threads read per second while the row was measured, in place of what they did when it was calibrated.
+    cpu: what was begun before the row: by it the machine is corrected.
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
     planner expects it. found: the same by MoE layer. used: of prompts by tokens, likewise.
     options: as the row was loaded.
@@ -81,10 +75,11 @@ def predicted(
     if machine is None:
         print("  no prediction: run moe-engine calibrate first", flush=True)
         return None
-    planned = plan(path, machine=with_ram(machine, ram), **options)
+    factor = cpu.around(machine)
+    planned = plan(path, machine=at_speed(machine, factor), **options)
     predictor, shape = planned.predictor, planned.run_shape
     assert predictor is not None
-    result: dict[str, Any] = {"hit_rate": planned.hit_rate, "ram": ram}
+    result: dict[str, Any] = {"hit_rate": planned.hit_rate, "cpu_factor": factor}
     if decode is not None:
         if hit_rate is not None:
             n = len(shape.shares)
@@ -99,6 +94,6 @@ def predicted(
             prompt = replace(predictor, routing=EvenUse(round(of.n))).prompt(shape, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
-        if name not in ("hit_rate", "ram"):
+        if name not in ("hit_rate", "cpu_factor"):
             print(f"  predicted {name}: {speed['tokens_per_second']:.1f} tok/s, {speed['to_measured']:.2f} of measured")
     return result

@@ -88,24 +88,35 @@ def down_type(type: str) -> str:
     return type if N_FF % BY_NAME[type].block_size == 0 else "Q8_0"
 
 
+class ExpertCalls:
+    """Calls of the CPU's experts of a type, each with others of a pool far larger than the caches."""
+
+    def __init__(self, cpu: CpuKernels, type: str) -> None:
+        one = 3 * HIDDEN * N_FF // BY_NAME[type].block_size * BY_NAME[type].block_bytes
+        n_expert = max(2 * TOP_K, min(hardware.RAM_SAMPLE_BYTES, POOL_BYTES) // one)
+        gate, up = (filled(type, n_expert, N_FF, HIDDEN, make=_host_bytes) for _ in range(2))
+        self.cpu = cpu
+        self.handle = cpu.register_experts(gate, up, filled(down_type(type), n_expert, HIDDEN, N_FF, make=_host_bytes))
+        self.turns = [torch.arange(i, i + TOP_K)[None] for i in range(0, n_expert - TOP_K + 1, TOP_K)]
+        self.nbytes = TOP_K * sum(w.nbytes for w in (gate, up, self.handle.down)) / n_expert  # of a call
+        self.operations = 6.0 * HIDDEN * N_FF * TOP_K  # for each token
+
+    def seconds(self, n_token: int = 1, n_expert: int = TOP_K, n_call: int | None = None) -> float:
+        """Median of at most `n_call` calls, after one that warms up."""
+        x = torch.ones(n_token, HIDDEN)
+        weights = torch.full((n_token, n_expert), 1 / TOP_K)
+        chosen = [ids[:, :n_expert].expand(n_token, n_expert).contiguous() for ids in self.turns[:n_call]]
+        return _median([partial(self.cpu.expert_ffn, self.handle, x, ids, weights) for ids in chosen])
+
+
 def _cpu_product(cpu: CpuKernels, type: str) -> tuple[Product, float]:
-    """From 1 token and from many, with other experts at every call; and seconds of a call besides."""
-    one = 3 * HIDDEN * N_FF // BY_NAME[type].block_size * BY_NAME[type].block_bytes
-    n_expert = max(2 * TOP_K, min(hardware.RAM_SAMPLE_BYTES, POOL_BYTES) // one)
-    gate, up = (filled(type, n_expert, N_FF, HIDDEN, make=_host_bytes) for _ in range(2))
-    handle = cpu.register_experts(gate, up, filled(down_type(type), n_expert, HIDDEN, N_FF, make=_host_bytes))
-    x = torch.ones(1, HIDDEN)
-    weights = torch.full((1, TOP_K), 1 / TOP_K)
-    turns = [torch.arange(i, i + TOP_K)[None] for i in range(0, n_expert - TOP_K + 1, TOP_K)]
-    nbytes = TOP_K * sum(w.nbytes for w in (handle.gate, handle.up, handle.down)) / n_expert
-    few = _median([partial(cpu.expert_ffn, handle, x, ids, weights) for ids in turns])
-    fewer = _median([partial(cpu.expert_ffn, handle, x, ids[:, :FEW], weights[:, :FEW]) for ids in turns])
+    """From 1 token and from many; and seconds of a call besides."""
+    calls = ExpertCalls(cpu, type)
+    few, fewer = calls.seconds(), calls.seconds(n_expert=FEW)
     fixed = min(max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW)), few / 2)  # times may be disturbed
-    rows, share = x.expand(CPU_TOKENS, HIDDEN).contiguous(), weights.expand(CPU_TOKENS, TOP_K).contiguous()
-    chosen = [ids.expand(CPU_TOKENS, TOP_K).contiguous() for ids in turns[:MANY_CALLS]]
-    many = _median([partial(cpu.expert_ffn, handle, rows, ids, share) for ids in chosen])
-    operations = 6.0 * HIDDEN * N_FF * TOP_K
-    return Product.through(nbytes, (operations, few - fixed), (CPU_TOKENS * operations, many - fixed)), fixed
+    many = calls.seconds(CPU_TOKENS, n_call=MANY_CALLS)
+    operations = calls.operations
+    return Product.through(calls.nbytes, (operations, few - fixed), (CPU_TOKENS * operations, many - fixed)), fixed
 
 
 def _median(calls: list[Callable[[], object]]) -> float:

@@ -32,7 +32,7 @@ COPY_SIZES = tuple(1 << shift for shift in range(16, 27))  # 64 KiB to 64 MiB
 N_EXPERT = 128
 FINITE = 0x77  # bits of random weights that leave scales in half precision finite
 ATTENTION_TOKENS, N_HEAD, N_KV_HEAD, HEAD_DIM = 4096, 32, 4, 128  # of Qwen3-30B-A3B
-MODEL, LAYERS, STEPS = "qwen3-30b-a3b", 4, 128  # for decode steps
+MODEL, LAYERS, STEPS, RUNS = "qwen3-30b-a3b", 4, 128, 7  # for decode steps
 STREAM_SLOTS, STREAM_CHUNKS = 4, 5  # cached experts of each size, and chunks that a layer's others come in
 PROMPTS = 45  # of the bundled model, each way: some tenths of a second, for hosts pause
 
@@ -186,12 +186,14 @@ def _decode_costs(
 
 
 def _step_seconds(path: Path | None, device: torch.device, threads: int, experts: str) -> tuple[float, ModelWork]:
-    """Of drawn tokens: greedy ones soon choose the same experts again and again, which caches hold."""
+    """Of drawn tokens: greedy ones soon choose the same experts again and again. A median, because hosts pause."""
     options: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": 512, "profile": False}
     with Engine.load(path, experts=experts, **options) as engine:
-        for _ in range(2):  # the first one compiles and captures
-            stats = engine.generate([1], max_tokens=STEPS, temperature=1.0, ignore_eos=True, seed=1).stats
-        return stats.decode_seconds / max(stats.steps, stats.decode_tokens, 1), _work(engine)
+        seconds = []
+        for seed in range(1 + RUNS):  # the first one compiles and captures
+            stats = engine.generate([1], max_tokens=STEPS, temperature=1.0, ignore_eos=True, seed=seed).stats
+            seconds.append(stats.decode_seconds / max(stats.steps, stats.decode_tokens, 1))
+        return statistics.median(seconds[1:]), _work(engine)
 
 
 def _work(engine: Engine) -> ModelWork:

@@ -101,7 +101,7 @@ struct WorkerStats {
     // By layer: experts prefetched into slots; those chosen when their layer came, in time and too late; the rest
     // was wasted.
     std::vector<int64_t> prefetched, prefetched_in_time, prefetched_late;
-    // Steps that followed another without delay, and their nanoseconds: without and with prefetch; without and with
+    // Steps that followed another without delay, and their nanoseconds, at most twice the usual: without and with prefetch; without and with
     // misses that the GPU may compute late; without and with pulling.
     std::array<std::pair<int64_t, int64_t>, 2> timed{}, timed_late{}, timed_pulled{};
     Rates rates{};
@@ -249,7 +249,7 @@ class DecodeWorker {
     std::vector<double> in_time_;        // by layer: the share of prefetches that were chosen in time, lately
     std::vector<int64_t> passed_over_;   // by layer: chances not taken since the last prefetch
     bool step_prefetches_ = false, follows_ = false;  // the step at hand: prefetches; began as the last one ended
-    int64_t published_ = 0;                           // when the last step was, nanoseconds
+    int64_t published_ = 0, usual_ns_ = 0;            // when the last step was, and what one takes lately, nanoseconds
 
     // The layer step at hand.
     enum class Fate : uint8_t { none, cpu, late };
