@@ -4,12 +4,17 @@
 
 Writes random models of the real shapes. A first check compares the logits of a prompt with those of the engine that
 computes expert by expert in f32. The bound of a row is max(bytes streamed / PCIe rate, operations / rate of a bf16
-matrix product), both rates measured in the run. `--profile N` adds where the GPU's time goes for a prompt of N tokens.
+matrix product), both rates measured in the run. The GPU is idle while no kernel runs, by torch's profiler afterwards.
 `--tiny` is a dry run on the simulated device.
 """
 
+import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +57,8 @@ SETTINGS = [
 ]
 
 
-IDLE_FROM, IDLE_SECONDS = 512, 2.0  # prompts of which the GPU's idle share is measured, each for so long
+BUSY_FROM = 512  # tokens of prompts of which is measured how long kernels run
+WARM_SECONDS = 1.5  # a machine that has just loaded is slow at first
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -104,9 +110,7 @@ def check(path: Path, device: str, n: int) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def measure(
-    path: Path, setting: Setting, device: str, repeats: int, profile: int | None, cpu: CpuNow
-) -> list[dict[str, Any]]:
+def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow) -> list[dict[str, Any]]:
     longest = max(setting.targets)
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 24, "ubatch": longest + 8}
     options |= {"profile": False}
@@ -127,8 +131,9 @@ def measure(
         assert experts.prompt is not None
         while experts.store.is_locking:
             time.sleep(0.1)
-        for seed in range(repeats):  # a machine that has just loaded is slow at first
-            engine.generate(prompt(1, seed), max_tokens=16)
+        started = time.perf_counter()
+        while device == "cuda" and time.perf_counter() - started < WARM_SECONDS:
+            engine.generate(prompt(min(512, longest), 0), max_tokens=16)
         rate, hardware = matrix_rate(engine.device), engine.hardware
         for n, target in setting.targets.items():
             for seed in range(2):
@@ -142,7 +147,7 @@ def measure(
             middle = statistics.median(seconds)
             n_used = sum(counts[where] for where in ("cached", "streamed", "cpu"))
             if n_used:
-                used[n] = Used(n_used / len(experts.layouts), counts["cached"] / len(experts.layouts))
+                used[n] = Used(n_used / len(experts.layouts), counts["cached"] / len(experts.layouts), in_steps=False)
             elif experts.n_slot < experts.slot_table.numel():  # else nothing is posted
                 used[n] = used_by_last_step(engine, (n - 1) % PROMPT_TOKENS + 1)
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
@@ -160,40 +165,30 @@ def measure(
                 "slots": experts.n_slot,
                 "used": vars(used[n]) if n in used else None,
             }
-            if n >= IDLE_FROM and isinstance(setting.cache, str):
-                row["gpu_idle_share"] = idle_share(engine, n, device)
             rows.append(row)
             missed = "" if target is None or n / middle >= target else " MISSED"
             print(
                 f"{setting.name:32} {n:6} tokens {n / middle:9.0f} tok/s (target {target or '-'}){missed}, "
                 f"{middle * 1e3:8.1f} ms, link {link * 1e3:7.1f}, matrix {gpu * 1e3:6.1f} ms, "
                 f"cached {counts['cached']:.0f} streamed {counts['streamed']:.0f} cpu {counts['cpu']:.0f} "
-                f"unused {counts['unused']:.0f}, GPU idle {row.get('gpu_idle_share')}",
+                f"unused {counts['unused']:.0f}",
                 flush=True,
             )
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
-        if profile:
-            where_time_goes(engine, profile)
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
     predictions = predicted(path, cpu=cpu, prompts=rates, used=used, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
+    longer = [row for row in rows if row["prompt"] >= BUSY_FROM] if isinstance(setting.cache, str) else []
+    if device == "cuda" and longer:
+        for row, busy in zip(longer, busy_seconds(path, options, [row["prompt"] for row in longer]), strict=True):
+            row["gpu_idle_share"] = 1 - busy / statistics.median(row["seconds"])
+        print("  GPU idle: " + ", ".join(f"{row['prompt']} {row['gpu_idle_share']:.0%}" for row in longer), flush=True)
     if watch.status is not None:
         over = " PEAK OVER BUDGET" if watch.peak > options["vram_budget"] else ""
         print(f"  peak {format_size(watch.peak)} of {format_size(options['vram_budget'])}{over}", flush=True)
     return rows
-
-
-def idle_share(engine: Engine, n: int, device: str) -> float | None:
-    """Of the time of prompts one behind another, in which no kernel runs."""
-    with GpuWatch.of(device) as watch:
-        start, seed = time.perf_counter(), 0
-        while time.perf_counter() - start < IDLE_SECONDS:
-            seed += 1
-            engine.generate(prompt(n, 50 + seed % 8), max_tokens=0)
-    later = watch.busy[len(watch.busy) // 2 :]  # a sample is of up to a second before it
-    return 1 - statistics.mean(later) if later else None
 
 
 def used_by_last_step(engine: Engine, n_token: int) -> Used:
@@ -206,33 +201,48 @@ def used_by_last_step(engine: Engine, n_token: int) -> Used:
     return Used(
         float(np.mean([len(np.unique(ids[:, layer])) for layer in layers])),
         float(np.mean([len(np.unique(ids[:, layer][slots[:, layer] >= 0])) for layer in layers])),
+        in_steps=True,
     )
 
 
-def where_time_goes(engine: Engine, n: int) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiled
+def busy_seconds(path: Path, options: dict[str, Any], lengths: Sequence[int]) -> list[float]:
+    """Of prompts, in which a kernel was running. In a process of its own: who was profiled once may stay slow."""
+    command = [sys.executable, __file__, "--busy", json.dumps([str(path), options, list(lengths)])]
+    found: list[float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
 
-    with profiled(activities=[ProfilerActivity.CUDA]) as found:
-        start = time.perf_counter()
-        engine.generate(prompt(n, 99), max_tokens=0)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    events = [event for event in found.key_averages() if event.device_time_total > 0]
-    busy = sum(event.device_time_total for event in events if "Memcpy" not in event.key) * 1e-6
-    print(
-        f"  {n} tokens under the profiler: {seconds * 1e3:.1f} ms, kernels {busy * 1e3:.1f} ms ({busy / seconds:.0%})"
-    )
-    for event in sorted(events, key=lambda event: -event.device_time_total)[:24]:
-        print(f"    {event.device_time_total / 1e3:8.2f} ms {event.count:6} x {event.key[:90]}", flush=True)
+
+def profiled(path: Path, options: dict[str, Any], lengths: Sequence[int]) -> list[float]:
+    from torch.profiler import ProfilerActivity, profile
+
+    seconds = []
+    with Engine.load(path, **options) as engine:
+        for n in lengths:
+            for seed in range(2):
+                engine.generate(prompt(n, seed), max_tokens=0)
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                engine.generate(prompt(n, 10), max_tokens=0)
+                torch.cuda.synchronize()
+            kernels = [event for event in found.events() or () if event.device_type.name == "CUDA"]
+            spans = sorted((e.time_range.start, e.time_range.end) for e in kernels if not e.name.startswith("Mem"))
+            busy = until = 0.0
+            for start, end in spans:  # microseconds; several streams may be at work
+                busy += max(0.0, end - max(start, until))
+                until = max(until, end)
+            seconds.append(busy * 1e-6)
+    return seconds
 
 
 def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--lengths", help="only these prompt lengths, with commas")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", type=int)
+    parser.add_argument("--busy", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.busy:
+        path, engine_options, lengths = json.loads(options.busy)
+        print(json.dumps(profiled(Path(path), engine_options, lengths)))
+        return
     device = "simulated" if options.tiny else "cuda"
     results = begun("python bench/bench_prefill.py", options) | {"checks": {}}
     cpu = CpuNow()
@@ -246,7 +256,7 @@ def main() -> None:
             if not targets:
                 continue
             one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
-            results["rows"] += measure(path, one, device, options.repeats, options.profile, cpu)
+            results["rows"] += measure(path, one, device, options.repeats, cpu)
             keep(results, options.out)
 
 

@@ -25,6 +25,7 @@ from moe_engine.expert_cache import CachedExperts
 from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.policies.registry import policy_of
 from moe_engine.routing_estimate import Found
+from moe_engine.trial_switch import TRIAL
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ ROWS = [
 
 
 def run(path: Path, row: Row, device: str, cpu: CpuNow, n_prompt: int, n_decode: int) -> dict[str, Any]:
-    """Decodes twice (the first time kernels compile) and compares the second one with the simulator."""
-    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": n_prompt + n_decode + 8, "miss": row.miss}
+    """Decodes twice (first kernels compile, and the engine tries its ways) and compares the second time with the
+    simulator."""
+    n_first = n_decode if device == "simulated" else max(n_decode, 2 * TRIAL)
+    options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": n_prompt + n_first + 8, "miss": row.miss}
     budget = vram_budget(path, row.share, **options)
     ways: dict[str, Any] = {"policy": row.policy, "lookahead": False, "prefetch": "off"}
     with Engine.load(path, vram_budget=budget, profile=False, **ways, **options) as engine:
@@ -67,8 +70,8 @@ def run(path: Path, row: Row, device: str, cpu: CpuNow, n_prompt: int, n_decode:
         decoder.worker.settle()  # all slots are filled
         residents = [decoder.worker.residents(layer) for layer in range(choices.shape[1])]
         prompt = [i * 7919 % 400 for i in range(n_prompt)]
-        for _ in range(2):
-            stats = engine.generate(prompt, temperature=0, max_tokens=n_decode, ignore_eos=True).stats
+        for n in (n_first, n_decode):
+            stats = engine.generate(prompt, temperature=0, max_tokens=n, ignore_eos=True).stats
         decoder.worker.settle()
         decoder.worker.check_integrity()
         steps = np.setdiff1d(np.arange(1, decoder.launched + 1), decoder.idle_steps) % len(choices)

@@ -1,7 +1,7 @@
-"""Samples of what a GPU's management library says while something runs: memory in use, share of the time at work.
+"""Samples of the memory that a GPU has in use while something runs, by its management library.
 
-These are the numbers of nvidia-smi without its program: starting that ten times a second takes processor time from what
-is measured (https://docs.nvidia.com/deploy/nvml-api).
+The number is nvidia-smi's, without its program: starting that ten times a second takes processor time from what is
+measured (https://docs.nvidia.com/deploy/nvml-api).
 """
 
 import ctypes
@@ -23,10 +23,6 @@ class _Memory(ctypes.Structure):
         ("free", ctypes.c_ulonglong),
         ("used", ctypes.c_ulonglong),
     ]
-
-
-class _Utilization(ctypes.Structure):
-    _fields_ = [("gpu", ctypes.c_uint), ("memory", ctypes.c_uint)]
 
 
 class GpuStatus:
@@ -53,12 +49,6 @@ class GpuStatus:
         self._call("nvmlDeviceGetMemoryInfo_v2", self._device, ctypes.byref(memory))
         return int(memory.used)
 
-    def busy(self) -> float:
-        """Share of the time, of the last sixth of a second to second, in which a kernel was running."""
-        rates = _Utilization()
-        self._call("nvmlDeviceGetUtilizationRates", self._device, ctypes.byref(rates))
-        return float(rates.gpu) / 100
-
 
 @dataclass
 class GpuWatch:
@@ -66,7 +56,6 @@ class GpuWatch:
 
     status: GpuStatus | None
     peak: int = 0  # bytes
-    busy: list[float] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -76,7 +65,6 @@ class GpuWatch:
     def _watch(self, status: GpuStatus) -> None:
         while not self._stop.wait(SECONDS):
             self.peak = max(self.peak, status.used())
-            self.busy.append(status.busy())
 
     def __enter__(self) -> Self:
         if self.status is not None:

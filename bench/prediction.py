@@ -16,10 +16,11 @@ from moe_engine.routing_estimate import Found, RoutingEstimate
 
 @dataclass(frozen=True)
 class Used:
-    """Experts of a layer that a prompt has used, on average, and how many of them were in slots."""
+    """Experts of a layer that a prompt has used, on average, how many of them were in slots, and the engine's way."""
 
     n: float
     cached: float
+    in_steps: bool
 
 
 class EvenUse(RoutingEstimate):
@@ -91,7 +92,9 @@ def predicted(
         if used and n_token in used:
             of = used[n_token]
             shape = replace(planned.run_shape, shares=(of.cached / of.n,) * len(planned.run_shape.shares))
-            prompt = replace(predictor, routing=EvenUse(round(of.n))).prompt(shape, n_token)
+            predictor_of_use = replace(predictor, routing=EvenUse(round(of.n)))
+            # The engine, which chooses, does not know how few experts random weights use.
+            prompt = (predictor_of_use.in_steps if of.in_steps else predictor_of_use.streamed)(shape, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
         if name not in ("hit_rate", "cpu_factor"):
