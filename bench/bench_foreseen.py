@@ -2,8 +2,8 @@
 
     python bench/bench_foreseen.py
 
-Replays data/routing.npz (12 layers, 64 experts, top 8, trained) in one pool for all layers, in some minutes. "kept": what
-the next two layers will probably choose is not evicted. "one copy": besides, each layer copies one expert that is
+Replays data/routing.npz (12 layers, 64 experts, top 8, trained) in one pool for all layers, in some minutes. "kept":
+what the next two layers will probably choose is not evicted. "one copy": besides, each layer copies one expert that is
 predicted of the next layer and absent, the likeliest, before that layer comes, as where copies take as long as a layer.
 """
 
