@@ -101,7 +101,7 @@ class EngineConfig(_Options):
                  copies them into slots first, "auto" divides them so that both finish together.
     policy       who leaves the slots, and what is worth one: NAME[:key=value,...], of the policies with a native twin.
     lookahead    while the GPU is in attention, the CPU pulls experts that it will probably compute next from RAM into
-                 its caches, as long as that is measured to be faster. Results do not depend on it.
+                 its caches, as long as that or prefetch is measured to be faster. Results do not depend on it.
     prefetch     experts that will probably be needed two layers later are copied into slots while the link is idle:
                  "off", "always", or "auto", as long as that is measured to be faster.
     exact        tokens do not depend on the cache's size, contents or timing, bit for bit: every miss is fetched.

@@ -47,8 +47,8 @@ class GraphDecoder:
     ) -> None:
         """misses: the form of step to run; of two, the first, and the second as long as that is found to be faster.
 
-        lookahead: whether the CPU pulls predicted experts into its caches, as long as that is found to be faster. This
-        and prefetch may be changed between generations.
+        lookahead: whether the CPU pulls predicted experts into its caches: in steps that prefetch, and in others as
+        long as that is found to be faster. This and prefetch may be changed between generations.
         """
         self.step, self.worker, self.misses = step, worker, misses
         self.prefetch = TrialSwitch(prefetch)

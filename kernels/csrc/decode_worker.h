@@ -101,8 +101,8 @@ struct WorkerStats {
     // By layer: experts prefetched into slots; those chosen when their layer came, in time and too late; the rest
     // was wasted.
     std::vector<int64_t> prefetched, prefetched_in_time, prefetched_late;
-    // Steps that followed another without delay, and their nanoseconds, at most twice the usual: without and with prefetch; without and with
-    // misses that the GPU may compute late; without and with pulling.
+    // Steps that followed another without delay, and their nanoseconds, at most twice the usual: without and with
+    // prefetch; without and with misses that the GPU may compute late; without and with pulling.
     std::array<std::pair<int64_t, int64_t>, 2> timed{}, timed_late{}, timed_pulled{};
     Rates rates{};
 };
