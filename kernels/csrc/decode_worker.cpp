@@ -151,8 +151,8 @@ void DecodeWorker::publish(const Step& step) {
         published_ = now();
         if (follows_ && !step.idle) {
             // The system may take a processor away, for longer than steps differ.
-            const int64_t ns = std::min(published_ - before, usual_ns_ > 0 ? 2 * usual_ns_ : published_ - before);
-            usual_ns_ += usual_ns_ > 0 ? (ns - usual_ns_) / 16 : ns;
+            const int64_t took = published_ - before, ns = usual_ns_ > 0 ? std::min(took, 2 * usual_ns_) : took;
+            usual_ns_ = usual_ns_ > 0 ? usual_ns_ + (ns - usual_ns_) / 16 : ns;
             for (auto* timed : {&stats_.timed[step_prefetches_], &stats_.timed_late[step.allow_late],
                                 &stats_.timed_pulled[step.pull]}) {
                 ++timed->first;
