@@ -31,6 +31,7 @@ from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.inspection import inspect_file
+from moe_engine.stats import PromptCounts
 
 
 @dataclass(frozen=True)
@@ -138,25 +139,23 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
         for n, target in setting.targets.items():
             for seed in range(2):
                 engine.generate(prompt(n, seed), max_tokens=0)  # compiles
+            runs: list[tuple[float, Used | None]] = []
             before = replace(experts.prompt.counts)
-            seconds = []
             for seed in range(repeats):
+                earlier = replace(experts.prompt.counts)
                 stats = engine.generate(prompt(n, 10 + seed), max_tokens=0).stats
-                seconds.append(stats.prompt_seconds)
+                runs.append((stats.prompt_seconds, used_by_prompt(engine, experts, n, earlier)))
             counts = {key: n / repeats for key, n in vars(experts.prompt.counts.since(before)).items()}
-            middle = statistics.median(seconds)
-            n_used = sum(counts[where] for where in ("cached", "streamed", "cpu"))
-            if n_used:
-                used[n] = Used(n_used / len(experts.layouts), counts["cached"] / len(experts.layouts), in_steps=False)
-            elif experts.n_slot < experts.slot_table.numel():  # else nothing is posted
-                used[n] = used_by_last_step(engine, (n - 1) % PROMPT_TOKENS + 1)
+            middle, of_middle = sorted(runs, key=lambda run: run[0])[repeats // 2]
+            if of_middle is not None:
+                used[n] = of_middle
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {
                 "row": setting.name,
                 "prompt": n,
                 "target": target,
                 "tokens_per_second": n / middle,
-                "seconds": seconds,
+                "seconds": [seconds for seconds, _ in runs],
                 "bound_share": max(link, gpu) / middle,
                 "link_seconds": link,
                 "gpu_seconds": gpu,
@@ -191,13 +190,19 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
     return rows
 
 
-def used_by_last_step(engine: Engine, n_token: int) -> Used:
-    """Of a prompt that went through steps."""
+def used_by_prompt(engine: Engine, experts: CachedExperts, n_token: int, before: PromptCounts) -> Used | None:
+    """Of the last prompt; of one in steps, by the last of these. before: what was counted until then. None where all
+    experts are in slots, and nothing is counted."""
+    assert experts.prompt is not None
+    found, n_layer = experts.prompt.counts.since(before), len(experts.layouts)
+    if n_used := found.cached + found.streamed + found.cpu:
+        return Used(n_used / n_layer, found.cached / n_layer, in_steps=False)
+    if experts.holds_all:
+        return None
     assert isinstance(engine.decoder, GraphDecoder)
-    decoder = engine.decoder
-    ids, _ = decoder.step.routing(decoder.launched, n_token)
-    slots = decoder.step.slots_found(decoder.launched, n_token)
-    layers = range(ids.shape[1])
+    step, number, n_last = engine.decoder.step, engine.decoder.launched, (n_token - 1) % PROMPT_TOKENS + 1
+    ids, slots = step.routing(number, n_last)[0], step.slots_found(number, n_last)
+    layers = range(n_layer)
     return Used(
         float(np.mean([len(np.unique(ids[:, layer])) for layer in layers])),
         float(np.mean([len(np.unique(ids[:, layer][slots[:, layer] >= 0])) for layer in layers])),
@@ -236,7 +241,7 @@ def profiled(path: Path, options: dict[str, Any], lengths: Sequence[int]) -> lis
 def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--lengths", help="only these prompt lengths, with commas")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="odd")
     parser.add_argument("--busy", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.busy:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -21,6 +21,8 @@ class Launched:
     integers are one or need 64 bits, and all constants. That is at least as fine as Triton's own distinctions.
     """
 
+    n_known: ClassVar[int] = 0  # launches of all kernels that were looked up: a first one may compile for seconds
+
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
         self._constants = [param.name for param in kernel.params if param.is_constexpr]
@@ -37,6 +39,7 @@ class Launched:
         if known is None:
             assert len(args) == self._n_plain, f"{len(args)} plain arguments, expected {self._n_plain}"
             compiled = self._kernel[grid](*args, **constants)
+            Launched.n_known += 1
             self._known[key] = compiled, tuple(constants.get(name, self._defaults[name]) for name in self._constants)
             return
         compiled, in_order = known

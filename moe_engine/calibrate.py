@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from moe_engine import hardware
-from moe_engine.calibration import Calibration, Product, processor_name
+from moe_engine.calibration import Calibration, CpuProduct, processor_name
 from moe_engine.errors import CalibrationError
 from moe_engine.kernels.cpu import CpuKernels, host_buffer
 from moe_engine.kernels.quant_tensor import QuantTensor
@@ -109,14 +109,14 @@ class ExpertCalls:
         return _median([partial(self.cpu.expert_ffn, self.handle, x, ids, weights) for ids in chosen])
 
 
-def _cpu_product(cpu: CpuKernels, type: str) -> tuple[Product, float]:
+def _cpu_product(cpu: CpuKernels, type: str) -> tuple[CpuProduct, float]:
     """From 1 token and from many; and seconds of a call besides."""
     calls = ExpertCalls(cpu, type)
     few, fewer = calls.seconds(), calls.seconds(n_expert=FEW)
     fixed = min(max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW)), few / 2)  # times may be disturbed
     many = calls.seconds(CPU_TOKENS, n_call=MANY_CALLS)
     operations = calls.operations
-    return Product.through(calls.nbytes, (operations, few - fixed), (CPU_TOKENS * operations, many - fixed)), fixed
+    return CpuProduct.through(calls.nbytes, (operations, few - fixed), (CPU_TOKENS * operations, many - fixed)), fixed
 
 
 def _median(calls: list[Callable[[], object]]) -> float:

@@ -19,7 +19,7 @@ from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.prompt_split import PromptRates
 
-MAGIC, VERSION = "moe_engine calibration", 3
+MAGIC, VERSION = "moe_engine calibration", 4
 _LARGEST_FILE = 1 << 20
 _LARGEST_NUMBER = 1e30
 
@@ -48,6 +48,22 @@ class Product:
         if slope <= 0 or rest <= 0:
             return cls(nbytes / few[1], many[0] / many[1])
         return cls(nbytes / rest, 1 / slope)
+
+
+@dataclass(frozen=True)
+class CpuProduct(Product):
+    """On the CPU some threads read weights while others multiply: seconds are the root of the two's sum of squares."""
+
+    def seconds(self, nbytes: float, operations: float) -> float:
+        return math.hypot(nbytes / self.weights, operations / self.operations)
+
+    @classmethod
+    def through(cls, nbytes: float, few: tuple[float, float], many: tuple[float, float]) -> Self:
+        slope = (many[1] ** 2 - few[1] ** 2) / (many[0] ** 2 - few[0] ** 2)
+        rest = few[1] ** 2 - slope * few[0] ** 2
+        if slope <= 0 or rest <= 0:
+            return cls(nbytes / few[1], many[0] / many[1])
+        return cls(nbytes / math.sqrt(rest), 1 / math.sqrt(slope))
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class Calibration:
     threads: int
     ram_bytes: int
     dram: dict[int, float]
-    cpu_experts: dict[str, Product]
+    cpu_experts: dict[str, CpuProduct]
     cpu_call_seconds: float  # what a call of the CPU's experts takes besides reading weights: threads meet, some idle
     disk: float | None
     gpu: Gpu | None
@@ -196,7 +212,8 @@ class _Check:
             return {n: self._number(f"{key}.{n}", rate) for n, rate in self._map(key, value, by_type=False).items()}
         if name in ("cpu_experts", "prompt"):
             products = self._map(key, value, by_type=True)
-            return {t: Product(**self.fields(Product, p, f"{key}.{t}.")) for t, p in products.items()}
+            kind = CpuProduct if name == "cpu_experts" else Product
+            return {t: kind(**self.fields(kind, p, f"{key}.{t}.")) for t, p in products.items()}
         if name in ("decode", "dequantize"):
             return {t: self._number(f"{key}.{t}", rate) for t, rate in self._map(key, value, by_type=True).items()}
         if name == "disk" and value is None:

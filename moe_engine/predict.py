@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_engine.calibration import Calibration, Gpu, Product, closest
-from moe_engine.costs import PromptLayer, StepCosts, layer_terms, miss_seconds
+from moe_engine.costs import PromptLayer, StepCosts, miss_seconds
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
 from moe_engine.routing_estimate import Found, RoutingEstimate
@@ -209,7 +209,7 @@ class Predictor:
         """Seconds by the resource that bounds each layer."""
         gpu, work = self.machine.gpu, self.work
         counts = self.routing.counts(n, work.n_expert, work.top_k)
-        disk = 0.0 if self.machine.disk is None else len(counts) / self.machine.disk  # seconds of a byte of all in use
+        disk = 0.0 if self.machine.disk is None else 1 / self.machine.disk  # seconds of a byte
         attention = work.attention_operations * n * (start + (n + 1) / 2)
         if gpu is None or not shape.on_gpu:
             products = sum(self._cpu_product(layer, len(counts), n * work.top_k) for layer in work.experts)
@@ -219,7 +219,7 @@ class Predictor:
                 products += closest(self.machine.cpu_experts, type).seconds(nbytes, operations)
             products += attention / next(iter(self.machine.cpu_experts.values())).operations
             on_disk = sum((1 - r) * layer.nbytes for r, layer in zip(shape.in_ram, work.experts, strict=True))
-            return {"cpu": products, "disk": disk * on_disk}
+            return {"cpu": products, "disk": len(counts) * disk * on_disk}
         expand = sum(nbytes / closest(gpu.dequantize, type) for type, nbytes in work.prompt_dense.items())
         products = 2 * n * work.prompt_weights / gpu.matmul + attention / gpu.attention
         dense = (expand + products + n * work.activation_bytes / gpu.copy) / work.n_block
@@ -230,20 +230,22 @@ class Predictor:
         places = zip(shape.shares, shape.in_ram, shape.fixed, strict=True)
         for layer, place in zip(work.experts, places, strict=True):
             alike.setdefault((place, (layer.nbytes, *layer.by_type.items())), []).append(layer)
+        streams = False  # a layer before
         for ((share, in_ram, fixed), _), layers in alike.items():
-            layer = layers[0]
+            layer, n_layer = layers[0], len(layers)
+            found = self._prompt_layer(layer, share, counts, dense)
             if fixed and not share:  # the CPU computes all of these
                 terms = {"cpu": dense + self._cpu_product(layer, len(counts), n * work.top_k)}
-            else:
-                found = self._prompt_layer(layer, share, counts, dense)
-                if share < 1:
-                    terms = layer_terms(found, max(gpu.pcie.values())) | {  # neighbours are copied at once
-                        "disk": disk * (1 - share) * (1 - in_ram) * layer.nbytes
-                    }
-                else:  # nothing waits for the host
-                    terms = {"gpu": found.gpu_seconds(found.cached), "launches": in_vram}
+                seconds = n_layer * terms["cpu"]
+            elif share < 1:
+                terms = found.terms(max(gpu.pcie.values()), disk * (1 - in_ram))  # neighbours are copied at once
+                seconds = found.seconds(terms, ahead=streams) + (n_layer - 1) * found.seconds(terms, ahead=True)
+                streams = True
+            else:  # nothing waits for the host
+                terms = {"gpu": dense + found.products, "launches": in_vram}
+                seconds = n_layer * max(terms.values())
             name = max(terms, key=lambda name: terms[name])
-            bound[name] = bound.get(name, 0.0) + len(layers) * terms[name]
+            bound[name] = bound.get(name, 0.0) + seconds
         return bound
 
     def _prompt_layer(self, layer: ExpertLayer, share: float, counts: list[int], dense: float) -> PromptLayer:

@@ -11,6 +11,7 @@ from moe_engine.decoder import Decoder
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.experts import Experts
 from moe_engine.graph_decoder import GraphDecoder
+from moe_engine.kernels.launch import Launched
 from moe_engine.kv_cache import KVCache
 from moe_engine.model import Transformer
 from moe_engine.prompt_split import PromptRates, PromptWay
@@ -62,7 +63,7 @@ class Prefill:
         n = len(ids) - first
         if n == 0:
             return
-        started, in_steps, typical = time.perf_counter(), False, True
+        started, n_known, in_steps, typical = time.perf_counter(), Launched.n_known, False, True
         rates = self._rates()
         if self._way is not None and len(ids) + PROMPT_TOKENS <= self.cache.capacity:
             in_steps = self._way.in_steps(n, rates)
@@ -75,7 +76,7 @@ class Prefill:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
             typical = n <= self.ubatch
-        if self._way is not None and typical:
+        if self._way is not None and typical and Launched.n_known == n_known:  # else kernels may have been compiled
             self._way.note(n, in_steps, time.perf_counter() - started, rates)
 
     def _rates(self) -> PromptRates:

@@ -15,7 +15,7 @@ NEWEST = 0.2  # weight of the newest measurement in what is learnt
 UNTRIED = 0.5  # what streaming may take, by what is expected, as long as nobody has tried
 TRIED_ABOVE = 256  # tokens: kernels compile for seconds the first time, and steps of shorter prompts take little
 COMPARED = 2048  # tokens up to which streaming is what is learnt of; longer prompts are bound by products
-TRIALS = 2  # the faster of them counts: the other one may have compiled kernels
+TRIALS = 2  # the faster of them counts: a first one may be slow for reasons of its own
 
 
 @dataclass(frozen=True)

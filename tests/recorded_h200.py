@@ -16,18 +16,31 @@ bench; seconds of a prompt's streamed layer, which the host was seen to take; th
 
 from dataclasses import dataclass, replace
 
-from moe_engine.calibration import Calibration, Gpu, Product
+from moe_engine.calibration import Calibration, CpuProduct, Gpu, Product
+from moe_engine.kernels.quant_types import BY_NAME
+
+
+def _cpu(**rates: tuple[float, float]) -> dict[str, CpuProduct]:
+    """By type, bytes and operations per second as they were calibrated when their times were still added: through the
+    same two times, of 8 experts with 1 and 64 tokens."""
+    found, weights = {}, 8 * 3 * 2048 * 768
+    for type, (reading, multiplying) in rates.items():
+        nbytes = weights / BY_NAME[type].block_size * BY_NAME[type].block_bytes
+        few, many = ((2.0 * weights * n, nbytes / reading + 2.0 * weights * n / multiplying) for n in (1, 64))
+        found[type] = CpuProduct.through(nbytes, few, many)
+    return found
+
 
 H200 = Calibration(
     processor="Intel(R) Xeon(R) Processor",
     threads=16,
     ram_bytes=128 << 30,
     dram={16: 149e9},
-    cpu_experts={
-        "Q4_K": Product(193e9, 1.82e12),
-        "Q6_K": Product(213e9, 1.90e12),
-        "Q8_0": Product(210e9, 2.37e12),
-    },
+    cpu_experts=_cpu(
+        Q4_K=(193e9, 1.82e12),
+        Q6_K=(213e9, 1.90e12),
+        Q8_0=(210e9, 2.37e12),
+    ),
     cpu_call_seconds=1e-7,  # it is within the rates of calls of 8 experts, and the exchange
     disk=2.4e9,
     gpu=Gpu(
@@ -63,15 +76,15 @@ BUSY_H200 = Calibration(
     threads=16,
     ram_bytes=128 << 30,
     dram={1: 14.5e9, 2: 27.4e9, 4: 49e9, 8: 87.1e9, 16: 131e9},
-    cpu_experts={
-        "Q2_K": Product(83.5e9, 2.45e12),
-        "Q4_K": Product(106e9, 3.95e12),
-        "Q5_K": Product(114e9, 3.56e12),
-        "Q6_K": Product(131e9, 2.42e12),
-        "Q8_0": Product(118e9, 3.63e12),
-        "IQ4_XS": Product(88.7e9, 3.46e12),
-        "MXFP4": Product(89.1e9, 3.9e12),
-    },
+    cpu_experts=_cpu(
+        Q2_K=(83.5e9, 2.45e12),
+        Q4_K=(106e9, 3.95e12),
+        Q5_K=(114e9, 3.56e12),
+        Q6_K=(131e9, 2.42e12),
+        Q8_0=(118e9, 3.63e12),
+        IQ4_XS=(88.7e9, 3.46e12),
+        MXFP4=(89.1e9, 3.9e12),
+    ),
     cpu_call_seconds=1e-7,  # as above
     disk=None,
     gpu=Gpu(
@@ -153,15 +166,15 @@ QUIET_H200 = Calibration(
     threads=16,
     ram_bytes=126 << 30,
     dram={1: 13090000000.0, 2: 24000000000.0, 4: 47700000000.0, 8: 73220000000.0, 16: 120600000000.0},
-    cpu_experts={
-        "Q2_K": Product(120300000000.0, 2181000000000.0),
-        "Q4_K": Product(105200000000.0, 3520000000000.0),
-        "Q5_K": Product(114800000000.0, 3637000000000.0),
-        "Q6_K": Product(123100000000.0, 2433000000000.0),
-        "Q8_0": Product(128100000000.0, 3341000000000.0),
-        "IQ4_XS": Product(95610000000.0, 3359000000000.0),
-        "MXFP4": Product(111000000000.0, 3238000000000.0),
-    },
+    cpu_experts=_cpu(
+        Q2_K=(120300000000.0, 2181000000000.0),
+        Q4_K=(105200000000.0, 3520000000000.0),
+        Q5_K=(114800000000.0, 3637000000000.0),
+        Q6_K=(123100000000.0, 2433000000000.0),
+        Q8_0=(128100000000.0, 3341000000000.0),
+        IQ4_XS=(95610000000.0, 3359000000000.0),
+        MXFP4=(111000000000.0, 3238000000000.0),
+    ),
     cpu_call_seconds=1.337e-05,
     disk=None,
     gpu=Gpu(
@@ -215,10 +228,14 @@ measured."""
 
 assert QUIET_H200.gpu is not None
 SLOW_HOST_H200 = replace(
-    QUIET_H200, gpu=replace(QUIET_H200.gpu, layer_seconds=0.002582, stream_seconds=0.005195, pcie={1 << 21: 50.2e9})
+    QUIET_H200,
+    gpu=replace(
+        QUIET_H200.gpu, layer_seconds=0.002582, stream_seconds=0.005195, pcie={1 << 21: 50.2e9, 1 << 26: 54.5e9}
+    ),
 )
-"""A fourth one, whose host takes longer to launch kernels. Its own are the times of the host and PCIe at an expert's
-size; the GPU's rates were calibrated within 6 % of the third one's, and the CPU takes no part in these rows."""
+"""A fourth one, whose host takes longer to launch kernels. Its own are the times of the host and PCIe at 2 MiB; at 64,
+as neighbours are copied at once, it stands for what the others had. The GPU's rates were calibrated within 6 % of the
+third one's, and the CPU takes no part in these rows."""
 
 SLOW_HOST_PROMPT_ROWS = (
     StreamedRow(512, 0.043, 83, 0.2742),

@@ -1,5 +1,6 @@
 """Predictions against hand-computed cases and recorded runs of files that hold no weights."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ from recorded_h200 import (
 )
 
 from moe_engine.benchmark.random_writer import MODELS
-from moe_engine.calibration import Calibration, Product
-from moe_engine.costs import BEHIND_CHOICE, PromptLayer, StepCosts, layer_terms, miss_seconds
+from moe_engine.calibration import Calibration, CpuProduct, Product
+from moe_engine.costs import OVERLAP, PromptLayer, StepCosts, miss_seconds
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.inspection import inspect_file
 from moe_engine.loading import bundled_model
@@ -64,6 +65,13 @@ def test_a_product_goes_through_two_measurements() -> None:
     assert Product.through(10.0, (1.0, 2.0), (4.0, 2.0)) == Product(5.0, 2.0)  # bound by weights alone
 
 
+def test_the_cpu_reads_while_it_multiplies() -> None:
+    found = CpuProduct.through(9.0, (1.0, 5.0), (2.0, math.sqrt(9.0 + 4 * 16.0)))
+    assert [found.weights, found.operations] == pytest.approx([3.0, 0.25])
+    assert found.seconds(9.0, 1.0) == pytest.approx(5.0)
+    assert CpuProduct.through(10.0, (1.0, 2.0), (4.0, 2.0)) == CpuProduct(5.0, 2.0)
+
+
 def layer(**changes: object) -> PromptLayer:
     values = {
         "missing": [1, 1],
@@ -78,10 +86,18 @@ def layer(**changes: object) -> PromptLayer:
 
 
 def test_a_layer_waits_for_its_copies_or_its_products() -> None:
-    products = 1.0 + 3 * 0.5 + 12 * 0.125
-    waited = BEHIND_CHOICE * 0.25  # behind the router's choice, for the host
-    assert layer_terms(layer(), pcie=50.0) == {"misses": 4.0 + waited, "gpu": products + waited, "launches": 0.25}
-    assert layer_terms(layer(missing=[]), pcie=50.0)["misses"] == 0.0
+    terms = layer().terms(pcie=50.0, disk=0.125)
+    assert terms == {"misses": 4.0, "gpu": 1.0 + 3 * 0.5 + 12 * 0.125, "launches": 0.25, "disk": 25.0}
+    assert layer(missing=[]).terms(pcie=50.0, disk=1.0)["misses"] == 0.0
+
+
+def test_resources_do_not_quite_work_at_the_same_time() -> None:
+    """Beside a much longer one a resource takes next to no time, but two equal ones a third more than one."""
+    one = layer()
+    assert one.seconds({"misses": 4.0, "gpu": 0.5}, ahead=True) == pytest.approx(4.0, rel=0.01)
+    assert one.seconds({"misses": 4.0, "gpu": 4.0}, ahead=True) == pytest.approx(4.0 * 2 ** (1 / OVERLAP))
+    first = one.seconds({"misses": 4.0, "gpu": 5.0}, ahead=False)  # what is dense comes before the copies
+    assert first == pytest.approx(1.0 + 4.0 * 2 ** (1 / OVERLAP))
 
 
 # -- against recorded runs -------------------------------------------------------------------------------------

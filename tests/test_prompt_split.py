@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from moe_engine import Engine
+from moe_engine.kernels.launch import Launched
 from moe_engine.prompt_split import PromptRates, PromptWay
 from moe_engine.routing_estimate import RoutingEstimate, bundled_trace
 
@@ -79,3 +81,21 @@ def test_steps_that_use_fewer_experts_than_estimated_say_so_of_streaming_too() -
     for _ in range(9):
         way.note(24, in_steps=False, seconds=expected, rates=rates)
     assert way.in_steps(24, rates)  # but measured, it is what it is
+
+
+def test_prompts_for_which_kernels_were_compiled_say_nothing(way: PromptWay, monkeypatch: pytest.MonkeyPatch) -> None:
+    never, n_known = replace(way), Launched.n_known
+    never.in_steps = lambda n_token, rates: False  # type: ignore[method-assign]
+    with Engine.load(device="cpu", ctx=64, profile=False) as engine:
+        engine.prefill._way = never
+        compute = type(engine.model).forward
+        engine.prefill([1, 2, 3])
+        assert never.n_streamed == 1
+
+        def first_of_its_kind(*args: object) -> object:
+            monkeypatch.setattr(Launched, "n_known", n_known + 1)
+            return compute(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(type(engine.model), "forward", first_of_its_kind)
+        engine.prefill([1, 2, 3])
+        assert never.n_streamed == 1
