@@ -44,6 +44,8 @@ class Row:
         return f"{self.model} {self.share:.0%} {self.routing} batch {self.batch} {self.miss}"
 
 
+SOAK_PARTS = 12  # whose peaks of memory are kept, to see when it grew
+
 ROWS = [
     Row(QWEN, 0.0, "own", 80),
     Row(QWEN, 0.25, "trace", 135),
@@ -166,6 +168,8 @@ def soak(path: Path, seconds: float) -> dict[str, Any]:
         "generations": len(used),
         "vram_growth": max(used[third:]) - max(used[:third]),
         "ram_growth": max(ram[third:]) - max(ram[:third]),
+        "vram": [max(part) for part in np.array_split(used, SOAK_PARTS)],
+        "ram": [max(part) for part in np.array_split(ram, SOAK_PARTS)],
     }
     print(f"soak: {found}", flush=True)
     return found

@@ -46,6 +46,15 @@ class Setting:
         return f"{self.model} {cached} cached"
 
 
+@dataclass(frozen=True)
+class Run:
+    """A prompt: seconds, what it counted if it was streamed, and which experts it has used, unless all are in VRAM."""
+
+    seconds: float
+    counts: PromptCounts
+    used: Used | None
+
+
 CURVE: dict[int, float | None] = dict.fromkeys([1, 2, 4, 16, 32, 64, 128, 256, 1024])
 TARGETS: dict[int, float | None] = {8: 150, 31: 350, 512: 1850, 2048: 6500, 4096: 12500, 8192: 22000, 16384: 28000}
 SETTINGS = [
@@ -136,27 +145,26 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
         while device == "cuda" and time.perf_counter() - started < WARM_SECONDS:
             engine.generate(prompt(min(512, longest), 0), max_tokens=16)
         rate, hardware = matrix_rate(engine.device), engine.hardware
-        for n, target in setting.targets.items():
+        for n in setting.targets:
             for seed in range(2):
                 engine.generate(prompt(n, seed), max_tokens=0)  # compiles
-            runs: list[tuple[float, Used | None]] = []
-            before = replace(experts.prompt.counts)
-            for seed in range(repeats):
-                earlier = replace(experts.prompt.counts)
-                stats = engine.generate(prompt(n, 10 + seed), max_tokens=0).stats
-                runs.append((stats.prompt_seconds, used_by_prompt(engine, experts, n, earlier)))
-            counts = {key: n / repeats for key, n in vars(experts.prompt.counts.since(before)).items()}
-            middle, of_middle = sorted(runs, key=lambda run: run[0])[repeats // 2]
-            if of_middle is not None:
-                used[n] = of_middle
+        runs: dict[int, list[Run]] = {n: [] for n in setting.targets}
+        for seed in range(repeats):  # shared hosts are slow for seconds: not all runs of a length one after the other
+            for i, (n, of_length) in enumerate(runs.items()):
+                of_length.append(run(engine, experts, prompt(n, 10 + seed * len(runs) + i)))  # none begins alike
+        for n, target in setting.targets.items():
+            middle = sorted(runs[n], key=lambda run: run.seconds)[repeats // 2]
+            counts = vars(middle.counts)
+            if middle.used is not None:
+                used[n] = middle.used
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {
                 "row": setting.name,
                 "prompt": n,
                 "target": target,
-                "tokens_per_second": n / middle,
-                "seconds": [seconds for seconds, _ in runs],
-                "bound_share": max(link, gpu) / middle,
+                "tokens_per_second": n / middle.seconds,
+                "seconds": [run.seconds for run in runs[n]],
+                "bound_share": max(link, gpu) / middle.seconds,
                 "link_seconds": link,
                 "gpu_seconds": gpu,
                 "counts": counts,
@@ -165,12 +173,13 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
                 "used": vars(used[n]) if n in used else None,
             }
             rows.append(row)
-            missed = "" if target is None or n / middle >= target else " MISSED"
+            seconds = middle.seconds
+            missed = "" if target is None or n / seconds >= target else " MISSED"
             print(
-                f"{setting.name:32} {n:6} tokens {n / middle:9.0f} tok/s (target {target or '-'}){missed}, "
-                f"{middle * 1e3:8.1f} ms, link {link * 1e3:7.1f}, matrix {gpu * 1e3:6.1f} ms, "
-                f"cached {counts['cached']:.0f} streamed {counts['streamed']:.0f} cpu {counts['cpu']:.0f} "
-                f"unused {counts['unused']:.0f}",
+                f"{setting.name:32} {n:6} tokens {n / seconds:9.0f} tok/s (target {target or '-'}){missed}, "
+                f"{seconds * 1e3:8.1f} ms, link {link * 1e3:7.1f}, matrix {gpu * 1e3:6.1f} ms, "
+                f"cached {counts['cached']} streamed {counts['streamed']} cpu {counts['cpu']} "
+                f"unused {counts['unused']}",
                 flush=True,
             )
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
@@ -190,15 +199,18 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
     return rows
 
 
-def used_by_prompt(engine: Engine, experts: CachedExperts, n_token: int, before: PromptCounts) -> Used | None:
-    """Of the last prompt; of one in steps, by the last of these. before: what was counted until then. None where all
-    experts are in slots, and nothing is counted."""
+def run(engine: Engine, experts: CachedExperts, ids: list[int]) -> Run:
     assert experts.prompt is not None
-    found, n_layer = experts.prompt.counts.since(before), len(experts.layouts)
-    if n_used := found.cached + found.streamed + found.cpu:
-        return Used(n_used / n_layer, found.cached / n_layer, in_steps=False)
-    if experts.holds_all:
-        return None
+    before, n_layer = replace(experts.prompt.counts), len(experts.layouts)
+    seconds = engine.generate(ids, max_tokens=0).stats.prompt_seconds
+    counts = experts.prompt.counts.since(before)
+    if n_used := counts.cached + counts.streamed + counts.cpu:
+        return Run(seconds, counts, Used(n_used / n_layer, counts.cached / n_layer, in_steps=False))
+    return Run(seconds, counts, None if experts.holds_all else used_by_last_step(engine, n_layer, len(ids) - 1))
+
+
+def used_by_last_step(engine: Engine, n_layer: int, n_token: int) -> Used:
+    """Of a prompt of so many tokens, besides the last one, that went in steps."""
     assert isinstance(engine.decoder, GraphDecoder)
     step, number, n_last = engine.decoder.step, engine.decoder.launched, (n_token - 1) % PROMPT_TOKENS + 1
     ids, slots = step.routing(number, n_last)[0], step.slots_found(number, n_last)

@@ -1,5 +1,6 @@
 """Launches of Triton kernels that have been compiled before, without most of what Triton does to find them again."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ class Launched:
     integers are one or need 64 bits, and all constants. That is at least as fine as Triton's own distinctions.
     """
 
-    n_known: ClassVar[int] = 0  # launches of all kernels that were looked up: a first one may compile for seconds
+    first_seconds: ClassVar[float] = 0.0  # that all first launches have taken, most of it for compiling
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
@@ -38,8 +39,9 @@ class Launched:
         known = self._known.get(key)
         if known is None:
             assert len(args) == self._n_plain, f"{len(args)} plain arguments, expected {self._n_plain}"
+            started = time.perf_counter()
             compiled = self._kernel[grid](*args, **constants)
-            Launched.n_known += 1
+            Launched.first_seconds += time.perf_counter() - started
             self._known[key] = compiled, tuple(constants.get(name, self._defaults[name]) for name in self._constants)
             return
         compiled, in_order = known

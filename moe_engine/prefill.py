@@ -63,7 +63,7 @@ class Prefill:
         n = len(ids) - first
         if n == 0:
             return
-        started, n_known, in_steps, typical = time.perf_counter(), Launched.n_known, False, True
+        started, compiled, in_steps, typical = time.perf_counter(), Launched.first_seconds, False, True
         rates = self._rates()
         if self._way is not None and len(ids) + PROMPT_TOKENS <= self.cache.capacity:
             in_steps = self._way.in_steps(n, rates)
@@ -76,8 +76,9 @@ class Prefill:
             if self.device.type == "cuda":
                 torch.cuda.current_stream(self.device).synchronize()
             typical = n <= self.ubatch
-        if self._way is not None and typical and Launched.n_known == n_known:  # else kernels may have been compiled
-            self._way.note(n, in_steps, time.perf_counter() - started, rates)
+        if self._way is not None and typical:
+            seconds, compiling = time.perf_counter() - started, Launched.first_seconds - compiled
+            self._way.note(n, in_steps, seconds - compiling, rates)
 
     def _rates(self) -> PromptRates:
         prompt = self._experts.prompt

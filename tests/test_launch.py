@@ -1,5 +1,6 @@
 """Kernels are launched again as Triton has specialized them. The Triton kernel is a stand-in that counts."""
 
+import time
 from inspect import signature
 from types import SimpleNamespace
 from typing import Any
@@ -70,11 +71,11 @@ def test_a_launch_like_another_goes_to_what_was_compiled(kernel: Kernel) -> None
 def test_what_triton_specializes_for_is_compiled_anew(
     kernel: Kernel, x: torch.Tensor, n: int, eps: float | None, constants: dict[str, int]
 ) -> None:
-    launched, n_known = Launched(kernel), Launched.n_known
+    launched = Launched(kernel)
     for _ in range(2):
         launched[1,](torch.zeros(64), 32, 0.5, A=7)
         launched[1,](x, n, eps, **constants)
-    assert len(kernel.compiled) == Launched.n_known - n_known == 2
+    assert len(kernel.compiled) == 2
     assert [number for number, _ in kernel.launches] == [0, 1]
 
 
@@ -90,3 +91,12 @@ def test_each_device_has_its_own(kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 def test_constants_by_place_are_an_error(kernel: Kernel) -> None:
     with pytest.raises(AssertionError, match="4 plain arguments, expected 3"):
         Launched(kernel)[1,](torch.zeros(64), 32, 0.5, 7)
+
+
+def test_what_first_launches_take_is_counted(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 100, 7))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    launched, before = Launched(kernel), Launched.first_seconds
+    for n in (32, 48, 33):  # the second one is like the first
+        launched[1,](torch.zeros(64), n, 0.5, A=7)
+    assert Launched.first_seconds - before == 2 * 7

@@ -1,6 +1,7 @@
 """The choice between decode steps and streaming for short prompts."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -83,19 +84,20 @@ def test_steps_that_use_fewer_experts_than_estimated_say_so_of_streaming_too() -
     assert way.in_steps(24, rates)  # but measured, it is what it is
 
 
-def test_prompts_for_which_kernels_were_compiled_say_nothing(way: PromptWay, monkeypatch: pytest.MonkeyPatch) -> None:
-    never, n_known = replace(way), Launched.n_known
+def test_compiling_kernels_does_not_count(way: PromptWay, monkeypatch: pytest.MonkeyPatch) -> None:
+    never, noted = replace(way), []
     never.in_steps = lambda n_token, rates: False  # type: ignore[method-assign]
+    never.note = lambda n_token, in_steps, seconds, rates: noted.append(seconds)  # type: ignore[method-assign]
     with Engine.load(device="cpu", ctx=64, profile=False) as engine:
         engine.prefill._way = never
+        engine.prefill([1, 2, 3])
         compute = type(engine.model).forward
-        engine.prefill([1, 2, 3])
-        assert never.n_streamed == 1
 
-        def first_of_its_kind(*args: object) -> object:
-            monkeypatch.setattr(Launched, "n_known", n_known + 1)
-            return compute(*args)  # type: ignore[arg-type]
+        def compiling_for_an_hour(*args: Any) -> Any:
+            monkeypatch.setattr(Launched, "first_seconds", Launched.first_seconds + 3600)
+            return compute(*args)
 
-        monkeypatch.setattr(type(engine.model), "forward", first_of_its_kind)
+        monkeypatch.setattr(type(engine.model), "forward", compiling_for_an_hour)
         engine.prefill([1, 2, 3])
-        assert never.n_streamed == 1
+    assert 0 < noted[0] < 3600
+    assert -3600 < noted[1] < 0  # it did not take that hour
