@@ -13,7 +13,6 @@ from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.planner import DECODE_CONTEXT, plan
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
-
 ROUNDS = 15  # of calls with all of the experts: some tenths of a second with 16 threads
 
 
