@@ -5,8 +5,9 @@ set before the kernel was first used. Triton is imported only then.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,21 +56,28 @@ def dequantize(
     data = weight.data
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=data.device)
+    with torch.cuda.device_of(data):
+        expansion(weight, out)()
+    return out
+
+
+def expansion(weight: QuantTensor, out: torch.Tensor) -> Callable[[], object]:
+    """`dequantize(weight, out)`, to be called many times, on the tensors' device."""
+    data = weight.data
     assert out.shape == weight.shape, (out.shape, weight.shape)
     assert out.is_contiguous()
     assert out.device == data.device, (out.device, data.device)
     assert out.dtype in (torch.float32, torch.float16, torch.bfloat16), out.dtype
     if data.numel() == 0:
-        return out
+        return lambda: None
     batch = _as_batch(data)
     if not data.is_cuda and not device.is_interpreted():
-        return out.copy_(reference.dequantize(weight))
+        return lambda: out.copy_(reference.dequantize(weight))
     plain = _FLOATS.get(weight.type.name)
     is_fast = plain in (torch.float32, out.dtype)
     if plain is not None and is_fast and (batch.data_ptr() | batch.stride(0)) % plain.itemsize == 0:
-        return out.copy_(batch.view(plain).view(out.shape))
-    _launch(batch, weight.type, out)
-    return out
+        return partial(out.copy_, batch.view(plain).view(out.shape))
+    return _launch(batch, weight.type, out)
 
 
 def tile_constants(type: QuantType) -> dict[str, Any]:
@@ -95,22 +103,24 @@ def tile_constants(type: QuantType) -> dict[str, Any]:
     }
 
 
-def _launch(batch: torch.Tensor, type: QuantType, out: torch.Tensor) -> None:
+def _launch(batch: torch.Tensor, type: QuantType, out: torch.Tensor) -> Callable[[], object]:
     from moe_engine.kernels.dequantize_kernel import dequantize_kernel
+    from moe_engine.kernels.launch import prepared
 
     n_blocks = batch.shape[1] * batch.shape[2] // type.block_bytes
     constants = tile_constants(type)
-    with torch.cuda.device_of(batch):
-        dequantize_kernel[-(-n_blocks // constants["TILE_BLOCKS"]), batch.shape[0]](
-            batch,
-            device.table(type.id, batch.device),
-            out,
-            n_blocks,
-            batch.stride(0),
-            ALIGN=math.gcd(batch.data_ptr(), batch.stride(0), type.block_bytes, 8),
-            enable_fp_fusion=False,  # a fused multiply-add would round once where the reference rounds twice
-            **constants,
-        )
+    return prepared(
+        dequantize_kernel,
+        (-(-n_blocks // constants["TILE_BLOCKS"]), batch.shape[0]),
+        batch,
+        device.table(type.id, batch.device),
+        out,
+        n_blocks,
+        batch.stride(0),
+        ALIGN=math.gcd(batch.data_ptr(), batch.stride(0), type.block_bytes, 8),
+        enable_fp_fusion=False,  # a fused multiply-add would round once where the reference rounds twice
+        **constants,
+    )
 
 
 def embedding(weight: QuantTensor, ids: torch.Tensor) -> torch.Tensor:
@@ -155,48 +165,60 @@ def _linear_into(y: torch.Tensor, x: torch.Tensor, weight: QuantTensor, scratch:
 _SLICE_ROWS = 128
 
 
-def half_linear(
-    x: torch.Tensor, weights: Sequence[QuantTensor], scratch: torch.Tensor, out: torch.Tensor, *, add: bool = False
-) -> torch.Tensor:
-    """x [W_1; W_2; ...]^T on the tensor cores: weights as x's type, sums in f32.
+class _Slice(NamedTuple):
+    first: int  # row
+    values: torch.Tensor  # [n_in, n], in the scratch
+    expand: list[Callable[[], object]]  # puts them there
 
-    x: bf16 or f16 `[n_token, n_in]`, rows contiguous, with weights `[n_out, n_in]`. scratch: as in `linear`; the slices
-    are as large as fit, whatever matrices they are of. out: `[n_token, n_out_1 + n_out_2 + ...]`, of x's type or f32.
-    add: to what `out` (f32) holds.
+
+class HalfProduct:
+    """x [W_1; W_2; ...]^T on the tensor cores, weights as x's type, sums in f32; for many x: launches are prepared.
+
+    weights: `[n_out, n_in]`, which stay where they are. scratch: as in `linear`; slices are as large as fit, whatever
+    matrices they are of, and each overwrites the last. dtype: of x, bf16 or f16.
     """
-    assert x.dtype in (torch.bfloat16, torch.float16), x.dtype
-    assert out.shape == (x.shape[0], sum(weight.n_out for weight in weights)), (out.shape, x.shape)
-    assert not add or out.dtype == torch.float32, out.dtype
-    for start, values in _slices(weights, scratch, x.dtype):
-        columns = out[:, start : start + len(values)]
-        if out.dtype == x.dtype:
-            torch.mm(x, values.t(), out=columns)
-        elif x.is_cuda:
-            torch.addmm(columns, x, values.t(), out_dtype=torch.float32, beta=int(add), out=columns)
-        else:  # PyTorch has products of two types on GPUs only
-            torch.addmm(columns, x.float(), values.t().float(), beta=int(add), out=columns)
-    return out
+
+    def __init__(
+        self, weights: Sequence[QuantTensor], scratch: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        n_in = weights[0].n_in
+        assert dtype in (torch.bfloat16, torch.float16), dtype
+        assert all(weight.n_in == n_in for weight in weights), [weight.shape for weight in weights]
+        room = scratch.view(dtype)
+        n_row = room.numel() // n_in
+        n_row -= n_row % _SLICE_ROWS if n_row > _SLICE_ROWS else 0
+        assert n_row > 0, f"the scratch of {room.numel()} elements cannot hold a row of {n_in}"
+        self.dtype, self.sizes = dtype, [weight.n_out for weight in weights]
+        self._n_out, self._slices = sum(self.sizes), []
+        for first in range(0, self._n_out, n_row):
+            values = room[: min(n_row, self._n_out - first) * n_in].view(-1, n_in)
+            self._slices.append(_Slice(first, values.t(), list(_expansions(weights, first, values))))
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, *, add: bool = False) -> torch.Tensor:
+        """x `[n_token, n_in]`, rows contiguous. out: `[n_token, n_out_1 + n_out_2 + ...]`, of x's type or f32.
+        add: to what `out` (f32) holds."""
+        assert x.dtype == self.dtype, x.dtype
+        assert out.shape == (x.shape[0], self._n_out), (out.shape, x.shape)
+        assert not add or out.dtype == torch.float32, out.dtype
+        with torch.cuda.device_of(x):
+            for first, values, expand in self._slices:
+                for launch in expand:
+                    launch()
+                columns = out if len(self._slices) == 1 else out[:, first : first + values.shape[1]]
+                if out.dtype == x.dtype:
+                    torch.mm(x, values, out=columns)
+                elif x.is_cuda:
+                    torch.addmm(columns, x, values, out_dtype=torch.float32, beta=int(add), out=columns)
+                else:  # PyTorch has products of two types on GPUs only
+                    torch.addmm(columns, x.float(), values.float(), beta=int(add), out=columns)
+        return out
 
 
-def _slices(
-    weights: Sequence[QuantTensor], scratch: torch.Tensor, dtype: torch.dtype
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """First row and values `[n, n_in]` of slices of the matrices one below the other; each overwrites the last."""
-    n_in = weights[0].n_in
-    assert all(weight.n_in == n_in for weight in weights), [weight.shape for weight in weights]
-    room = scratch.view(dtype)
-    n_row = room.numel() // n_in
-    n_row -= n_row % _SLICE_ROWS if n_row > _SLICE_ROWS else 0
-    assert n_row > 0, f"the scratch of {room.numel()} elements cannot hold a row of {n_in}"
-    start = filled = 0
+def _expansions(weights: Sequence[QuantTensor], first: int, values: torch.Tensor) -> Iterator[Callable[[], object]]:
+    """What writes rows `first` and on, of matrices one below the other, to `values` `[n, n_in]`."""
+    above, last = 0, first + len(values)
     for weight in weights:
-        row = 0
-        while row < weight.n_out:
-            rows = weight.rows(row, min(weight.n_out, row + n_row - filled))
-            dequantize(rows, out=room[filled * n_in :][: rows.n_out * n_in].view(rows.shape))
-            row, filled = row + rows.n_out, filled + rows.n_out
-            if filled == n_row:
-                yield start, room[: filled * n_in].view(filled, n_in)
-                start, filled = start + filled, 0
-    if filled:
-        yield start, room[: filled * n_in].view(filled, n_in)
+        start, stop = max(first, above), min(last, above + weight.n_out)
+        if start < stop:
+            yield expansion(weight.rows(start - above, stop - above), values[start - first : stop - first])
+        above += weight.n_out

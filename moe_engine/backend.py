@@ -3,8 +3,8 @@
 A backend turns the quantized tensors of the file into callables; the model never asks which backend it is.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from moe_engine.kernels import dequantize as device_kernels
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.decode_activations import RUN
 from moe_engine.kernels.decode_product import DECODE_TOKENS, Activations, matvec
+from moe_engine.kernels.dequantize import HalfProduct
 from moe_engine.kernels.device import run_kernels
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
@@ -100,45 +101,51 @@ class AcceleratorBackend:
         return device_kernels.dequantize(weight.to(self.device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DeviceLinear:
     """A product with a matrix, or a stack of them, in VRAM."""
 
     weight: QuantTensor
     scratch: Tensor
     int8_activations: bool
+    _beside: dict[tuple["DeviceLinear", ...], HalfProduct] = field(default_factory=dict)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.int8_activations and x.shape[-2] <= DECODE_TOKENS:
             return matvec(x.contiguous(), self.weight)
         if self.int8_activations and x.dim() == 2 and run_kernels(x):
             out = x.new_empty(x.shape[0], self.weight.n_out)
-            return device_kernels.half_linear(x.bfloat16(), (self.weight,), self.scratch, out)
+            return self.half()(x.bfloat16(), out)
         return device_kernels.linear(x, self.weight, self.scratch)
+
+    def half(self, *others: "DeviceLinear") -> HalfProduct:
+        """For many tokens in bf16, with other matrices of the model side by side. Prepared once."""
+        if others not in self._beside:
+            weights = [self.weight, *(other.weight for other in others)]
+            self._beside[others] = HalfProduct(weights, self.scratch)
+        return self._beside[others]
 
 
 def prompt_products(x: Tensor, *linears: Linear) -> list[Tensor]:
     """Products of many tokens, bf16 `[n_token, n_in]`, with matrices of an `AcceleratorBackend`: bf16, side by side."""
-    weights = [decode_weight(linear) for linear in linears]
-    sizes = [weight.n_out for weight in weights]
-    out = x.new_empty(x.shape[0], sum(sizes))
-    return list(device_kernels.half_linear(x, weights, _scratch(linears), out).split(sizes, dim=1))
+    first, *others = map(_on_device, linears)
+    product = first.half(*others)
+    return list(product(x, x.new_empty(x.shape[0], sum(product.sizes))).split(product.sizes, dim=1))
 
 
 def add_prompt_product(residual: Tensor, x: Tensor, linear: Linear) -> None:
     """Adds the product of x, bf16 `[n_token, n_in]`, to the residual f32 `[n_token, n_out]`."""
-    device_kernels.half_linear(x, (decode_weight(linear),), _scratch((linear,)), residual, add=True)
-
-
-def _scratch(linears: Sequence[Linear]) -> Tensor:
-    assert isinstance(linears[0], DeviceLinear), linears
-    return linears[0].scratch
+    _on_device(linear).half()(x, residual, add=True)
 
 
 def decode_weight(linear: Linear) -> QuantTensor:
     """The matrix of a model's product on an `AcceleratorBackend`, for kernels that take it as it is."""
+    return _on_device(linear).weight
+
+
+def _on_device(linear: Linear) -> DeviceLinear:
     assert isinstance(linear, DeviceLinear), linear
-    return linear.weight
+    return linear
 
 
 def empty_activations(n_row: int, n: int, device: torch.device) -> Activations | None:

@@ -246,7 +246,7 @@ def test_linear(name: str, rows_at_once: int, n_token: int) -> None:
 
 @pytest.mark.parametrize("room", [256 * 100, 256 * 40, 256 * 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_linear(room: int, dtype: torch.dtype) -> None:
+def test_half_product(room: int, dtype: torch.dtype) -> None:
     """Matrices of three types side by side, whatever slices of them the scratch holds at once."""
     weights, values = [], []
     for name, n_rows in (("Q4_K", 10), ("Q8_0", 25), ("Q6_K", 8)):
@@ -256,11 +256,12 @@ def test_half_linear(room: int, dtype: torch.dtype) -> None:
     w = torch.cat(values).to(dtype).double()
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     scratch, exact = torch.empty(room // 2, device=DEVICE), x.double() @ w.T  # room for `room` halves
-    out = dequantize.half_linear(x, weights, scratch, torch.empty(5, 43, device=DEVICE))
+    product = dequantize.HalfProduct(weights, scratch, dtype)
+    out = product(x, torch.empty(5, 43, device=DEVICE))
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
-    rounded = dequantize.half_linear(x, weights, scratch, torch.empty(5, 43, device=DEVICE, dtype=dtype))
+    rounded = product(x, torch.empty(5, 43, device=DEVICE, dtype=dtype))
     torch.testing.assert_close(rounded.double(), exact, rtol=2**-7, atol=1e-2 * float(exact.abs().max()))
-    total = dequantize.half_linear(x, weights, scratch, out.clone(), add=True)
+    total = product(x, out.clone(), add=True)
     torch.testing.assert_close(total, out + out, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 

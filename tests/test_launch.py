@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_engine.kernels.launch import Launched
+from moe_engine.kernels.launch import Launched, prepared
 
 
 class Kernel:
@@ -91,6 +91,26 @@ def test_each_device_has_its_own(kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 def test_constants_by_place_are_an_error(kernel: Kernel) -> None:
     with pytest.raises(AssertionError, match="4 plain arguments, expected 3"):
         Launched(kernel)[1,](torch.zeros(64), 32, 0.5, 7)
+
+
+def test_prepared_launches_are_looked_up_once(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, x = Launched(kernel), torch.zeros(64)
+    launch = prepared(launched, (3,), x, 32, 0.5, A=7)
+    for _ in range(3):
+        launch()
+    monkeypatch.setattr(launched, "_key", None)  # not needed any more
+    launch()
+    assert len(kernel.compiled) == 1
+    assert [number for number, _ in kernel.launches] == [0, 0, 0]
+    for _, (grid, *args) in kernel.launches:
+        assert (grid, args[1:]) == ((3, 1, 1), [32, 0.5, 7, 5])
+        assert args[0] is x
+
+
+def test_interpreted_kernels_are_prepared_too(kernel: Kernel) -> None:
+    x = torch.zeros(64)
+    prepared(kernel, (2,), x, 1, 0.5, A=1)()
+    assert kernel.compiled == [((2,), (x, 1, 0.5), {"A": 1})]
 
 
 def test_what_first_launches_take_is_counted(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
