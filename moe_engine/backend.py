@@ -130,7 +130,8 @@ def prompt_products(x: Tensor, *linears: Linear) -> list[Tensor]:
     """Products of many tokens, bf16 `[n_token, n_in]`, with matrices of an `AcceleratorBackend`: bf16, side by side."""
     first, *others = map(_on_device, linears)
     product = first.half(*others)
-    return list(product(x, x.new_empty(x.shape[0], sum(product.sizes))).split(product.sizes, dim=1))
+    out = product(x, x.new_empty(x.shape[0], sum(product.sizes)))
+    return list(out.split_with_sizes(product.sizes, dim=1))
 
 
 def add_prompt_product(residual: Tensor, x: Tensor, linear: Linear) -> None:
