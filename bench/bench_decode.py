@@ -150,6 +150,7 @@ def soak(path: Path, seconds: float) -> dict[str, Any]:
     used, ram, tokens = [], [], 0
     with Engine.load(path, vram_budget=vram_budget(path, 0.1, **options), profile=False, **options) as engine:
         status, random = GpuStatus(), np.random.default_rng(0)
+        engine.generate(list(range(512)), max_tokens=1)  # loads the kernels of streaming, which short ones rarely need
         started = time.perf_counter()
         while time.perf_counter() - started < seconds:
             prompt = random.integers(0, 400, random.integers(1, 40)).tolist()
