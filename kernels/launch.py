@@ -42,36 +42,35 @@ class Launched:
         return partial(self._launch, grid)
 
     def prepared(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Callable[[], object]:
-        """Looks the launch up once: the second time, when it is known."""
-        launches: list[Callable[[], object]] = []
+        """Looked up until it is known."""
+        known: Callable[[], object] | None = None
 
         def launch() -> None:
-            if launches:
-                launches[0]()
-                return
-            known = self._known.get(self._key(args, constants))
-            self._launch(grid, *args, **constants)
+            nonlocal known
+            known = known or self._known_launch(grid, args, constants)
             if known is not None:
-                compiled, in_order = known
-                launches.append(partial(compiled[(*grid, 1, 1)[:3]], *args, *in_order))
+                known()
 
         return launch
 
-    def _key(self, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[object, ...]:
-        return (torch.cuda.current_device(), *map(_kind, args), *constants.items())
-
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        key = self._key(args, constants)
-        known = self._known.get(key)
-        if known is None:
-            assert len(args) == self._n_plain, f"{len(args)} plain arguments, expected {self._n_plain}"
-            started = time.perf_counter()
-            compiled = self._kernel[grid](*args, **constants)
-            Launched.first_seconds += time.perf_counter() - started
-            self._known[key] = compiled, tuple(constants.get(name, self._defaults[name]) for name in self._constants)
-            return
-        compiled, in_order = known
-        compiled[(*grid, 1, 1)[:3]](*args, *in_order)
+        if (known := self._known_launch(grid, args, constants)) is not None:
+            known()
+
+    def _known_launch(
+        self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+    ) -> Callable[[], object] | None:
+        """The first one of its kind is launched here, and nothing is left to do."""
+        key = (torch.cuda.current_device(), *map(_kind, args), *constants.items())
+        if (known := self._known.get(key)) is not None:
+            compiled, in_order = known
+            return partial(compiled[(*grid, 1, 1)[:3]], *args, *in_order)
+        assert len(args) == self._n_plain, f"{len(args)} plain arguments, expected {self._n_plain}"
+        started = time.perf_counter()
+        compiled = self._kernel[grid](*args, **constants)
+        Launched.first_seconds += time.perf_counter() - started
+        self._known[key] = compiled, tuple(constants.get(name, self._defaults[name]) for name in self._constants)
+        return None
 
 
 def _kind(value: object) -> object:

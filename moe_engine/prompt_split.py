@@ -15,7 +15,7 @@ NEWEST = 0.2  # weight of the newest measurement in what is learnt
 UNTRIED = 0.5  # what streaming may take, by what is expected, as long as nobody has tried
 TRIED_ABOVE = 256  # tokens: kernels compile for seconds the first time, and steps of shorter prompts take little
 COMPARED = 2048  # tokens up to which streaming is what is learnt of; longer prompts are bound by products
-TRIALS = 2  # the faster of them counts: a first one may be slow for reasons of its own
+TRIALS = 2  # the faster of them counts: a first one may be slow
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class PromptWay:
     def note(self, n_token: int, in_steps: bool, seconds: float, rates: PromptRates) -> None:
         """What a prompt took; those in steps without what was done for the first time, streamed ones in one pass."""
         expected = (self._step_seconds if in_steps else self._stream_seconds)(n_token, rates)
-        measured = min(3.0, seconds / expected)  # the first of a length compiles kernels
+        measured = min(3.0, seconds / expected)  # one that was held up says little
         if in_steps:
             self.n_in_steps += 1
             self.step_factor += max(NEWEST, 1 / self.n_in_steps) * (measured - self.step_factor)

@@ -228,14 +228,10 @@ measured."""
 
 assert QUIET_H200.gpu is not None
 SLOW_HOST_H200 = replace(
-    QUIET_H200,
-    gpu=replace(
-        QUIET_H200.gpu, layer_seconds=0.002582, stream_seconds=0.005195, pcie={1 << 21: 50.2e9, 1 << 26: 54.5e9}
-    ),
+    QUIET_H200, gpu=replace(QUIET_H200.gpu, layer_seconds=0.002582, stream_seconds=0.005195, pcie={1 << 21: 50.2e9})
 )
-"""A fourth one, whose host takes longer to launch kernels. Its own are the times of the host and PCIe at 2 MiB; at 64,
-as neighbours are copied at once, it stands for what the others had. The GPU's rates were calibrated within 6 % of the
-third one's, and the CPU takes no part in these rows."""
+"""A fourth one, whose host takes longer to launch kernels. Its own are the times of the host and PCIe at an expert's
+size; the GPU's rates were calibrated within 6 % of the third one's, and the CPU takes no part in these rows."""
 
 SLOW_HOST_PROMPT_ROWS = (
     StreamedRow(512, 0.043, 83, 0.2742),

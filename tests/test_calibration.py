@@ -47,13 +47,13 @@ def test_hardware_of_a_machine() -> None:
 def test_rates_for_prompts_are_the_calibrations() -> None:
     """In bytes, operations and seconds, of the type that is asked for, the closest one where it was not measured."""
     rates = BUSY_H200.rates("Q4_K")
-    operations = {type: product.operations for type, product in BUSY_H200.cpu_experts.items()}
-    assert (rates.pcie, rates.dram, rates.cpu) == (55.1e9, 131e9, operations["Q4_K"])
+    assert (rates.pcie, rates.dram) == (55.1e9, 131e9)
+    assert rates.cpu == pytest.approx(3.4348e12, rel=1e-4)
     assert rates.gpu == pytest.approx(6 * 2048 * 768 * 8 * (2048 - 64) / 382.6e-6)
     assert rates.step_layer == pytest.approx(70.1e-6)
     assert (rates.stream_layer, rates.cached_layer) == (3e-3, 0.8e-3)
-    assert BUSY_H200.rates("Q8_0").cpu == operations["Q8_0"]
-    assert BUSY_H200.rates("IQ2_XS").cpu == BUSY_H200.rates("Q2_K").cpu == operations["Q2_K"]
+    assert BUSY_H200.rates("Q8_0").cpu == pytest.approx(2.9611e12, rel=1e-4)
+    assert BUSY_H200.rates("IQ2_XS").cpu == BUSY_H200.rates("Q2_K").cpu == pytest.approx(2.2865e12, rel=1e-4)
     assert rates.cpu_factor == 1.0  # learnt anew by each engine
 
 

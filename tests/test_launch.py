@@ -98,7 +98,7 @@ def test_prepared_launches_are_looked_up_once(kernel: Kernel, monkeypatch: pytes
     launch = prepared(launched, (3,), x, 32, 0.5, A=7)
     for _ in range(3):
         launch()
-    monkeypatch.setattr(launched, "_key", None)  # not needed any more
+    monkeypatch.setattr(launched, "_known_launch", None)  # not needed any more
     launch()
     assert len(kernel.compiled) == 1
     assert [number for number, _ in kernel.launches] == [0, 0, 0]

@@ -48,7 +48,7 @@ def test_what_prompts_take_changes_the_choice(way: PromptWay) -> None:
     for _ in range(99):
         way.note(8, in_steps=False, seconds=9.0, rates=RATES)
     assert way.in_steps(8, RATES)
-    assert way.stream_factor == pytest.approx(3.0)  # more is not believed: the first of a length compiles kernels
+    assert way.stream_factor == pytest.approx(3.0)  # more is not believed
 
 
 def test_streaming_is_tried_where_it_may_be_faster_than_steps_are(way: PromptWay) -> None:
