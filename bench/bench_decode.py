@@ -169,8 +169,8 @@ def soak(path: Path, seconds: float) -> dict[str, Any]:
         "generations": len(used),
         "vram_growth": max(used[third:]) - max(used[:third]),
         "ram_growth": max(ram[third:]) - max(ram[:third]),
-        "vram": [max(part) for part in np.array_split(used, SOAK_PARTS)],
-        "ram": [max(part) for part in np.array_split(ram, SOAK_PARTS)],
+        "vram": [int(max(part)) for part in np.array_split(used, SOAK_PARTS)],
+        "ram": [int(max(part)) for part in np.array_split(ram, SOAK_PARTS)],
     }
     print(f"soak: {found}", flush=True)
     return found
