@@ -108,12 +108,12 @@ class StagedDecoder:
 
     @torch.inference_mode()
     def next(self) -> list[int]:
-        number, position = int(self.step.step), int(self.step.positions[0])
+        number = int(self.step.step)
         self.step.run(self._form)
         if bool(self.step.sampler.bad.any()):
             raise ModelFormatError(NOT_FINITE)
         if self._recorder is not None:
-            self._recorder.note_tokens(*self.step.routing(number, 1), position)
+            self._recorder.note_tokens(*self.step.routing(number, 1))
         tokens: list[int] = self.step.tokens[: self._form.n_token].tolist()
         return tokens
 

@@ -48,6 +48,8 @@ SHORT_CONTEXT = 256
 class Engine:
     """A loaded model. Use as a context manager, or call `close` when done. Not safe for use by several threads.
 
+    One generation at a time: when another one begins, or `forward` or `read`, an unfinished stream is over.
+
     >>> with Engine.load() as engine:
     ...     result = engine.generate("Once upon a time", max_tokens=32, seed=7)
     """
@@ -62,6 +64,7 @@ class Engine:
         self.recorder = self._recorder() if config.trace is not None else None
         self.device = model.output_norm.device
         self._in_cache: list[list[int]] = [[] for _ in range(cache.n_sequence)]  # tokens of each KV cache
+        self._turn, self._closed = 0, False  # who has taken the KV cache last
         self.decoder = self._start_decoder()
         ubatch = vram_plan.ubatch if vram_plan is not None else config.ubatch or DEFAULT_UBATCH
         self.prefill = Prefill(model, experts, cache, self.rope, self.decoder, ubatch, self.recorder)
@@ -150,6 +153,8 @@ class Engine:
 
         Raises as `generate`; `ConfigError` for too many prompts.
         """
+        if isinstance(prompts, str):
+            raise ConfigError("generate_batch got one text, expected a list of prompts")
         if not prompts:
             return []
         if len(prompts) > self.cache.n_sequence:
@@ -168,6 +173,8 @@ class Engine:
         """Token ids of a prompt, with the special tokens that the model wants around it."""
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
+        elif not isinstance(prompt, Sequence):
+            raise ConfigError(f"the prompt is {prompt!r}, expected text, token ids or chat messages")
         elif prompt and all(isinstance(message, Mapping) for message in prompt):
             ids = self.tokenizer.chat_prompt(prompt)  # type: ignore[arg-type]
         else:
@@ -182,6 +189,7 @@ class Engine:
         """Logits f32 `[n_token, n_vocab]` (on the CPU) after each of the tokens, from an empty context."""
         ids = self._checked_ids(token_ids)
         self._check_fits(ids)
+        self._take_turn()
         self._in_cache[0] = []
         return torch.cat([self._logits(hidden) for hidden in self.prefill.hidden(ids)])
 
@@ -189,6 +197,7 @@ class Engine:
         """Runs tokens through the layers from an empty context, for the trace that is recorded."""
         ids = self._checked_ids(token_ids)
         self._check_fits(ids)
+        self._take_turn()
         self._in_cache[0] = []
         self.prefill(ids)
         if self.recorder is not None:
@@ -201,6 +210,7 @@ class Engine:
 
         The last token of a prompt is the first that decodes, so none is computed twice when more follow.
         """
+        turn = self._take_turn()
         clock, stats = _Clock(), Stats()
         prompt = self.experts.prompt
         before = replace(prompt.counts) if prompt is not None else None
@@ -213,10 +223,10 @@ class Engine:
         stats.prompt_seconds = clock.lap()
         if prompt is not None and before is not None:
             stats.prompt_experts = prompt.counts.since(before)
-        self.decoder.reset_stats()
         active = [index for index, generation in enumerate(generations) if not generation.done]
         room = self.cache.capacity + 1 - min(len(sequence.tokens) for sequence in running)
         self.decoder.begin(running, min(room, max(generation.params.max_tokens for generation in generations)))
+        self.decoder.reset_stats()
         if not active:
             self._complete(stats, running)
         while active:
@@ -234,7 +244,17 @@ class Engine:
             if not active:
                 self._complete(stats, running)
             yield
+            if active and turn != self._turn:
+                raise ConfigError("this stream is over: its engine has begun something else, or is closed")
             clock.lap()  # what the caller did meanwhile is not ours
+
+    def _take_turn(self) -> int:
+        """Of whoever is about to change the KV cache."""
+        self._check_open()
+        self._turn += 1
+        if self.recorder is not None:
+            self.recorder.begin()
+        return self._turn
 
     def _prompt(self, index: int, ids: list[int], stats: Stats) -> None:
         """Brings all but the last token of a prompt into a sequence's KV cache, unless they are there."""
@@ -264,10 +284,14 @@ class Engine:
             tokens = torch.tensor([token], device=self.device)
             hidden = self.model.forward(tokens, position, self.cache.sequence(index), self.rope)
             if self.recorder is not None:
-                self.recorder.end_tokens(position)
+                self.recorder.end_tokens()
             return self._logits(hidden)[0, : self.tokenizer.n_vocab]
         finally:
             torch.set_num_threads(threads)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConfigError("the engine is closed: load it again")
 
     def _check_fits(self, ids: Sequence[int]) -> None:
         if len(ids) > self.cache.capacity:
@@ -276,6 +300,7 @@ class Engine:
             )
 
     def _checked_ids(self, ids: Sequence[int]) -> list[int]:
+        self._check_open()
         checked = []
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.model.n_vocab:
@@ -320,6 +345,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees the weights and caches. The engine cannot be used afterwards."""
+        self._turn, self._closed = self._turn + 1, True
         if "decoder" in self.__dict__:
             try:
                 if self.recorder is not None:

@@ -12,6 +12,8 @@ from moe_engine.decode_step import PROMPT_TOKENS, DecodeStep, Misses, Running, S
 from moe_engine.decoder import NOT_FINITE
 from moe_engine.errors import DecodeError, ModelFormatError, MoeEngineError
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.interrupts import deferred_interrupt
+from moe_engine.kernels._cpu import StepTokens
 from moe_engine.kernels.sampling_kernel import variant_for
 from moe_engine.kernels.worker import MAX_AHEAD, DecodeWorker, Mode, WorkerLayer
 from moe_engine.policies.registry import policy_of
@@ -54,7 +56,7 @@ class GraphDecoder:
         self.prefetch = TrialSwitch(prefetch)
         self.lookahead = TrialSwitch("auto" if lookahead else "off", first=2 * TRIAL, pays=lookahead)
         self.late = TrialSwitch("auto" if len(misses) > 1 else "off", first=TRIAL)  # whether to run the second form
-        self._recorder, self._position = recorder, 0  # of the next token of the first sequence
+        self._recorder = recorder
         step.recorded = recorder is not None
         self.launched = self.taken = 0  # the last step of each
         self._last = 0  # that `next` can ask for
@@ -88,17 +90,17 @@ class GraphDecoder:
         sampling = variant_for(running.params for running in sequences)
         self._form = StepForm(len(sequences), self.misses[0], sampling)
         self._last = self.taken + n_step
-        self._position = len(sequences[0].tokens) - 1
 
     @torch.inference_mode()
     def next(self) -> list[int]:
         while self.launched < min(self.taken + self._ahead(), self._last):
             self._launch(self._next_form())
-        tokens = self._take()
+        found = self._take()
+        if found.bad:
+            raise ModelFormatError(NOT_FINITE)
         if self._recorder is not None:
-            self._recorder.note_tokens(*self.step.routing(self.taken, 1), self._position)
-            self._position += 1
-        return tokens
+            self._recorder.note_tokens(*self.step.routing(self.taken, 1))
+        return found.tokens
 
     def _ahead(self) -> int:
         """A form is captured while nothing else runs."""
@@ -130,7 +132,7 @@ class GraphDecoder:
             self._launch(StepForm(n_token, self.misses[-1], "greedy", prompt_of=index))
             self._take()
             if self._recorder is not None:
-                self._recorder.note_tokens(*self.step.routing(self.taken, len(some)), position + start)
+                self._recorder.note_tokens(*self.step.routing(self.taken, len(some)))
         return len(self._graphs) == n_graph
 
     def await_slots(self) -> None:
@@ -142,9 +144,10 @@ class GraphDecoder:
 
     def _launch(self, form: StepForm) -> None:
         self.await_slots()
-        if self._pool is not None and form not in self._graphs:
-            self._load(form)
-        self._start(form)
+        with deferred_interrupt():  # the worker expects a step only if it is launched
+            if self._pool is not None and form not in self._graphs:
+                self._load(form)
+            self._start(form)
 
     def _load(self, form: StepForm) -> None:
         """Compiles, loads and captures a form's kernels, in a step in which every sequence is idle.
@@ -177,7 +180,7 @@ class GraphDecoder:
             self.step.run(form)
         self.launched = step
 
-    def _take(self) -> list[int]:
+    def _take(self) -> StepTokens:
         step = self.taken + 1
         with _decode_errors():
             found = self.worker.wait_tokens(step)
@@ -188,9 +191,7 @@ class GraphDecoder:
             self._note_times()
         for switch in due:
             switch.turn(step)
-        if found.bad:
-            raise ModelFormatError(NOT_FINITE)
-        return found.tokens
+        return found
 
     def _note_times(self, starts_again: bool = False) -> None:
         stats = self.worker.stats()

@@ -92,5 +92,5 @@ class Prefill:
             tokens = torch.tensor(ids[start : start + self.ubatch], dtype=torch.int64, device=self.device)
             found = self.model.forward(tokens, start, self.cache.sequence(index), self.rope)
             if self._recorder is not None:
-                self._recorder.end_tokens(start)
+                self._recorder.end_tokens()
             yield found

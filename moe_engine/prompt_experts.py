@@ -70,6 +70,8 @@ class PromptExperts:
         largest = max(layout.slot_bytes for layout in experts.layouts)
         self._ring = Ring(experts.staging, largest, experts.store, self._stream)
         self._ahead: tuple[int, deque[Chunk]] = (-1, deque())  # a layer, and what is being copied for it
+        through_cache = (layer for layer in range(len(experts.layouts)) if layer not in experts.own_pools)
+        self._first = next(through_cache, 0)  # layer that uses the ring
         self._product: type[PromptProduct] | type[PlainProduct] = PromptProduct if self._stream else PlainProduct
         n_row = n_token * top_k if self._stream else 0
         values = max(PromptProduct.workspace_values(n_row, layout) for layout in experts.layouts)
@@ -172,7 +174,7 @@ class PromptExperts:
             return chunks
         for chunk in chunks:
             self._ring.release(chunk)
-        if layer == 0:
+        if layer == self._first:
             self._ring.restart()
         return deque()
 

@@ -22,21 +22,24 @@ class Recorder:
         self._begins = False
         self.n_token = 0
 
+    def begin(self) -> None:
+        """The next tokens begin a sequence. What an interrupted one has left unfinished is given up."""
+        self._layers.clear()
+        self.flush()
+        self._begins = True
+
     def note_layer(self, expert_ids: Tensor, weights: Tensor) -> None:
         """The next layer's choices `[n_token, top_k]` for the tokens that are being computed, best first."""
         self._layers.append((expert_ids, weights))
 
-    def end_tokens(self, position: int) -> None:
-        """All layers were noted. position: of the first of the tokens in its sequence."""
+    def end_tokens(self) -> None:
+        """All layers were noted."""
         ids, weights = (torch.stack(parts, 1).cpu() for parts in zip(*self._layers, strict=True))
         self._layers.clear()
-        self.note_tokens(ids.numpy(), weights.numpy(), position)
+        self.note_tokens(ids.numpy(), weights.numpy())
 
-    def note_tokens(self, ids: NDArray[np.generic], weights: NDArray[np.generic], position: int) -> None:
+    def note_tokens(self, ids: NDArray[np.generic], weights: NDArray[np.generic]) -> None:
         """ids, weights `[n_token, n_layer, top_k]`."""
-        if position == 0:
-            self.flush()
-            self._begins = True
         for start in range(0, len(ids), FRAME_TOKENS):
             part = slice(start, start + FRAME_TOKENS)
             self._ids.append(ids[part].astype(np.uint16))
