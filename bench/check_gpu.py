@@ -2,8 +2,8 @@
 
     python bench/check_gpu.py --work /tmp/models --out results.json [--tiny]
 
-Writes full-size random models, loads each within a VRAM budget, runs a prompt and decodes, while another process
-reads the device's memory from nvidia-smi. `--tiny` is a dry run on the simulated device with a few layers, where
+Writes full-size random models, loads each within a VRAM budget, runs a prompt and decodes, while a thread
+reads the device's memory as nvidia-smi does. `--tiny` is a dry run on the simulated device with a few layers, where
 decoding is eager.
 """
 

@@ -50,15 +50,19 @@ def begun(command: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_model(rows: Sequence[AnyRow], options: argparse.Namespace) -> Iterator[tuple[Path, list[AnyRow]]]:
-    """The chosen rows with their model's file, which is written if it is missing, and removed behind them."""
+    """The chosen rows with their model's file; one that is missing is written, and removed behind them."""
     options.work.mkdir(parents=True, exist_ok=True)
     rows = [row for row in rows if not options.only or any(part in row.name for part in options.only)]
     for model in dict.fromkeys(row.model for row in rows):
-        path = options.work / f"{model}.gguf"
-        if not path.exists():
+        path = options.work / (f"tiny-{model}.gguf" if options.tiny else f"{model}.gguf")
+        is_ours = not path.exists()
+        if is_ours:
             write_model(model, path, layers=2 if options.tiny else LAYERS.get(model))
-        yield path, [row for row in rows if row.model == model]
-        path.unlink()
+        try:
+            yield path, [row for row in rows if row.model == model]
+        finally:
+            if is_ours:
+                path.unlink(missing_ok=True)
 
 
 def vram_budget(path: Path, share: float, **options: Any) -> int:

@@ -1,4 +1,4 @@
-"""Measures what this machine delivers, with the kernels that the engine uses; takes less than a minute."""
+"""Measures what this machine delivers, with the kernels that the engine uses; takes about a minute."""
 
 import mmap
 import os

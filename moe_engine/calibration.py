@@ -267,13 +267,14 @@ def cache_path(gpu: str | None, threads: int) -> Path:
 
 def kept(gpu: str | None, threads: int) -> Calibration | None:
     """This machine's calibration, None if there is none; a file that is not in order is reported and ignored."""
-    path = cache_path(gpu, threads)
-    if not path.exists():
-        return None
     try:
+        path = cache_path(gpu, threads)
         found = Calibration.load(path)
+    except FileNotFoundError:  # nobody has a home
+        return None
     except CalibrationError as error:
-        log.warning("ignored: %s", error)
+        if not isinstance(error.__cause__, FileNotFoundError):
+            log.warning("ignored: %s", error)
         return None
     name = None if found.gpu is None else found.gpu.name
     if (name, found.processor, found.threads) != (gpu, processor_name(), threads):

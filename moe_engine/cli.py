@@ -1,6 +1,9 @@
 """The command line: `moe-engine generate | plan | calibrate | inspect | perplexity | tokenize | trace | bench`."""
 
+import errno
+import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +25,7 @@ from moe_engine.cli_options import (
     RamBudget,
     Threads,
     VramBudget,
+    check_output,
     loaded,
     notes,
     print_json,
@@ -95,6 +99,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt."""
+    check_output(trace, model, prompt_file)
     text = _prompt_text(prompt, prompt_file)
     options: dict[str, Any] = {"device": device, "vram_budget": vram_budget, "ram_budget": ram_budget}
     options |= {"threads": threads, "ctx": ctx, "kv_dtype": kv_type, "miss": miss, "policy": policy, "exact": exact}
@@ -209,10 +214,10 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _print_inspection(found: "Inspection") -> None:
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(highlight=False, markup=False, soft_wrap=True)
     supported = "" if found.supported else "  (not supported by this version: it cannot be run)"
-    out.print(f"{found.path}: {found.name or 'unnamed'}, {format_size(found.file_bytes)}", markup=False)
-    out.print(f"architecture {found.architecture}{supported}", markup=False)
+    out.print(f"{found.path}: {found.name or 'unnamed'}, {format_size(found.file_bytes)}")
+    out.print(f"architecture {found.architecture}{supported}")
     sizes = Table("role", "size", box=None, pad_edge=False)
     for role in ("dense", "shared", "routed"):
         sizes.add_row(role, format_size(getattr(found, f"{role}_bytes")))
@@ -228,7 +233,7 @@ def _print_inspection(found: "Inspection") -> None:
         out.print()
         out.print(table)
     if found.unknown_types:
-        out.print(f"\n{len(found.unknown_types)} tensors have types unknown to this version", markup=False)
+        out.print(f"\n{len(found.unknown_types)} tensors have types unknown to this version")
 
 
 INTERRUPTED = 130
@@ -236,8 +241,16 @@ INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: our errors become one line on stderr, Ctrl-C ends quietly. Always exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(arguments)
+        if sys.stdout is None or sys.stdin is None:
+            raise ConfigError("standard input or output is closed")
+        try:
+            app(arguments)
+        finally:
+            sys.stdout.flush()
     except MoeEngineError as error:
         notes.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
@@ -245,9 +258,20 @@ def main(arguments: list[str] | None = None) -> None:
         if error.code == INTERRUPTED:
             notes.print("interrupted", style="yellow")
         raise
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE):
+            raise
+        _leave_output()
+        if error.errno == errno.EPIPE:
+            sys.exit(141)
+        notes.print(f"error: standard output cannot be written: {error.strerror}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _leave_output() -> None:
+    """What is still buffered would be written once more at the end."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
 
 
 if __name__ == "__main__":

@@ -117,12 +117,14 @@ def bench(
     depths = plan.numbers("-d", n_depth or ["0"])
     pairs = plan.pairs("-pg", both or [])
     tests = plan.sweep(prompts, gens, depths) if sweep else plan.all_tests(prompts, gens, depths, pairs)
-    named = {"vram_budget": vram_budget, "n_sequence": batch, "threads": threads, "ubatch": ubatch}
-    named["policy"] = policy
-    lists = {name: texts for name, texts in named.items() if texts} | _settings(settings or [])
+    given = {"vram_budget": vram_budget, "n_sequence": batch, "threads": threads, "ubatch": ubatch, "policy": policy}
+    named = {name: texts for name, texts in given.items() if texts}
+    others = _settings(settings or [])
+    for name in named.keys() & others.keys():
+        raise ConfigError(f"--set {name} says again what an option of its own says: give one of them")
     session = Session(
         _random(random, **shape) if random else model or bundled_model(),
-        plan.loads({"device": [device], **lists}),
+        plan.loads({"device": [device], **named, **others}),
         tests,
         repetitions,
         routing,

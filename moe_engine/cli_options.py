@@ -69,6 +69,13 @@ def progress(what: str, *columns: ProgressColumn, **fields: Any) -> "Iterator[tu
         yield bar, bar.add_task(what, total=None, **fields)
 
 
+def check_output(output: Path | None, *inputs: Path | None) -> None:
+    """Raises `ConfigError` if what is to be written is what is to be read."""
+    for path in inputs:
+        if output is not None and path is not None and output.exists() and path.exists() and output.samefile(path):
+            raise ConfigError(f"{output}: is read by the same command: choose another file to write")
+
+
 def read_text(path: Path) -> str:
     """Raises `ConfigError` for what cannot be read and what is not UTF-8."""
     try:
@@ -81,4 +88,4 @@ def read_text(path: Path) -> str:
 
 def print_json(**values: Any) -> None:
     """One object, on one line."""
-    sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moe_engine.cli_options import ENGINE, AsJson, Ctx, Device, Place, Threads, notes, print_json
+from moe_engine.cli_options import ENGINE, AsJson, Ctx, Device, Place, Threads, check_output, notes, print_json
 from moe_engine.config import EngineConfig, format_size
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def calibrate(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure this machine once, in under a minute: engine and planner use it."""
+    """Measure this machine once, in about a minute: engine and planner use it."""
     from dataclasses import asdict
 
     from moe_engine.backend import choose_device
@@ -82,6 +82,7 @@ def calibrate(
     from moe_engine.calibrate import n_steps
     from moe_engine.calibration import cache_path
 
+    check_output(output, model)
     n_threads = EngineConfig.of(threads=threads, device=device).n_threads
     found_device, _ = choose_device(device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -15,6 +15,7 @@ from moe_engine.cli_options import (
     Model,
     Threads,
     VramBudget,
+    check_output,
     loaded,
     print_json,
     progress,
@@ -74,6 +75,7 @@ def simulate(
     from moe_engine.simulator import capacity_of
     from moe_engine.simulator import simulate as replay
 
+    check_output(plot, file, profile, model_file, hardware)
     specs = [policy_of(text) for text in policy or ("lru", DEFAULT_POLICY, "belady")]
     trace = load_trace(file, experts)
     model = trace.model
@@ -123,13 +125,14 @@ def simulate(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help=".npz with an array 'ids' [tokens, MoE layers, top-k].")],
+    file: Annotated[Path, typer.Argument(help=".npz with an array 'ids' (tokens, MoE layers, top-k).")],
     output: Output,
     experts: Experts = None,
 ) -> None:
     """Make a trace file from a numpy archive."""
     from moe_engine.trace_npz import import_npz
 
+    check_output(output, file)
     trace = import_npz(file, experts)
     trace.save(output)
     print(f"{output}: {trace.n_token} tokens, {trace.model.n_expert} experts in each of {trace.model.n_layer} layers")
@@ -140,6 +143,7 @@ def export(file: TraceFile, output: Output) -> None:
     """Write a trace as a numpy archive (.npz)."""
     from moe_engine.trace_npz import export_npz
 
+    check_output(output, file)
     trace = load_trace(file)
     export_npz(trace, output)
     print(f"{output}: {trace.n_token} tokens")
@@ -169,6 +173,7 @@ def record(
     threads: Threads = None,
 ) -> None:
     """Record which experts a model chooses for a text."""
+    check_output(output, file, model)
     text = read_text(file)
     with (
         loaded(

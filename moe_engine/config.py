@@ -90,7 +90,7 @@ class EngineConfig(_Options):
                  Default: 90 % of what is free.
     ram_budget   what the whole process may have resident in RAM, mapped file pages included. Routed experts get what
                  the rest leaves of it, less an eighth kept for what is allocated later; those that do not fit are read
-                 from disk when they are needed. Default: what is available, less 2 GiB, for the experts alone.
+                 from disk when they are needed. Default: what is available, less 2 GiB (at most half), for them alone.
     experts      where routed experts are computed: "cpu", "cache" (fetched into VRAM slots and computed
                  there), or "auto": "cache" if the budget has room for at least top_k experts.
     place        rules REGEX=PLACE on tensor names that say where layers' experts are: "cuda:0" for good in VRAM,
@@ -157,6 +157,9 @@ class EngineConfig(_Options):
         for name, kind in choices.items():
             value = getattr(self, name)
             _check(value in get_args(kind), name, value, f"one of: {', '.join(get_args(kind))}")
+        for name in ("exact", "eager", "lookahead", "profile"):
+            value = getattr(self, name)
+            _check(isinstance(value, bool), name, value, "True or False")
         for name in ("cache_slots", "threads", "ctx", "ubatch"):
             value = getattr(self, name)
             _check(value is None or _is_integer(value, 1), name, value, "an integer >= 1")
@@ -220,7 +223,9 @@ class SamplingParams(_Options):
     def __post_init__(self) -> None:
         _check(_is_integer(self.max_tokens, 0), "max_tokens", self.max_tokens, "an integer >= 0")
         _check(_is_number(self.temperature, 0, 1e4), "temperature", self.temperature, "a number >= 0")
-        _check(_is_integer(self.top_k, 0), "top_k", self.top_k, "an integer >= 0")
+        _check(
+            _is_integer(self.top_k, 0) and self.top_k < 1 << 31, "top_k", self.top_k, "an integer from 0 to 2^31 - 1"
+        )
         _check(_is_number(self.top_p, 1e-9, 1), "top_p", self.top_p, "a number over 0, at most 1")
         _check(_is_number(self.min_p, 0, 1), "min_p", self.min_p, "a number from 0 to 1")
         penalty = self.repeat_penalty

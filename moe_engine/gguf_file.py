@@ -1,6 +1,7 @@
 """A model's GGUF file, or all parts of a split one: metadata, and tensors as views of the mapping."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def _part_paths(path: Path) -> list[Path]:
         return [path]
     count = int(match["count"])
     paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
-    missing = [p.name for p in paths if not p.exists()]
+    missing = [p.name for p in paths if not os.path.exists(p)]
     if missing and len(missing) < count:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelFormatError(f"{path}: part {missing[0]}{more} of the split model is missing from {path.parent}")

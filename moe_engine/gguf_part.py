@@ -5,6 +5,7 @@ checked against the file's size before it is used.
 """
 
 import ctypes
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 _MAX_ARRAY_DEPTH = 4
+_MAX_ELEMENTS = 1 << 44  # of a tensor
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,10 @@ class GGUFPart:
     def _checked_bytes(self, name: str, shape: tuple[int, ...], type_id: int) -> int:
         if min(shape) < 1:
             raise ModelFormatError(f"{self.path}: tensor '{name}' has the shape {shape}, expected sizes >= 1")
+        if math.prod(shape) > _MAX_ELEMENTS:
+            raise ModelFormatError(
+                f"{self.path}: tensor '{name}' has the shape {shape}, expected at most {_MAX_ELEMENTS} elements"
+            )
         quant = QUANT_TYPES.get(type_id) or PLAIN_TYPES.get(type_id)
         if quant is None:
             return 0

@@ -22,7 +22,7 @@ from moe_engine.kernels.prompt_attention import grouped_prompt_attention
 from moe_engine.kernels.router import RouterConfig, route
 from moe_engine.kernels.router_kernel import route_and_lookup
 from moe_engine.kv_cache import LayerCache, TokenShapes
-from moe_engine.metadata import Metadata
+from moe_engine.metadata import MAX_EXPERTS, Metadata
 from moe_engine.rope import Rope
 from moe_engine.weights import Weights
 
@@ -278,7 +278,7 @@ def router_config(meta: Metadata, *, default_gating: str, normalize: bool | None
     names = {1: "softmax", 2: "sigmoid", 3: "softmax_selected", 4: "sqrt_softplus"}
     number = {name: i for i, name in names.items()}[default_gating]
     gating = names[meta.integer("expert_gating_func", number, low=0, high=4) or number]
-    n_expert = meta.integer("expert_count", high=1 << 16)
+    n_expert = meta.integer("expert_count", high=MAX_EXPERTS)
     n_group = meta.integer("expert_group_count", 1, low=0, high=n_expert) or 1
     if n_expert % n_group:
         raise meta.fail("expert_group_count", f"a divisor of the {n_expert} experts")

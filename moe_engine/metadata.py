@@ -1,12 +1,12 @@
 """Typed, checked access to a model's metadata keys."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from moe_engine.errors import ModelFormatError
 
 _LARGEST = 1 << 31
+MAX_EXPERTS = 1 << 16
 
 
 class Metadata:
@@ -47,7 +47,7 @@ class Metadata:
             return default
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise self.fail(key, f"a number from {low} to {high}")
-        return float(value) if math.isfinite(value) else low
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key)

@@ -7,7 +7,7 @@ from moe_engine.gguf_file import GGUFFile
 from moe_engine.gguf_part import TensorInfo
 from moe_engine.kernels.slot_layout import aligned
 from moe_engine.kv_cache import cached_bytes
-from moe_engine.metadata import Metadata
+from moe_engine.metadata import MAX_EXPERTS, Metadata
 from moe_engine.model import Transformer, n_layer
 from moe_engine.placement import block_of, is_expert
 
@@ -68,7 +68,7 @@ class ModelWork:
     @classmethod
     def of(cls, file: GGUFFile, meta: Metadata, family: type[Transformer], kv_dtype: str) -> "ModelWork":
         """kv_dtype: type of the KV cache."""
-        n_block, n_expert = n_layer(meta), meta.integer("expert_count")
+        n_block, n_expert = n_layer(meta), meta.integer("expert_count", high=MAX_EXPERTS)
         dense, prompt_dense = Counter[str](), Counter[str]()
         parts: dict[int, list[TensorInfo]] = {}
         weights = values = 0
@@ -86,7 +86,7 @@ class ModelWork:
                 prompt_dense[str(info.type)] += info.nbytes
                 weights += _elements(info)
                 values += sum(info.shape[-2:])
-        top_k = meta.integer("expert_used_count")
+        top_k = meta.integer("expert_used_count", high=n_expert)
         of_experts = top_k * sum(sum(info.shape[-2:]) for infos in parts.values() for info in infos)
         layers = tuple(_expert_layer(block, infos, n_expert) for block, infos in sorted(parts.items()))
         return cls(

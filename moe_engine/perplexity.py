@@ -10,6 +10,8 @@ import torch
 from moe_engine.engine import Engine
 from moe_engine.errors import ConfigError
 
+LEAST_CTX = 6  # two predictions are scored, which have a standard error
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -32,12 +34,16 @@ def perplexity(
     Where the model wants a start token it replaces the window's first. progress: called with (windows done,
     windows in all, perplexity so far). Raises `ConfigError` if the text is shorter than one window.
     """
-    if ctx < 4 or ctx > engine.cache.capacity:
-        raise ConfigError(f"ctx is {ctx}, expected 4 to {engine.cache.capacity}, the engine's context")
+    if ctx < LEAST_CTX:
+        raise ConfigError(f"ctx is {ctx}, expected at least {LEAST_CTX}")
+    if ctx > engine.cache.capacity:
+        raise ConfigError(f"ctx is {ctx}, expected at most {engine.cache.capacity}, the engine's context")
     tokens = engine.tokenizer.encode(text)
     n_chunk = len(tokens) // ctx
     if n_chunk == 0:
-        raise ConfigError(f"the text has {len(tokens)} tokens, expected at least {ctx}, one window")
+        raise ConfigError(
+            f"the text has {len(tokens)} tokens, expected at least {ctx}, one window: take a longer text or less ctx"
+        )
     losses = []
     for chunk in range(n_chunk):
         window = tokens[chunk * ctx : (chunk + 1) * ctx]

@@ -40,7 +40,6 @@ class Profile:
 
     def save(self) -> None:
         """Replaces what is kept of the model; where that is impossible, it says so and goes on."""
-        path = path_of(self.model)
         n_layer, n_expert = self.counts.shape
         packed = msgpack.packb(
             {
@@ -54,9 +53,9 @@ class Profile:
             }
         )
         try:
-            replace_file(path, packed)
+            replace_file(path_of(self.model), packed)
         except OSError as error:
-            log.warning("the use of experts is not kept: %s: %s", path, error.strerror)
+            log.warning("the use of experts is not kept: %s: %s", error.filename or "cache folder", error.strerror)
 
 
 def path_of(model: str) -> Path:
@@ -66,14 +65,14 @@ def path_of(model: str) -> Path:
 
 def load_profile(model: str, n_layer: int, n_expert: int) -> Profile | None:
     """What is kept of a model, None if nothing is; a file that is not in order is reported and ignored."""
-    path = path_of(model)
     try:
+        path = path_of(model)
         with open(path, "rb") as file:
             packed = file.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
-        log.warning("ignored: %s: cannot be read: %s", path, error.strerror)
+        log.warning("ignored: %s: cannot be read: %s", error.filename, error.strerror)
         return None
     try:
         return _parse(packed, model, (n_layer, n_expert))

@@ -95,7 +95,8 @@ def plan_ram(
         limit, process = budget - taken - spare, budget - spare
         terms = (
             f"ram_budget is {format_size(budget)}, of which the process takes {format_size(taken)} without routed "
-            f"experts and {format_size(spare)} are kept for what it needs later"
+            f"experts, but with all that the context and a micro-batch may need, and {format_size(spare)} are kept for "
+            "what it needs later"
         )
         enough = (needed + taken) * SPARE_PART // (SPARE_PART - 1)
         remedy = f"ram_budget {(enough >> 20) + 1}MiB"

@@ -66,6 +66,8 @@ def recommend(
     runnable = [spec for spec in policies if not spec.foresees]
     if not runnable:
         raise ConfigError("no policy to recommend: give at least one that does not know the future")
+    if trace.n_token == 0:
+        raise ConfigError("nothing to recommend: the trace has no tokens")
     per_slot = sum(expert_bytes)  # a slot in every layer
     if room is not None and capacities[0] * per_slot > room:
         raise ConfigError(

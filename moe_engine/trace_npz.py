@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_engine.cache_files import replacing
 from moe_engine.errors import ConfigError, TraceFormatError
 from moe_engine.traces import Trace, TraceModel
 
@@ -37,7 +38,7 @@ def export_npz(trace: Trace, path: str | Path) -> None:
     else:
         arrays["sequences"] = np.array(trace.sequences, np.int64)
     try:
-        with open(path, "wb") as file:
+        with replacing(Path(path)) as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     except OSError as e:
         raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e

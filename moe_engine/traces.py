@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, BinaryIO, Self
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_engine.cache_files import replacing
 from moe_engine.errors import ConfigError, TraceFormatError
 
 MAGIC, VERSION = "moe_engine trace", 1
@@ -85,16 +86,19 @@ class Trace:
         return len(self.ids)
 
     def save(self, path: str | Path) -> None:
-        """Writes a trace file. Raises ConfigError if that is impossible."""
-        with TraceWriter(path, self.model) as writer:
-            writer.begin()
-            first = 0
-            for length in self.sequences:
-                for start in range(first, first + length, FRAME_TOKENS):
-                    part = slice(start, min(start + FRAME_TOKENS, first + length))
-                    weights = None if self.weights is None else self.weights[part]
-                    writer.append(self.ids[part], weights, begins=start == first)
-                first += length
+        """Writes a trace file, all or nothing. Raises ConfigError if that is impossible."""
+        try:
+            with replacing(Path(path)) as file:
+                _write(file, _header(self.model))
+                first = 0
+                for length in self.sequences:
+                    for start in range(first, first + length, FRAME_TOKENS):
+                        part = slice(start, min(start + FRAME_TOKENS, first + length))
+                        weights = None if self.weights is None else self.weights[part]
+                        _write(file, _packed(self.model, self.ids[part], weights, begins=start == first))
+                    first += length
+        except OSError as e:
+            raise ConfigError(f"{path}: cannot be written: {e.strerror}") from e
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":
@@ -143,31 +147,11 @@ class TraceWriter:
 
     def append(self, ids: NDArray[Any], weights: NDArray[Any] | None = None, *, begins: bool = False) -> None:
         """Adds tokens of one sequence: ids [tokens, n_layer, top_k], weights of the same shape or None."""
-        assert ids.ndim == 3
-        assert ids.shape[1:] == (self._model.n_layer, self._model.top_k)
-        frame = {"tokens": len(ids), "begins": begins, "ids": _pack(ids, self._model.n_expert)}
-        if weights is not None:
-            assert weights.shape == ids.shape
-            frame["weights"] = weights.astype("<f2").tobytes()
         with self._told():
-            self._write(self._begun(), frame)
-
-    def begin(self) -> None:
-        """Begins a new file, as the first frame does."""
-        with self._told():
-            self._begun()
-
-    def _begun(self) -> BinaryIO:
-        if self._file is None:
-            self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed by close)
-            self._write(self._file, {"magic": MAGIC, "version": VERSION, "model": asdict(self._model)})
-        return self._file
-
-    @staticmethod
-    def _write(file: BinaryIO, value: object) -> None:
-        rest = memoryview(msgpack.packb(value))
-        while rest:
-            rest = rest[file.write(rest) :]
+            if self._file is None:
+                self._file = open(self._path, "wb", buffering=0)  # noqa: SIM115 (closed by close)
+                _write(self._file, _header(self._model))
+            _write(self._file, _packed(self._model, ids, weights, begins=begins))
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -187,6 +171,27 @@ class TraceWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _write(file: BinaryIO | IO[bytes], value: object) -> None:
+    rest = memoryview(msgpack.packb(value))
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _header(model: TraceModel) -> dict[str, object]:
+    return {"magic": MAGIC, "version": VERSION, "model": asdict(model)}
+
+
+def _packed(model: TraceModel, ids: NDArray[Any], weights: NDArray[Any] | None, *, begins: bool) -> dict[str, object]:
+    """A frame."""
+    assert ids.ndim == 3
+    assert ids.shape[1:] == (model.n_layer, model.top_k)
+    frame = {"tokens": len(ids), "begins": begins, "ids": _pack(ids, model.n_expert)}
+    if weights is not None:
+        assert weights.shape == ids.shape
+        frame["weights"] = weights.astype("<f2").tobytes()
+    return frame
 
 
 def _pack(ids: NDArray[Any], n_expert: int) -> bytes:

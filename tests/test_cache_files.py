@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_engine.cache_files import cache_folder, replace_file
+from moe_engine.cache_files import cache_folder, replace_file, replacing
+from moe_engine.calibration import kept
+from moe_engine.profile import load_profile
 
 
 def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +29,27 @@ def test_only_absolute_folders_count(base: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert cache_folder() == tmp_path / ".cache" / "moe-engine"
+
+
+def test_new_files_are_as_readable_as_others(tmp_path: Path) -> None:
+    replace_file(tmp_path / "kept", b"")
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "kept").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_what_is_no_file_is_written_as_it_is() -> None:
+    with replacing(Path("/dev/null")) as file:
+        file.write(b"x")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_nobody_s_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    with pytest.raises(FileNotFoundError, match="set HOME"):
+        cache_folder()
+    assert load_profile("model", 2, 4) is None
+    assert kept(None, 2) is None

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def test_inspect_of_an_unsupported_architecture(run: Run, tmp_path: Path) -> Non
 
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
     writer.add_block_count(1)
+    writer.add_string("mamba.note", "[/b]")
     writer.add_tensor("x", np.zeros((2, 2), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -92,6 +94,7 @@ def test_inspect_of_an_unsupported_architecture(run: Run, tmp_path: Path) -> Non
     done = run("inspect", str(tmp_path / "m.gguf"))
     assert done.returncode == 0
     assert "not supported" in done.stdout
+    assert "[/b]" in done.stdout
     done = run("generate", "x", "-m", str(tmp_path / "m.gguf"))
     assert done.returncode == 1
     assert "'mamba' is not supported, expected one of: deepseek2, qwen2moe, qwen3moe" in done.stderr
@@ -136,6 +139,65 @@ def test_mistakes_are_one_line_without_traceback(run: Run, arguments: tuple[str,
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "x", "-m", "{}", "--trace", "{}"),
+        ("calibrate", "-m", "{}", "-o", "{}"),
+        ("trace", "record", "-f", "{}", "-o", "{}"),
+        ("trace", "import", "{}", "-o", "{}"),
+        ("trace", "export", "{}", "-o", "{}"),
+        ("trace", "simulate", "{}", "--plot", "{}"),
+    ],
+)
+def test_what_is_read_is_not_written(run: Run, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("content", encoding="utf-8")
+    (tmp_path / "same").symlink_to(tmp_path / "file")
+    names = iter([str(tmp_path / "file"), str(tmp_path / "same")])
+    done = run(*(next(names) if word == "{}" else word for word in command))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: {tmp_path / 'same'}: is read by the same command: choose another file to write\n"
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "content"
+
+
+TOKENIZE = f"{sys.executable} -m moe_engine tokenize hello"
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        (f"{TOKENIZE} > /dev/full", "standard output cannot be written: No space left on device"),
+        (f"{TOKENIZE} >&-", "standard input or output is closed"),
+        (f"{sys.executable} -m moe_engine generate --prompt-file - <&-", "standard input or output is closed"),
+    ],
+)
+def test_output_that_goes_nowhere(command: str, error: str) -> None:
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {error}\n")
+
+
+def test_characters_that_a_terminal_does_not_have() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "moe_engine", "tokenize", "a b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u0120b" in done.stdout
+
+
+def test_interrupt_before_anything_has_begun() -> None:
+    program = """
+import sys
+class Interrupted:
+    def find_spec(self, name, *rest):
+        if name == "moe_engine.cli": raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from moe_engine.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_help_lists_the_commands(run: Run) -> None:

@@ -143,6 +143,7 @@ def test_bad_prompts_are_named(engine: Engine, prompt: list[int]) -> None:
         ({"activations": "int4"}, "int8, float"),
         ({"kv_dtype": "q4"}, "f16"),
         ({"vrambudget": "1GiB"}, "known|vram_budget"),
+        ({"exact": "false"}, "exact is 'false', expected True or False"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], match: str) -> None:

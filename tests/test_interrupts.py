@@ -4,16 +4,18 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
 
-from moe_engine import ConfigError, Engine
+from moe_engine import ConfigError, Engine, ModelFormatError
 from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.interrupts import deferred_interrupt
 from moe_engine.kernels.mailbox import post
 from moe_engine.kernels.plain_product import PlainProduct
+from moe_engine.kernels.worker import DecodeWorker
 from moe_engine.layers import MixtureOfExperts
 from moe_engine.traces import Trace
 
@@ -154,3 +156,30 @@ def test_a_stream_is_over_when_another_begins(model: Path, options: dict[str, An
         stream.result()
     with pytest.raises(ConfigError, match="the engine is closed"):
         engine.forward([1])
+
+
+def test_a_failed_generation_is_the_only_one_that_fails(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(model, miss="cpu", cache_slots=4) as engine:
+        assert isinstance(engine.decoder, GraphDecoder)
+        monkeypatch.setattr(GraphDecoder, "_ahead", lambda self: 2)  # as on a GPU, once a step is captured
+        expected = greedy(engine, PROMPT, 4)
+        bad, wait = {engine.decoder.launched + 2, engine.decoder.launched + 3}, DecodeWorker.wait_tokens
+
+        def found(self: DecodeWorker, step: int) -> object:
+            tokens = wait(self, step)
+            assert tokens is not None
+            return SimpleNamespace(tokens=tokens.tokens, bad=step in bad)
+
+        monkeypatch.setattr(DecodeWorker, "wait_tokens", found)
+        with pytest.raises(ModelFormatError, match="not finite"):
+            greedy(engine, PROMPT, 4)
+        assert engine.decoder.taken < engine.decoder.launched == max(bad)
+        assert greedy(engine, PROMPT, 4) == expected
+
+
+def test_every_generation_is_a_sequence_of_the_trace(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.trace"
+    with load(model, device="cpu", trace=str(file)) as engine:
+        greedy(engine, [1, 2, 3], 3)
+        assert engine.generate([1, 2, 9], temperature=0, max_tokens=2).stats.reused_tokens == 2
+    assert Trace.load(file).sequences == (5, 2)

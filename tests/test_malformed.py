@@ -23,7 +23,8 @@ from gguf_images import (
     valid,
 )
 
-from moe_engine.errors import UnsupportedModelError
+from moe_engine.errors import ModelFormatError, UnsupportedModelError
+from moe_engine.planner import plan
 
 
 @pytest.fixture
@@ -116,6 +117,23 @@ def test_type_is_named(image: Image, path: Path, type_id: int, words: list[str])
     message = error_of(path)
     for word in (name, *words):
         assert word in message
+
+
+@pytest.mark.parametrize("type_id", [0, 0xFFFFFF])
+def test_sizes_beyond_all_files_are_refused(image: Image, path: Path, type_id: int) -> None:
+    tensor = image.tensor("blk.1.ffn_down_exps.weight")
+    tensor.type, tensor.shape[0] = type_id, 1 << 62
+    path.write_bytes(image.pack())
+    message = error_of(path)
+    assert "'blk.1.ffn_down_exps.weight' has the shape" in message
+    assert str(1 << 62) in message
+
+
+def test_plan_too_refuses_more_chosen_experts_than_there_are(image: Image, path: Path) -> None:
+    image.key("expert_used_count").set(U32, 200)
+    path.write_bytes(image.pack())
+    with pytest.raises(ModelFormatError, match=r"deepseek2\.expert_used_count"):
+        plan(path, device="cpu")
 
 
 def test_row_that_is_no_multiple_of_the_block(image: Image, path: Path) -> None:

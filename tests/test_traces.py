@@ -1,5 +1,6 @@
 """Trace files: what is written is read, what is cut is read to the cut, what is damaged is our error."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,7 @@ def test_an_id_takes_less_than_1_2_bytes(tmp_path: Path, n_expert: int) -> None:
 
 
 def test_a_trace_without_tokens(tmp_path: Path) -> None:
-    with TraceWriter(tmp_path / "t", TraceModel("x", 2, 4, 2)) as writer:
-        writer.begin()
+    Trace(TraceModel("x", 2, 4, 2), np.zeros((0, 2, 2), np.uint16), None, ()).save(tmp_path / "t")
     assert Trace.load(tmp_path / "t").ids.shape == (0, 2, 2)
 
 
@@ -72,14 +72,33 @@ def test_a_full_disk_is_an_error_that_names_the_file() -> None:
         trace_of((3, 2), 300).save("/dev/full")
 
 
+@pytest.mark.parametrize("suffix", [".trace", ".npz"])
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / f"t{suffix}"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("moe_engine.traces._packed", failing)
+    monkeypatch.setattr(np, "savez_compressed", failing)
+    trace = trace_of((3, 2), 300)
+    with pytest.raises(ConfigError, match=f"{path}: cannot be written: No space left"):
+        trace.save(path) if suffix == ".trace" else export_npz(trace, path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert path.read_bytes() == b"old"
+
+
 def test_a_cut_file_is_readable_up_to_the_cut(tmp_path: Path) -> None:
-    model, ends = TraceModel("x", 2, 4, 2), []
+    model = TraceModel("x", 2, 4, 2)
+    Trace(model, np.zeros((0, 2, 2), np.uint16), None, ()).save(tmp_path / "header")
+    ends = [(tmp_path / "header").stat().st_size]
     ids = np.tile(np.array([[[0, 1], [3, 2]]]), (5, 1, 1))
     with TraceWriter(tmp_path / "t", model) as writer:
-        writer.begin()
         for frame in range(3):
-            ends.append((tmp_path / "t").stat().st_size)
             writer.append(ids, begins=frame != 1)
+            ends.append((tmp_path / "t").stat().st_size)
     data = (tmp_path / "t").read_bytes()
     for size in range(len(data) + 1):
         (tmp_path / "cut").write_bytes(data[:size])
@@ -87,7 +106,7 @@ def test_a_cut_file_is_readable_up_to_the_cut(tmp_path: Path) -> None:
             with pytest.raises(TraceFormatError, match="is no trace file"):
                 Trace.load(tmp_path / "cut")
         else:
-            whole = sum(size >= end for end in [*ends[1:], len(data)])
+            whole = sum(size >= end for end in ends[1:])
             assert Trace.load(tmp_path / "cut").sequences == ((), (5,), (10,), (10, 5))[whole]
 
 

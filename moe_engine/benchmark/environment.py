@@ -15,6 +15,7 @@ from moe_engine import __version__
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.hardware import Hardware
 from moe_engine.inspection import inspect_file
+from moe_engine.metadata import Metadata
 from moe_engine.placement import is_expert
 
 
@@ -89,7 +90,8 @@ class ModelFacts:
         """Raises `ModelFormatError`."""
         file, found = GGUFFile(path), inspect_file(path)
         values = sum(torch.Size(info.shape).numel() for info in file.tensors.values())
-        dimensions = {name: int(found.dimensions.get(f"expert_{name}", 0)) for name in ("count", "used_count")}
+        meta = Metadata(file.metadata, file.architecture, str(path))
+        dimensions = {name: meta.integer(f"expert_{name}", 0, low=0) for name in ("count", "used_count")}
         return cls(
             model_filename=path.name,
             model_type=f"{found.architecture} {found.name}".strip(),
@@ -100,7 +102,7 @@ class ModelFacts:
             active_bytes=found.active_bytes,
             active_params=_active_params(file, dimensions["used_count"] / max(1, dimensions["count"])),
             expert_bytes=tuple(found.expert_bytes),
-            n_layer=int(found.dimensions.get("block_count", 0)),
+            n_layer=meta.integer("block_count", 0, low=0),
             n_expert=dimensions["count"],
             top_k=dimensions["used_count"],
         )

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_engine.benchmark.random_writer import MIXES, MODELS, Shape, Writer, write_common, write_deepseek, write_qwen3
+from moe_engine.cache_files import mode_of_new_files
 from moe_engine.config import format_size
 from moe_engine.errors import CapacityError, ConfigError, ModelFormatError
 from moe_engine.gguf_file import GGUFFile
@@ -56,6 +57,7 @@ def write_model(
         os.close(number)
         try:
             out.finish(Path(unfinished), progress)
+            os.chmod(unfinished, mode_of_new_files())
             os.replace(unfinished, path)
         finally:
             with contextlib.suppress(FileNotFoundError):

@@ -38,11 +38,19 @@ class RecordedRouting:
         with np.load(path, allow_pickle=False) as archive:
             if "ahead" not in archive:
                 return cls(trace)
-            ahead = archive["ahead"]
+            try:
+                ahead = archive["ahead"]
+            except ValueError as e:
+                raise TraceFormatError(f"{path}: array 'ahead' cannot be read ({e})") from e
         if ahead.shape != (MAX_AHEAD, *trace.ids.shape) or ahead.dtype.kind not in "iu":
             raise TraceFormatError(
                 f"{path}: array 'ahead' is {ahead.dtype} {list(ahead.shape)}, expected integers "
                 f"{[MAX_AHEAD, *trace.ids.shape]}"
+            )
+        if ahead.size and not 0 <= ahead.min() <= ahead.max() < trace.model.n_expert:
+            raise TraceFormatError(
+                f"{path}: array 'ahead' has ids from {ahead.min()} to {ahead.max()}, expected 0 to "
+                f"{trace.model.n_expert - 1}"
             )
         if trace.model.n_layer <= MAX_AHEAD + 1:
             raise TraceFormatError(f"{path}: predictions of {trace.model.n_layer} layers are too few to stand for more")
