@@ -123,3 +123,14 @@ def test_routing_that_does_not_fit(tmp_path: Path) -> None:
         np.savez(tmp_path / "a.npz", ids=recorded.ids, ahead=np.zeros(ahead, np.int64))
         with pytest.raises(TraceFormatError, match=message):
             RecordedRouting.load(tmp_path / "a.npz")
+    five = trace(5, 8, 4)
+    ahead = np.zeros((2, 2000, 5, 4), np.uint8)
+    ahead[0, :, 0] = ahead[1, :, :2] = 255  # what nothing predicts
+    np.savez(tmp_path / "a.npz", ids=five.ids, n_expert=np.int64(8), ahead=ahead)
+    RecordedRouting.load(tmp_path / "a.npz")
+    ahead[1, 7, 3] = 8
+    np.savez(tmp_path / "a.npz", ids=five.ids, n_expert=np.int64(8), ahead=ahead)
+    with pytest.raises(
+        TraceFormatError, match="array 'ahead' has ids from 0 to 8 for layers 2 and on, expected 0 to 7"
+    ):
+        RecordedRouting.load(tmp_path / "a.npz")

@@ -47,11 +47,13 @@ class RecordedRouting:
                 f"{path}: array 'ahead' is {ahead.dtype} {list(ahead.shape)}, expected integers "
                 f"{[MAX_AHEAD, *trace.ids.shape]}"
             )
-        if ahead.size and not 0 <= ahead.min() <= ahead.max() < trace.model.n_expert:
-            raise TraceFormatError(
-                f"{path}: array 'ahead' has ids from {ahead.min()} to {ahead.max()}, expected 0 to "
-                f"{trace.model.n_expert - 1}"
-            )
+        for distance, of_layers in enumerate(ahead, 1):
+            used = of_layers[:, distance:]  # the first layers are predicted by none
+            if used.size and not 0 <= used.min() <= used.max() < trace.model.n_expert:
+                raise TraceFormatError(
+                    f"{path}: array 'ahead' has ids from {used.min()} to {used.max()} for layers {distance} and on, "
+                    f"expected 0 to {trace.model.n_expert - 1}"
+                )
         if trace.model.n_layer <= MAX_AHEAD + 1:
             raise TraceFormatError(f"{path}: predictions of {trace.model.n_layer} layers are too few to stand for more")
         return cls(trace, ahead.astype(np.int32))
