@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from moe_engine import cli_bench, cli_plan, cli_trace
+from moe_engine import __version__, cli_bench, cli_plan, cli_trace
 from moe_engine.cli_options import (
     ENGINE,
     SAMPLING,
@@ -44,6 +44,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"moe-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _any_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.add_typer(cli_trace.app, name="trace")
 app.add_typer(cli_bench.app, name="bench")
 app.command()(cli_plan.plan)
@@ -210,7 +227,7 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None:
         return prompt
     assert prompt_file is not None
-    return sys.stdin.read() if str(prompt_file) == "-" else read_text(prompt_file)
+    return read_text(prompt_file)
 
 
 def _print_inspection(found: "Inspection") -> None:

@@ -77,8 +77,10 @@ def check_output(output: Path | None, *inputs: Path | None) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Raises `ConfigError` for what cannot be read and what is not UTF-8."""
+    """Of a file, or of standard input for "-". Raises `ConfigError` for what cannot be read and what is not UTF-8."""
     try:
+        if str(path) == "-":
+            return sys.stdin.read()
         return path.read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigError(f"{path}: cannot be read: {e.strerror}") from e

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,10 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == Done(0, f"moe-engine {metadata.version('moe-engine')}\n", "")
 
 
 def test_help_lists_the_commands(run: Run) -> None:

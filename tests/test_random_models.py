@@ -124,12 +124,12 @@ def test_routing_that_does_not_fit(tmp_path: Path) -> None:
         with pytest.raises(TraceFormatError, match=message):
             RecordedRouting.load(tmp_path / "a.npz")
     five = trace(5, 8, 4)
-    ahead = np.zeros((2, 2000, 5, 4), np.uint8)
-    ahead[0, :, 0] = ahead[1, :, :2] = 255  # what nothing predicts
-    np.savez(tmp_path / "a.npz", ids=five.ids, n_expert=np.int64(8), ahead=ahead)
+    guesses = np.zeros((2, 2000, 5, 4), np.uint8)
+    guesses[0, :, 0] = guesses[1, :, :2] = 255  # what nothing predicts
+    np.savez(tmp_path / "a.npz", ids=five.ids, n_expert=np.int64(8), ahead=guesses)
     RecordedRouting.load(tmp_path / "a.npz")
-    ahead[1, 7, 3] = 8
-    np.savez(tmp_path / "a.npz", ids=five.ids, n_expert=np.int64(8), ahead=ahead)
+    guesses[1, 7, 3] = 8
+    np.savez(tmp_path / "a.npz", ids=five.ids, n_expert=np.int64(8), ahead=guesses)
     with pytest.raises(
         TraceFormatError, match="array 'ahead' has ids from 0 to 8 for layers 2 and on, expected 0 to 7"
     ):
