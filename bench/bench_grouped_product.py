@@ -64,7 +64,7 @@ class TorchProduct:
 
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         pairs, layout = gp.sort_by_expert(ids, len(self.slots)), self.layout
-        groups, gate_up = gp.Groups(pairs.offsets, self.slots), self.gate_up.flatten(1)
+        groups, gate_up = pairs.groups(self.slots), self.gate_up.flatten(1)
         for part, out in zip((layout.gate, layout.up), gate_up.chunk(2, dim=1), strict=True):
             dequantize_groups(groups, self.pool, part, out)
         dequantize_groups(groups, self.pool, layout.down, self.down.flatten(1))
@@ -114,7 +114,7 @@ def measure(report: Report, name: str, shape: Shape, type: str, tokens: tuple[in
             product = gp.PromptProduct(x, ids, weights, len(slots), layout)
 
             def of_sorted(product: gp.PromptProduct = product) -> Tensor:
-                product.add(pool, slots)
+                product.add(pool, product.sorted.groups(slots))
                 return product.sum(slots)
 
             exact = gp.moe_prompt(x, ids, weights, slots, pool, layout)

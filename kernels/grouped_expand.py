@@ -1,6 +1,7 @@
 """Experts of a prompt written out as bf16, as many at a time as the scratch memory holds."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -40,7 +41,8 @@ def dequantize_groups(groups: Groups, pool: Tensor, part: SlotPart, out: Tensor)
     n_block = part.n_out * part.n_in // part.type.block_size
     dequantize_groups_kernel[-(-n_block // constants["TILE_BLOCKS"]), len(groups)](
         pool,
-        groups.offsets,
+        groups.starts,
+        groups.ends,
         groups.slots,
         table(part.type.id, pool.device),
         out,
@@ -68,12 +70,12 @@ def expanded(groups: Groups, pool: Tensor, parts: tuple[SlotPart, ...]) -> Itera
     scratch = torch.empty(n_slot, n_value, dtype=torch.bfloat16, device=pool.device)
     for start in range(0, n_group, n_slot):
         stop = min(start + n_slot, n_group)
-        some = Groups(groups.offsets[start : stop + 1], groups.slots[start:stop])
+        some = groups.part(start, stop)
         at = 0
         for part in parts:
             dequantize_groups(some, pool, part, scratch[:, at : at + part.n_out * part.n_in])
             at += part.n_out * part.n_in
-        yield some, Groups(some.offsets, _counting(stop - start, pool.device)), scratch.view(torch.uint8)
+        yield some, replace(some, slots=_counting(stop - start, pool.device)), scratch.view(torch.uint8)
 
 
 def expanded_part(part: SlotPart, offset: int = 0) -> SlotPart:

@@ -46,19 +46,19 @@ def sort_kernel(ids, offsets, token, place, n_pair, TOP_K: tl.constexpr, BLOCK: 
 
 
 # Pieces of larger tensors: one program serves them wherever they begin.
-_PIECES = ["offsets", "slots", "tile_group", "tile_row"]
+_PIECES = ["starts", "ends", "slots", "tile_group", "tile_row"]
 
 
 @launched
 @triton.jit(do_not_specialize=["n_group"], do_not_specialize_on_alignment=_PIECES)
 def tile_map_kernel(
-    offsets, slots, tile_group, tile_row, n_group,
+    starts, ends, slots, tile_group, tile_row, n_group,
     BLOCK_M: tl.constexpr, N_GROUP_POW2: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """For each row tile its group (-1 past the last tile) and its first row. A group with slot -1 has no tiles."""
     g = tl.arange(0, N_GROUP_POW2)
-    start = tl.load(offsets + g, mask=g < n_group, other=0)
-    stop = tl.load(offsets + g + 1, mask=g < n_group, other=0)
+    start = tl.load(starts + g, mask=g < n_group, other=0)
+    stop = tl.load(ends + g, mask=g < n_group, other=0)
     slot = tl.load(slots + g, mask=g < n_group, other=-1)
     n_tile = tl.where(slot >= 0, (stop - start + BLOCK_M - 1) // BLOCK_M, 0)
     last = tl.cumsum(n_tile, 0)  # one past the group's last tile
@@ -177,7 +177,7 @@ def _down_tile(x, out, down, row_bytes, row, stop, column, n_in, n_out, table,
 @launched
 @triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
 def gate_up_kernel(
-    x, row_index, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, gate_at, up_from_gate,
+    x, row_index, out, pool, ends, slots, tile_group, tile_row, table, slot_bytes, gate_at, up_from_gate,
     row_bytes, n_in, n_out, n_column_tile,
     HAS_INDEX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr, FAST: tl.constexpr,
@@ -188,7 +188,7 @@ def gate_up_kernel(
     if group >= 0:
         column = (tl.program_id(0) % n_column_tile) * (BLOCK_N // 2)
         row = tl.load(tile_row + tile)
-        stop = tl.load(offsets + group + 1)
+        stop = tl.load(ends + group)
         gate = pool + tl.load(slots + group).to(tl.int64) * slot_bytes + gate_at
         if stop - row <= BLOCK_M // 2 and BLOCK_M > 16:
             _gate_up_tile(x, row_index, out, gate, row_bytes, up_from_gate, row, stop, column, n_in, n_out, table,
@@ -202,7 +202,7 @@ def gate_up_kernel(
 @launched
 @triton.jit(do_not_specialize=["n_column_tile"], do_not_specialize_on_alignment=_PIECES)
 def down_kernel(
-    x, out, pool, offsets, slots, tile_group, tile_row, table, slot_bytes, down_at,
+    x, out, pool, ends, slots, tile_group, tile_row, table, slot_bytes, down_at,
     row_bytes, n_in, n_out, n_column_tile,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_BYTES: tl.constexpr, RUN_WIDTH: tl.constexpr, FAST: tl.constexpr,
@@ -213,7 +213,7 @@ def down_kernel(
     if group >= 0:
         column = (tl.program_id(0) % n_column_tile) * BLOCK_N
         row = tl.load(tile_row + tile)
-        stop = tl.load(offsets + group + 1)
+        stop = tl.load(ends + group)
         down = pool + tl.load(slots + group).to(tl.int64) * slot_bytes + down_at
         if stop - row <= BLOCK_M // 2 and BLOCK_M > 16:
             _down_tile(x, out, down, row_bytes, row, stop, column, n_in, n_out, table,
@@ -227,14 +227,14 @@ def down_kernel(
 @launched
 @triton.jit(do_not_specialize=["n_block"], do_not_specialize_on_alignment=_PIECES)
 def dequantize_groups_kernel(
-    pool, offsets, slots, table, out, slot_bytes, part_at, n_block, out_stride,
+    pool, starts, ends, slots, table, out, slot_bytes, part_at, n_block, out_stride,
     TYPE: tl.constexpr, BLOCK_BYTES: tl.constexpr, N_RUN: tl.constexpr, RUN_WIDTH: tl.constexpr,
     DISTANCE: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Program (i, g): blocks `TILE_BLOCKS * i` and following of the matrix of group g, if that has rows, as bf16."""
     group = tl.program_id(1)
     slot = tl.load(slots + group)
-    if (slot >= 0) & (tl.load(offsets + group + 1) > tl.load(offsets + group)):
+    if (slot >= 0) & (tl.load(ends + group) > tl.load(starts + group)):
         matrix = pool + slot.to(tl.int64) * slot_bytes + part_at
         dequantize_tile(matrix, table, out + group.to(tl.int64) * out_stride, n_block, tl.program_id(0) * TILE_BLOCKS,
                         TYPE, BLOCK_BYTES, N_RUN, RUN_WIDTH, DISTANCE, TILE_BLOCKS)  # fmt: skip

@@ -79,29 +79,25 @@ def _tile_map(groups: Groups, n_row: int, block_m: int, max_groups: int | None =
     n_group, chunk = len(groups), 32
     n_tile = min(n_row // block_m + n_group, n_row)
     n_tile = -(-n_tile // chunk) * chunk
-    tiles = torch.empty(2, n_tile, dtype=torch.int32, device=groups.offsets.device)
+    tiles = torch.empty(2, n_tile, dtype=torch.int32, device=groups.slots.device)
     pow2 = 1 << ((max_groups or n_group) - 1).bit_length()
     tile_map_kernel[(n_tile // chunk,)](
-        groups.offsets, groups.slots, tiles[0], tiles[1], n_group, BLOCK_M=block_m, N_GROUP_POW2=pow2, TILES=chunk,
-        enable_fp_fusion=True,
+        groups.starts, groups.ends, groups.slots, tiles[0], tiles[1], n_group,
+        BLOCK_M=block_m, N_GROUP_POW2=pow2, TILES=chunk, enable_fp_fusion=True,
     )  # fmt: skip
     return tiles[0], tiles[1]
 
 
-def tile_map(counts: IntArray, launch: IntArray, block_m: int) -> tuple[IntArray, IntArray]:
-    """What `_tile_map` says, from what the host knows, for several launches, and without room to spare.
+def tile_map(starts: IntArray, ends: IntArray, block_m: int) -> tuple[IntArray, IntArray]:
+    """What `_tile_map` says of groups that all have a slot, from what the host knows, and without room to spare.
 
-    counts: rows by group. launch: the one that computes a group, -1 for none. Returns int32 `[2, n_tile]`, group and
-    first row of each tile, in the order of launches, and where each launch's tiles end.
+    Returns int32 `[2, n_tile]`, group and first row of each tile, and by group how many tiles there are up to its last.
     """
-    order = np.argsort(launch, kind="stable")
-    order = order[np.searchsorted(launch[order], 0) :]
-    n_tile = -(-counts[order] // block_m)
-    group = np.repeat(order, n_tile)
-    within = np.arange(len(group)) - np.repeat(n_tile.cumsum() - n_tile, n_tile)
-    row = (counts.cumsum() - counts)[group] + within * block_m
-    ends = np.searchsorted(launch[group], np.arange(launch.max(initial=-1) + 1), side="right")
-    return np.stack([group, row]).astype(np.int32), ends
+    n_tile = -((starts - ends) // block_m)
+    last = n_tile.cumsum()
+    group = np.repeat(np.arange(len(starts)), n_tile)
+    row = np.arange(len(group)) * block_m + (starts - (last - n_tile) * block_m)[group]
+    return np.stack([group, row]).astype(np.int32), last
 
 
 def _constants(part: SlotPart, pool: Tensor, tiling: _Tiling) -> dict[str, Any]:
@@ -155,10 +151,10 @@ def grouped_gate_up(
     n_column_tile = -(-gate.n_out // (tiling.block_n // 2))
     gate_up_kernel[(tile_group.numel() * n_column_tile,)](
         x,
-        groups.offsets if row_index is None else row_index,
+        groups.ends if row_index is None else row_index,
         h,
         pool,
-        groups.offsets,
+        groups.ends,
         groups.slots,
         tile_group,
         tile_row,
@@ -201,7 +197,7 @@ def grouped_down(
         h,
         y,
         pool,
-        groups.offsets,
+        groups.ends,
         groups.slots,
         tile_group,
         tile_row,
@@ -262,7 +258,6 @@ class PromptProduct:
         self.x, self.ids = x.to(torch.bfloat16).contiguous(), ids.contiguous()
         self.weights, self.layout, self.method = weights.to(torch.float32).contiguous(), layout, method
         self.sorted = sort_by_expert(self.ids, n_expert)
-        self.offsets = self.sorted.offsets  # int32 [n_expert + 1]: where each expert's pairs begin
         n_row = ids.numel()
         self._n_expert, self._rows, self._tiling = n_expert, n_row / n_expert, _tiling(n_row, n_expert)
         n_h = n_row * layout.n_ff
@@ -281,15 +276,14 @@ class PromptProduct:
         """Rows of a tile."""
         return self._tiling.block_m
 
-    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: tuple[Tensor, Tensor] | None = None) -> None:
-        """Computes the experts from `first` on for which slots, int32 `[n]`, holds a slot of `pool`, -1 for none.
+    def add(self, pool: Tensor, groups: Groups, tiles: tuple[Tensor, Tensor] | None = None) -> None:
+        """Computes some experts: `self.sorted.groups` of a slot table, or what the host knows of them.
 
-        pool: uint8 `[n_slot, slot_bytes]`. tiles: group, counted from `first`, and first row of each, int32 `[n_tile]`,
-        from `tile_map` with `block_m`, if the host knows them. The method `dequantized` takes memory for the weights of
+        pool: uint8 `[n_slot, slot_bytes]`. tiles: group and first row of each, int32 `[n_tile]`, from `tile_map` with
+        `block_m`, if the host knows them. The method `dequantized` takes memory for the weights of
         `grouped_expand.at_once` experts in bf16.
         """
         gate, up, down = self.layout.gate, self.layout.up, self.layout.down
-        groups = Groups(self.offsets[first : first + len(slots) + 1], slots)
         x, token, h, y, tiling = self.x, self.sorted.token, self._h, self._y, self._tiling
         n_row = len(h)
         whole = tiles or _tile_map(groups, n_row, tiling.block_m, self._n_expert)
@@ -325,5 +319,5 @@ def moe_prompt(
 ) -> Tensor:  # fmt: skip
     """`PromptProduct` of all experts at once. slots: int32 `[n_expert]`, the slot of each expert in pool or -1."""
     product = PromptProduct(x, ids, weights, len(slots), layout, method)
-    product.add(pool, slots)
+    product.add(pool, product.sorted.groups(slots))
     return product.sum(slots)

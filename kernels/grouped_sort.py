@@ -8,18 +8,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows sorted by expert. Group g holds rows `offsets[g]` to `offsets[g + 1]` and multiplies the matrix in
-    `slots[g]`; where that is -1 its rows are not computed."""
+    """Some rows of those sorted by expert, all int32 `[n_group]`. Group g holds rows `starts[g]` to `ends[g]` and
+    multiplies the matrix in `slots[g]`; where that is -1 its rows are not computed."""
 
-    offsets: Tensor  # int32 [n_group + 1]
-    slots: Tensor  # int32 [n_group]
+    starts: Tensor
+    ends: Tensor
+    slots: Tensor
 
     def __post_init__(self) -> None:
-        assert self.offsets.dtype == self.slots.dtype == torch.int32, (self.offsets.dtype, self.slots.dtype)
-        assert self.offsets.numel() == self.slots.numel() + 1, (self.offsets.shape, self.slots.shape)
+        assert self.starts.dtype == self.ends.dtype == self.slots.dtype == torch.int32, self
+        assert self.starts.shape == self.ends.shape == self.slots.shape, self
 
     def __len__(self) -> int:
         return self.slots.numel()
+
+    def part(self, start: int, stop: int) -> "Groups":
+        return Groups(self.starts[start:stop], self.ends[start:stop], self.slots[start:stop])
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,10 @@ class Sorted:
     offsets: Tensor  # int32 [n_expert + 1]: where each expert's rows begin
     token: Tensor  # int32 [n_token * top_k]: the token of each row
     place: Tensor  # int32 [n_token, top_k]: the row of each pair
+
+    def groups(self, slots: Tensor) -> Groups:
+        """All experts. slots: int32 `[n_expert]`."""
+        return Groups(self.offsets[:-1], self.offsets[1:], slots)
 
 
 def sort_by_expert(ids: Tensor, n_expert: int) -> Sorted:

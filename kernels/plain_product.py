@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_engine.kernels import reference
+from moe_engine.kernels.grouped_sort import Groups, Sorted
 from moe_engine.kernels.slot_layout import SlotLayout
 
 
@@ -24,27 +25,29 @@ class PlainProduct:
         """As `PromptProduct`, but needs no workspace."""
         self.x, self.ids, self.weights, self.layout = x.float(), ids, weights, layout
         counts = torch.bincount(ids.flatten(), minlength=n_expert)
-        self.offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-        self._y = torch.zeros(*ids.shape, layout.hidden)
+        self._pairs = ids.flatten().argsort(stable=True)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self.sorted = Sorted(offsets.int(), self._pairs // ids.shape[1], self._pairs.argsort().view(ids.shape))
+        self._y = torch.zeros(ids.numel(), layout.hidden)
 
-    def add(self, pool: Tensor, slots: Tensor, first: int = 0, tiles: tuple[Tensor, Tensor] | None = None) -> None:
-        for expert, slot in enumerate(slots.tolist(), first):
-            token, choice = (self.ids == expert).nonzero(as_tuple=True)
-            if slot < 0 or not len(token):
+    def add(self, pool: Tensor, groups: Groups, tiles: tuple[Tensor, Tensor] | None = None) -> None:
+        for start, end, slot in zip(groups.starts.tolist(), groups.ends.tolist(), groups.slots.tolist(), strict=True):
+            if slot < 0 or start == end:
                 continue
             gate, up, down = self.layout.parts(pool[slot])
-            rows = self.x[token]
+            rows = self.x[self.sorted.token[start:end]]
             h = torch.nn.functional.silu(reference.matvec(rows, gate)) * reference.matvec(rows, up)
-            self._y[token, choice] = reference.matvec(h, down)
+            self._y[self._pairs[start:end]] = reference.matvec(h, down)
 
     def sum(self, added: Tensor) -> Tensor:
         served = added[self.ids.long()] >= 0
-        total: Tensor = (self._y * (self.weights * served)[..., None]).sum(dim=1)
+        y = self._y.view(*self.ids.shape, -1)
+        total: Tensor = (y * (self.weights * served)[..., None]).sum(dim=1)
         return total
 
 
 def plain_prompt(x: Tensor, ids: Tensor, weights: Tensor, slots: Tensor, pool: Tensor, layout: SlotLayout) -> Tensor:
     """`moe_prompt` by `PlainProduct`: f32 on the CPU, wherever the tensors are."""
     product = PlainProduct(x.cpu(), ids.cpu(), weights.cpu(), len(slots), layout)
-    product.add(pool.cpu(), slots.cpu())
+    product.add(pool.cpu(), product.sorted.groups(slots.cpu()))
     return product.sum(slots.cpu())

@@ -10,6 +10,7 @@ free ones: what counts for a layer is its row of the slot table as it comes with
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from moe_engine.expert_ring import Chunk, Ring
 from moe_engine.kernels.grouped_product import PromptProduct, tile_map
+from moe_engine.kernels.grouped_sort import Groups
 from moe_engine.kernels.host_copy import upload
 from moe_engine.kernels.layer_choice import ChoiceOnHost, LayerChoice
 from moe_engine.kernels.plain_product import PlainProduct
@@ -41,9 +43,8 @@ class _Launch(NamedTuple):
     """Products of experts that lie in one place."""
 
     chunk: Chunk | None  # None: slots of the cache
-    first: int  # expert
-    slots: Tensor  # of experts from the first on, int32
-    tiles: tuple[Tensor, Tensor]  # expert, counted from the first, and first row of each: int32 [n_tile]
+    groups: Groups
+    tiles: tuple[Tensor, Tensor]  # of the groups
 
 
 class _CpuShare(NamedTuple):
@@ -91,11 +92,11 @@ class PromptExperts:
         if experts.holds_all or layer in experts.own_pools:
             if len(x) == 1:  # a step of the eager decoder, which counts
                 experts.hits += ids.numel()
-            product.add(pool.slots, table)
+            product.add(pool.slots, product.sorted.groups(table))
             return product.sum(table)
 
         arriving = self._take_ahead(layer)
-        choice = self._look(layer, product.offsets, x, ids, weights)
+        choice = self._look(layer, product.sorted.offsets, x, ids, weights)
         coming = np.zeros(experts.n_expert, dtype=bool)
         coming[[expert for chunk in arriving for expert in chunk.experts]] = True
         streamed, on_cpu = self._divide(layer, choice, coming, waits=not self._brings_inputs(x))
@@ -110,8 +111,8 @@ class PromptExperts:
                 self._send(following)
                 assert chunk.sent
                 ring.wait(chunk)
-            if launch.tiles[0].numel():
-                product.add(pool.slots if chunk is None else chunk.slots, launch.slots, launch.first, launch.tiles)
+            if len(launch.groups):
+                product.add(pool.slots if chunk is None else chunk.slots, launch.groups, launch.tiles)
             if chunk is not None:
                 ring.release(chunk)
         self._run_ahead(layer + 1, choice)
@@ -206,38 +207,41 @@ class PromptExperts:
     ) -> tuple[list[_Launch], Tensor, Tensor]:  # fmt: skip
         """What is to be launched; then, int32 `[n_expert]`, -1 for experts that this does not add; and 1 for the CPU's.
 
-        All of it goes to the device in one piece: slots of cached experts; places, in their chunks, of those copied
-        ahead, and of the other streamed ones; the last two; and the tiles of each launch.
+        All of it goes to the device in one piece: the last two; start, end and slot of each group; tiles.
         """
-        n_expert, buffer, counts = len(choice.counts), self._places.numpy(), choice.counts
-        rows = buffer[: 5 * n_expert].reshape(5, n_expert)
-        rows[:4], rows[4] = -1, 0
-        rows[0] = rows[3] = choice.resident
-        rows[4, on_cpu] = 1
-        launch = np.where(rows[0] >= 0, 0, -1)
-        planned: list[tuple[Chunk | None, int, slice]] = [(None, 0, slice(0, n_expert))]
-        for row, chunks in ((1, arriving), (2, following)):
-            for chunk in chunks:
-                rows[row, chunk.experts] = np.arange(len(chunk.experts))
-                launch[chunk.experts] = len(planned)
-                planned.append((chunk, row, slice(chunk.experts[0], chunk.experts[-1] + 1)))
-        in_vain = (launch > 0) & ~streamed  # copied ahead, but not chosen, or in a slot by now
-        launch[in_vain], rows[1, in_vain] = np.where(rows[0, in_vain] >= 0, 0, -1), -1
-        rows[3] = rows[:3].max(0)
-        tiles, ends = tile_map(counts, launch, block_m)
-        tiles[0] -= np.array([some.start for _, _, some in planned], dtype=np.int32)[launch[tiles[0]]]
-        used = 5 * n_expert + tiles.size
-        buffer[5 * n_expert : used] = tiles.ravel()
-        found = upload(self._places[:used], self.experts.device)
-        numbers, (expert, first_row) = found[: 5 * n_expert].view(5, n_expert), found[5 * n_expert :].view(2, -1)
-        stops = ends.tolist() + [tiles.shape[1]] * (len(planned) - len(ends))
-        launches, start = [], 0
-        for (of_chunk, row, some), stop in zip(planned, stops, strict=True):
-            launches.append(
-                _Launch(of_chunk, some.start, numbers[row, some], (expert[start:stop], first_row[start:stop]))
+        ends = choice.counts.cumsum()
+        cached = np.flatnonzero((choice.counts > 0) & (choice.resident >= 0))
+        planned: list[tuple[Chunk | None, IntArray, IntArray]] = [(None, cached, choice.resident[cached])]
+        for chunk in (*arriving, *following):
+            there = np.array(chunk.experts)
+            places = np.flatnonzero(streamed[there])  # others came in vain: not chosen, or in a slot by now
+            planned.append((chunk, there[places], places))
+        experts, slots = (np.concatenate(parts) for parts in (*zip(*planned, strict=True),)[1:])
+        sizes = [len(some) for _, some, _ in planned]
+        bounds = np.cumsum([0, *sizes])
+        starts, stops = (ends - choice.counts)[experts], ends[experts]
+        tiles, last_tile = tile_map(starts, stops, block_m)
+        tiles[0] -= np.repeat(bounds[:-1], sizes)[tiles[0]]  # a launch counts its own groups
+        tile_bounds = np.concatenate([[0], last_tile])[bounds]
+
+        n_group, n_expert = len(experts), len(choice.counts)
+        buffer, at = self._places.numpy(), 2 * n_expert + 3 * n_group
+        added, mine = buffer[: 2 * n_expert].reshape(2, n_expert)
+        added[:], mine[:] = -1, 0
+        added[experts], mine[on_cpu] = 0, 1
+        buffer[2 * n_expert : at].reshape(3, n_group)[:] = starts, stops, slots
+        buffer[at : at + tiles.size] = tiles.ravel()
+        found = upload(self._places[: at + tiles.size], self.experts.device)
+
+        of_experts, of_groups, of_tiles = found.split((2 * n_expert, 3 * n_group, tiles.size))
+        groups, (tile_group, tile_row) = Groups(*of_groups.view(3, n_group)), of_tiles.view(2, -1)
+        launches = [
+            _Launch(chunk, groups.part(*some), (tile_group[slice(*their)], tile_row[slice(*their)]))
+            for (chunk, _, _), some, their in zip(
+                planned, pairwise(bounds.tolist()), pairwise(tile_bounds.tolist()), strict=True
             )
-            start = stop
-        return launches, numbers[3], numbers[4]
+        ]
+        return launches, of_experts[:n_expert], of_experts[n_expert:]
 
     # -- the CPU's share ---------------------------------------------------------------------------------------
 

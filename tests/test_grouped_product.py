@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -75,8 +76,9 @@ def error(actual: Tensor, expected: Tensor) -> float:
 
 
 def groups_of(counts: Sequence[int], slots: Sequence[int]) -> gp.Groups:
-    offsets = torch.tensor([0, *np.cumsum(counts)], dtype=torch.int32, device=DEVICE)
-    return gp.Groups(offsets, torch.tensor(slots, dtype=torch.int32, device=DEVICE))
+    ends = torch.tensor(counts, dtype=torch.int32, device=DEVICE).cumsum(0, dtype=torch.int32)
+    starts = ends - torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    return gp.Groups(starts, ends, torch.tensor(slots, dtype=torch.int32, device=DEVICE))
 
 
 def check_products(layout: SlotLayout, pool: Tensor, counts: Sequence[int], tiling: gp._Tiling | None) -> None:
@@ -213,11 +215,13 @@ def test_same_bits_in_other_slots_and_each_time() -> None:
     out = gp.moe_prompt(x, ids, weights, slots, pool, layout)
     assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots, pool, layout))
     assert torch.equal(out, gp.moe_prompt(x, ids, weights, slots.flip(0), pool.flip(0), layout))
-    product = gp.PromptProduct(x, ids, weights, 5, layout)  # some at a time
-    tiles, ends = gp.tile_map(product.offsets.diff().cpu().numpy(), np.array([0, 0, 1, 1, 1]), product.block_m)
-    of_group, row = torch.from_numpy(tiles).to(DEVICE)
-    product.add(pool, slots[:2], 0, (of_group[: ends[0]], row[: ends[0]]))
-    product.add(pool, slots[2:], 2, (of_group[ends[0] :] - 2, row[ends[0] :]))
+    product = gp.PromptProduct(x, ids, weights, 5, layout)  # some at a time, not in order
+    groups = product.sorted.groups(slots)
+    for experts in ([0, 3], [1, 2, 4]):
+        some = gp.Groups(groups.starts[experts], groups.ends[experts], groups.slots[experts])
+        tiles, _ = gp.tile_map(some.starts.cpu().numpy(), some.ends.cpu().numpy(), product.block_m)
+        of_group, row = torch.from_numpy(tiles).to(DEVICE)
+        product.add(pool, some, (of_group, row))
     assert torch.equal(out, product.sum(slots))
 
 
@@ -246,24 +250,18 @@ def test_the_faster_method_is_taken(name: str, gate_up: str, down: str) -> None:
 
 
 @given(
-    counts=st.lists(st.integers(0, 70), min_size=1, max_size=9),
-    launch=st.lists(st.integers(-1, 3), min_size=9, max_size=9),
+    groups=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 70)), max_size=9),
     block_m=st.sampled_from([16, 32]),
 )
-def test_tiles_that_the_host_makes(counts: list[int], launch: list[int], block_m: int) -> None:
-    """Launch by launch and group by group: each tile begins where the one before ended."""
-    rows, by = np.array(counts), np.array(launch[: len(counts)])
-    tiles, ends = gp.tile_map(rows, by, block_m)
-    start = 0
-    for number, end in enumerate(ends):
-        expected = [
-            (group, row)
-            for group, count in enumerate(counts)
-            for row in range(sum(counts[:group]), sum(counts[:group]) + count * (by[group] == number), block_m)
-        ]
-        assert [*zip(*tiles[:, start:end].tolist(), strict=True)] == expected
-        start = end
-    assert (start, len(ends)) == (tiles.shape[1], by.max() + 1)
+def test_tiles_that_the_host_makes(groups: list[tuple[int, int]], block_m: int) -> None:
+    """Group by group, each tile begins where the one before ended. groups: first row and number of rows."""
+    starts, counts = (
+        np.array(column, dtype=np.int64) for column in (zip(*groups, strict=True) if groups else ([], []))
+    )
+    tiles, last = gp.tile_map(starts, starts + counts, block_m)
+    of_group = [[(g, row) for row in range(start, start + n, block_m)] for g, (start, n) in enumerate(groups)]
+    assert [*zip(*tiles.tolist(), strict=True)] == [tile for of_one in of_group for tile in of_one]
+    assert last.tolist() == [*accumulate(map(len, of_group))]
 
 
 @pytest.mark.gpu
