@@ -165,6 +165,29 @@ def _linear_into(y: torch.Tensor, x: torch.Tensor, weight: QuantTensor, scratch:
 _SLICE_ROWS = 128
 
 
+class Halves:
+    """Matrices, or stacks of them, in half precision, in scratch memory that others may use afterwards; for many times:
+    launches are prepared.
+
+    weights: stay where they are. scratch: flat f32, room for all of them. dtype: bf16 or f16.
+    """
+
+    def __init__(self, weights: Sequence[QuantTensor], scratch: torch.Tensor, dtype: torch.dtype) -> None:
+        room, at = scratch.view(dtype), 0
+        self._values: list[torch.Tensor] = []
+        for weight in weights:
+            n = math.prod(weight.shape)
+            self._values.append(room[at : at + n].view(weight.shape))
+            at += n
+        self._expand = [expansion(weight, values) for weight, values in zip(weights, self._values, strict=True)]
+
+    def __call__(self) -> list[torch.Tensor]:
+        with torch.cuda.device_of(self._values[0]):
+            for launch in self._expand:
+                launch()
+        return self._values
+
+
 class _Slice(NamedTuple):
     first: int  # row
     values: torch.Tensor  # [n_in, n], in the scratch

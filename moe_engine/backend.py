@@ -3,7 +3,7 @@
 A backend turns the quantized tensors of the file into callables; the model never asks which backend it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from moe_engine.kernels import dequantize as device_kernels
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.decode_activations import RUN
 from moe_engine.kernels.decode_product import DECODE_TOKENS, Activations, matvec
-from moe_engine.kernels.dequantize import HalfProduct
+from moe_engine.kernels.dequantize import HalfProduct, Halves
 from moe_engine.kernels.device import run_kernels
 from moe_engine.kernels.quant_tensor import QuantTensor
 from moe_engine.kernels.slot_layout import SlotLayout
@@ -137,6 +137,17 @@ def prompt_products(x: Tensor, *linears: Linear) -> list[Tensor]:
 def add_prompt_product(residual: Tensor, x: Tensor, linear: Linear) -> None:
     """Adds the product of x, bf16 `[n_token, n_in]`, to the residual f32 `[n_token, n_out]`."""
     _on_device(linear).half()(x, residual, add=True)
+
+
+def prepared_halves(linears: Sequence[Linear], matrices: slice, dtype: torch.dtype) -> Halves:
+    """Some matrices of stacks of an `AcceleratorBackend`, to be written out again and again."""
+    stacks = [_on_device(linear) for linear in linears]
+    return Halves([stack.weight[matrices] for stack in stacks], stacks[0].scratch, dtype)
+
+
+def scratch_values(linear: Linear) -> int:
+    """In half precision, that `prepared_halves` has room for."""
+    return 2 * _on_device(linear).scratch.numel()
 
 
 def decode_weight(linear: Linear) -> QuantTensor:

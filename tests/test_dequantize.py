@@ -265,6 +265,21 @@ def test_half_product(room: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(total, out + out, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_in_scratch_memory(dtype: torch.dtype) -> None:
+    """Parts of stacks of two types; written again after others have used the memory."""
+    stacks, values = [], []
+    for name, n_rows in (("F32", 2), ("Q8_0", 5)):
+        data, type, n_in = random_weight(name, 3 * n_rows, 256 // max(BY_NAME[name].block_size, 32))
+        stacks.append(QuantTensor(place(data.reshape(3, n_rows, -1), 0), type, n_in))
+        values.append(expected(data, type).view(3, n_rows, n_in)[1:].to(dtype))
+    scratch = torch.empty(2 * (2 + 5) * 256 // 2, device=DEVICE)  # no room to spare
+    halves = dequantize.Halves([stack[1:] for stack in stacks], scratch, dtype)
+    for _ in range(2):
+        assert all(map(torch.equal, halves(), values))
+        scratch.zero_()
+
+
 def test_linear_of_a_batch_is_that_of_its_members() -> None:
     data, type, n_in = random_weight("Q4_K", 4 * 7, 2)
     stack = QuantTensor(place(data.reshape(4, 7, -1), 2), type, n_in)

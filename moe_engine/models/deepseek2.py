@@ -9,14 +9,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_engine.backend import add_prompt_product, decode_weight, empty_activations, prompt_products
+from moe_engine.backend import (
+    add_prompt_product,
+    decode_weight,
+    empty_activations,
+    prepared_halves,
+    prompt_products,
+    scratch_values,
+)
 from moe_engine.config import EngineConfig
 from moe_engine.errors import UnsupportedModelError
 from moe_engine.kernels.attention import attention
 from moe_engine.kernels.decode_activations import RUN
 from moe_engine.kernels.decode_attention import decode_attention
 from moe_engine.kernels.decode_product import matvec, matvecs
-from moe_engine.kernels.dequantize import dequantize
+from moe_engine.kernels.dequantize import Halves
 from moe_engine.kernels.norm_rope import fused_rms_norm, latent_norm_rope_append
 from moe_engine.kernels.norm_rope_cache import Cache, cached_halves, half_type, part
 from moe_engine.kernels.prompt_attention import EXPANDED_BYTES, heads_at_once, prompt_attention
@@ -141,6 +148,7 @@ class LatentAttention:
         self.backend, self.k_b = weights.backend, k_b
         self.attn_k_b, self.attn_v_b = weights.backend.linear(k_b), weights.backend.linear(v_b)
         self.attn_output = weights.linear(prefix + "attn_output.weight", hidden, d.n_head * d.v_dim)
+        self._halves: dict[tuple[int, int, torch.dtype], Halves] = {}  # of heads: the first, how many
 
     def _key_value_matrices(self, weights: Weights, prefix: str) -> tuple[QuantTensor, QuantTensor]:
         """`attn_k_b` `[n_head, kv_lora, qk_nope]` and `attn_v_b` `[n_head, v_dim, kv_lora]`, in RAM."""
@@ -238,14 +246,16 @@ class LatentAttention:
         V2-Lite and V3 multiply and add 1088 times a token, key and head with latents, 320 times with expanded keys and
         values; expanding takes 131072 a key and head. So it pays from 171 tokens on, and at 16 k keys costs little.
         """
-        d = self.dimensions
-        matrices = decode_weight(self.attn_k_b), decode_weight(self.attn_v_b)
+        d, stacks = self.dimensions, (self.attn_k_b, self.attn_v_b)
         latents, k_pe = seen.split([d.kv_lora, d.n_rot], dim=-1)
         out = q_nope.new_empty(len(q_nope), d.n_head, d.v_dim)
         step = heads_at_once(d.n_head, len(seen) * (d.qk_nope + d.v_dim))
+        step = min(step, scratch_values(self.attn_k_b) // (d.kv_lora * (d.qk_nope + d.v_dim)))
         for start in range(0, d.n_head, step):
-            heads = slice(start, start + step)
-            k_b, v_b = (dequantize(matrix[heads], dtype=seen.dtype) for matrix in matrices)
+            heads, key = slice(start, start + step), (start, step, seen.dtype)
+            if key not in self._halves:
+                self._halves[key] = prepared_halves(stacks, heads, seen.dtype)
+            k_b, v_b = self._halves[key]()
             keys = torch.bmm(latents.expand(len(k_b), -1, -1), k_b)  # [heads, n_key, qk_nope]
             values = (latents @ v_b.flatten(0, 1).T).unflatten(1, (-1, d.v_dim))  # [n_key, heads, v_dim]
             prompt_attention(
