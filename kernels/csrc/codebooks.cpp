@@ -90,10 +90,12 @@ void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
             fill(books.iq3_s, grid, n_bytes);
             return pack_grid(grid, n_bytes, 4, &books.iq3_s_packed);
         case IQ1_S: {
-            fill(books.iq1, grid, n_bytes);
-            uint8_t* bytes = reinterpret_cast<uint8_t*>(books.iq1);
-            for (int64_t i = 0; i < n_bytes; ++i) bytes[i] = static_cast<uint8_t>(8 * grid[i] + 9);
             pack_ranks(grid, n_bytes, books.iq1_ranks, unused);
+            uint8_t* bytes = reinterpret_cast<uint8_t*>(books.iq1);
+            for (int64_t i = 0; i < n_bytes; ++i) {
+                bytes[i] = static_cast<uint8_t>(8 * grid[i] + 10);
+                bytes[n_bytes + i] = static_cast<uint8_t>(8 * grid[i] + 8);
+            }
             for (int i = 0; i < 2048; ++i) books.iq1_ranks[2048 + i] = books.iq1_ranks[i] | 0x44444444u;
             return;
         }

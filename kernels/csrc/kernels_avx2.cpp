@@ -60,23 +60,28 @@ constexpr bool has_own_offsets() {
 template <int T>
 constexpr bool adds_narrow() {
     return T == Q4_0 || T == Q4_1 || T == Q5_0 || T == Q5_1 || T == Q2_K || T == Q3_K || T == Q4_K || T == Q5_K ||
-           T == IQ1_S || T == IQ1_M || T == TQ1_0 || T == TQ2_0 || T == MXFP4 || T == NVFP4;
+           T == IQ1_S || T == IQ1_M || T == IQ3_S || T == TQ1_0 || T == TQ2_0 || T == MXFP4 || T == NVFP4;
+}
+
+// Whether two of them do.
+template <int T>
+constexpr bool adds_pairs() {
+    return adds_narrow<T>() || T == Q6_K || T == IQ2_XXS || T == IQ2_XS || T == IQ2_S || T == IQ3_XXS;
 }
 
 // Of four times 32 elements int32: lanes 0 to 3 have the sums of the first 16 of each, lanes 4 to 7 of the others.
 template <int T>
 inline __m256i sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
-    const auto add = [](__m256i x, __m256i y) {
-        return adds_narrow<T>() ? _mm256_add_epi16(x, y) : _mm256_add_epi32(x, y);
-    };
-    const auto two = [add](__m256i x, __m256i y) {  // of each half two words of x, and two of y
-        if (!adds_narrow<T>()) x = pair_sums(x), y = pair_sums(y);
-        return _mm256_castsi256_ps(add(_mm256_unpacklo_epi64(x, y), _mm256_unpackhi_epi64(x, y)));
+    const auto two = [](__m256i x, __m256i y) {  // of each half two words of x, and two of y
+        if (!adds_pairs<T>()) x = pair_sums(x), y = pair_sums(y);
+        const __m256i low = _mm256_unpacklo_epi64(x, y), high = _mm256_unpackhi_epi64(x, y);
+        const __m256i sums = adds_pairs<T>() ? _mm256_add_epi16(low, high) : _mm256_add_epi32(low, high);
+        return _mm256_castsi256_ps(adds_pairs<T>() && !adds_narrow<T>() ? pair_sums(sums) : sums);
     };
     const __m256 ab = two(a, b), cd = two(c, d);
-    const __m256i sums = add(_mm256_castps_si256(_mm256_shuffle_ps(ab, cd, 0x88)),
-                             _mm256_castps_si256(_mm256_shuffle_ps(ab, cd, 0xdd)));
-    return adds_narrow<T>() ? pair_sums(sums) : sums;
+    const __m256i even = _mm256_castps_si256(_mm256_shuffle_ps(ab, cd, 0x88)),
+                  odd = _mm256_castps_si256(_mm256_shuffle_ps(ab, cd, 0xdd));
+    return adds_narrow<T>() ? pair_sums(_mm256_add_epi16(even, odd)) : _mm256_add_epi32(even, odd);
 }
 
 // Chunk<T>: 256 elements of a row, read from their bytes. codes(k) are the elements 32 k to 32 k + 31; scale(half) and

@@ -213,7 +213,7 @@ struct PackedGrid {
 struct Codebooks {
     uint64_t iq2_xxs[256], iq2_xs[512], iq2_s[1024];  // eight magnitudes
     uint32_t iq3_xxs[256], iq3_s[512];                // four magnitudes
-    uint64_t iq1[2048];                               // eight bytes 8 * g + 9, g in -1, 0, 1
+    uint64_t iq1[4096];  // eight bytes 8 * g + 10, g in -1, 0, 1; then all once more, shifted down: 8 * g + 8
     // Each group of 8 once more, as ranks of its values: byte k holds that of k, and above it that of k + 4.
     uint32_t iq2_xxs_ranks[256], iq2_xs_ranks[512], iq2_s_ranks[1024];
     uint32_t iq1_ranks[4096];  // all once more with 4 added, where IQ1_M shifts a group down
