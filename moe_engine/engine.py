@@ -7,6 +7,7 @@ decode    one token at a time: forward, sample, stop?
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -346,17 +347,20 @@ class Engine:
     def close(self) -> None:
         """Frees the weights and caches. The engine cannot be used afterwards."""
         self._turn, self._closed = self._turn + 1, True
-        if "decoder" in self.__dict__:
-            try:
-                if self.recorder is not None:
-                    self.recorder.close()
-                if self.config.profile and isinstance(self.decoder, GraphDecoder):
-                    use = self.decoder.use_of_experts(self.fingerprint)
-                    if use is not None:
-                        use.save()
-            finally:
-                self.decoder.close()
-                self.experts.close()
+        with ExitStack() as rest:  # all of it, whatever fails
+            rest.callback(self._forget)
+            if "decoder" not in self.__dict__:
+                return
+            rest.callback(self.experts.close)
+            rest.callback(self.decoder.close)
+            if self.recorder is not None:
+                rest.callback(self.recorder.close)
+            if self.config.profile and isinstance(self.decoder, GraphDecoder):
+                use = self.decoder.use_of_experts(self.fingerprint)
+                if use is not None:
+                    use.save()
+
+    def _forget(self) -> None:
         for name in ("prefill", "decoder", "model", "experts", "cache", "rope", "file"):
             self.__dict__.pop(name, None)
         if torch.cuda.is_available():

@@ -217,10 +217,12 @@ class CachedExperts:
         return moe_decode(x, staging, layout, torch.tensor(slots, dtype=torch.int32).to(x.device), weights)
 
     def close(self) -> None:
-        if self.prompt is not None:
-            self.prompt.close()
-        self.prompt = None
-        self.store.close()
-        self.handles.clear()
-        self.pools.clear()
-        self.own_pools.clear()
+        try:
+            if self.prompt is not None:
+                self.prompt.close()
+        finally:
+            self.prompt = None
+            self.store.close()
+            self.handles.clear()
+            self.pools.clear()
+            self.own_pools.clear()

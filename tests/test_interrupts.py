@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 
 from moe_engine import ConfigError, Engine, ModelFormatError
+from moe_engine.expert_cache import CachedExperts
 from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.interrupts import deferred_interrupt
 from moe_engine.kernels.mailbox import post
@@ -183,3 +184,33 @@ def test_every_generation_is_a_sequence_of_the_trace(model: Path, tmp_path: Path
         greedy(engine, [1, 2, 3], 3)
         assert engine.generate([1, 2, 9], temperature=0, max_tokens=2).stats.reused_tokens == 2
     assert Trace.load(file).sequences == (5, 2)
+
+
+def test_closing_goes_on_behind_what_fails(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> None:
+        raise RuntimeError("what fails")
+
+    engine = load(model, eager=True, cache_slots=4, trace=str(tmp_path / "t.trace"))
+    greedy(engine, PROMPT)
+    experts, recorder = engine.experts, engine.recorder
+    assert isinstance(experts, CachedExperts)
+    assert recorder is not None
+    ends: list[str] = []
+    close_store, close_recorder = experts.store.close, recorder.close
+
+    def close_and_fail() -> None:
+        close_recorder()
+        failing()
+
+    def close_and_note() -> None:
+        close_store()
+        ends.append("store")
+
+    monkeypatch.setattr(recorder, "close", close_and_fail)
+    monkeypatch.setattr(experts.cpu, "finish_expert_ffn", failing)
+    monkeypatch.setattr(experts.store, "close", close_and_note)
+    with pytest.raises(RuntimeError, match="what fails"):
+        engine.close()
+    assert ends == ["store"]
+    assert not hasattr(engine, "model")
+    engine.close()
