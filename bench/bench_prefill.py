@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from gpu_watch import GpuWatch
-from prediction import CpuNow, Used, predicted
+from prediction import CpuNow, Launches, Used, predicted
 
 from moe_engine import Engine
 from moe_engine.config import format_size
@@ -48,9 +48,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A prompt: seconds, what it counted if it was streamed, and which experts it has used, unless all are in VRAM."""
+    """A prompt: seconds; those of a launch around it; what it counted if it was streamed; and which experts it has
+    used, unless all are in VRAM."""
 
     seconds: float
+    launch_seconds: float
     counts: PromptCounts
     used: Used | None
 
@@ -120,7 +122,9 @@ def check(path: Path, device: str, n: int) -> float:
     return float((found - exact).norm() / exact.norm())
 
 
-def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow) -> list[dict[str, Any]]:
+def measure(
+    path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow, launches: Launches
+) -> list[dict[str, Any]]:
     longest = max(setting.targets)
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 24, "ubatch": longest + 8}
     options |= {"profile": False}
@@ -133,6 +137,7 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
         cached = int(setting.cache * found.routed_bytes) + 3 * sum(found.expert_bytes)
         options |= {"vram_budget": plan.budget - plan.slots + cached}
     rows = []
+    factors: dict[int, float] = {}
     used: dict[int, Used] = {}  # random weights use fewer experts than trained ones, and find more in slots
     watch = GpuWatch.of(device)
     with watch, Engine.load(path, **options) as engine:
@@ -151,10 +156,11 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
         runs: dict[int, list[Run]] = {n: [] for n in setting.targets}
         for seed in range(repeats):  # shared hosts are slow for seconds: not all runs of a length one after the other
             for i, (n, of_length) in enumerate(runs.items()):
-                of_length.append(run(engine, experts, prompt(n, 10 + seed * len(runs) + i)))  # none begins alike
+                ids = prompt(n, 10 + seed * len(runs) + i)  # none begins alike
+                of_length.append(run(engine, experts, launches, ids))
         for n, target in setting.targets.items():
             middle = sorted(runs[n], key=lambda run: run.seconds)[repeats // 2]
-            counts = vars(middle.counts)
+            counts, factors[n] = vars(middle.counts), launches.factor(middle.launch_seconds)
             if middle.used is not None:
                 used[n] = middle.used
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
@@ -184,7 +190,7 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
             )
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
-    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, **options) or {}
+    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, launches=factors, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
@@ -199,14 +205,16 @@ def measure(path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow
     return rows
 
 
-def run(engine: Engine, experts: CachedExperts, ids: list[int]) -> Run:
+def run(engine: Engine, experts: CachedExperts, launches: Launches, ids: list[int]) -> Run:
     assert experts.prompt is not None
     before, n_layer = replace(experts.prompt.counts), len(experts.layouts)
+    launch = launches.now()
     seconds = engine.generate(ids, max_tokens=0).stats.prompt_seconds
+    launch = (launch + launches.now()) / 2
     counts = experts.prompt.counts.since(before)
     if n_used := counts.cached + counts.streamed + counts.cpu:
-        return Run(seconds, counts, Used(n_used / n_layer, counts.cached / n_layer, in_steps=False))
-    return Run(seconds, counts, None if experts.holds_all else used_by_last_step(engine, n_layer, len(ids) - 1))
+        return Run(seconds, launch, counts, Used(n_used / n_layer, counts.cached / n_layer, in_steps=False))
+    return Run(seconds, launch, counts, None if experts.holds_all else used_by_last_step(engine, n_layer, len(ids) - 1))
 
 
 def used_by_last_step(engine: Engine, n_layer: int, n_token: int) -> Used:
@@ -262,7 +270,7 @@ def main() -> None:
         return
     device = "simulated" if options.tiny else "cuda"
     results = begun("python bench/bench_prefill.py", options) | {"checks": {}}
-    cpu = CpuNow()
+    cpu, launches = CpuNow(), Launches(torch.device("cpu" if options.tiny else "cuda"))
     for path, settings in by_model(SETTINGS, options):
         model = settings[0].model
         results["checks"][model] = check(path, device, 3 if options.tiny else 40)
@@ -273,7 +281,7 @@ def main() -> None:
             if not targets:
                 continue
             one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
-            results["rows"] += measure(path, one, device, options.repeats, cpu)
+            results["rows"] += measure(path, one, device, options.repeats, cpu, launches)
             keep(results, options.out)
 
 

@@ -88,8 +88,9 @@ def run(path: Path, row: Row, device: str, cpu: CpuNow, n_prompt: int, n_decode:
         "simulated_hit_rate": sum(expected) / (hits.size * top_k),
         "equal": stats.layer_hits == expected,
         "tokens_per_second": stats.decode_rate,
+        "stats": {k: v for k, v in stats.as_dict().items() if not k.startswith("layer_")},
     }
-    print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in found.items() if name != "stats"), flush=True)
     if row.miss == "fetch" and not found["equal"]:
         raise SystemExit(f"{row.name}: the engine's hits by layer are {stats.layer_hits}, simulated {expected}")
     missed = (hits < top_k).mean(axis=0)

@@ -1,18 +1,22 @@
 """What `moe-engine plan` predicts for a measured row, with the calibration that this machine keeps."""
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_engine.calibrate import ExpertCalls
+import torch
+
+from moe_engine.calibrate import ExpertCalls, expert_memory
 from moe_engine.calibration import Calibration, this_machine
 from moe_engine.config import EngineConfig
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.planner import DECODE_CONTEXT, plan
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
+LAUNCHES, LAUNCH_ROUNDS = 100, 5
 ROUNDS = 15  # of calls with all of the experts: some tenths of a second with 16 threads
 
 
@@ -39,7 +43,7 @@ class CpuNow:
     """How fast the CPU's experts are around rows, by the calibrated: on shared machines RAM changes by the minute."""
 
     def __init__(self) -> None:
-        self._calls = ExpertCalls(CpuKernels(EngineConfig().n_threads), "Q4_K")
+        self._calls = ExpertCalls(CpuKernels(EngineConfig().n_threads), "Q4_K", expert_memory())
         self._last = self._seconds()
 
     def _seconds(self) -> float:
@@ -52,10 +56,36 @@ class CpuNow:
         return (product + machine.cpu_call_seconds) / statistics.mean((before, self._last))
 
 
-def at_speed(machine: Calibration, factor: float) -> Calibration:
-    """The machine while it reads faster from RAM, or slower."""
-    experts = {t: replace(product, weights=product.weights * factor) for t, product in machine.cpu_experts.items()}
-    return replace(machine, dram={n: rate * factor for n, rate in machine.dram.items()}, cpu_experts=experts)
+class Launches:
+    """How long the host takes for a launch: on shared machines it is slower by half for seconds, time and again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._value = torch.zeros(16, device=device)
+        self._seconds: list[float] = []
+
+    def now(self) -> float:
+        """Seconds."""
+        times = []
+        for _ in range(LAUNCH_ROUNDS):
+            start = time.perf_counter()
+            for _ in range(LAUNCHES):
+                self._value.add_(1.0)
+            times.append((time.perf_counter() - start) / LAUNCHES)
+        self._seconds.append(statistics.median(times))
+        return self._seconds[-1]
+
+    def factor(self, seconds: float) -> float:
+        """By the shortest that has been seen, because calibrations keep the shortest times too."""
+        return seconds / min(self._seconds)
+
+
+def at_speed(machine: Calibration, cpu: float, host: float = 1.0) -> Calibration:
+    """The machine while it reads faster from RAM, or slower, and launches take longer."""
+    experts = {t: replace(product, weights=product.weights * cpu) for t, product in machine.cpu_experts.items()}
+    gpu = machine.gpu
+    if gpu is not None:
+        gpu = replace(gpu, layer_seconds=gpu.layer_seconds * host, stream_seconds=gpu.stream_seconds * host)
+    return replace(machine, dram={n: rate * cpu for n, rate in machine.dram.items()}, cpu_experts=experts, gpu=gpu)
 
 
 def predicted(
@@ -65,6 +95,7 @@ def predicted(
     decode: float | None = None,
     prompts: dict[int, float] | None = None,
     used: dict[int, Used] | None = None,
+    launches: dict[int, float] | None = None,
     hit_rate: float | None = None,
     found: Sequence[Found] | None = None,
     context: int = DECODE_CONTEXT,
@@ -72,7 +103,8 @@ def predicted(
 ) -> dict[str, Any] | None:
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
-    cpu: what was begun before the row: by it the machine is corrected.
+    cpu: what was begun before the row: by it the machine is corrected. launches: the same of the host while a prompt
+    was measured, by its tokens (`Launches.factor`).
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
     planner expects it. found: the same by MoE layer. used: of prompts by tokens, likewise.
     options: as the row was loaded.
@@ -93,14 +125,16 @@ def predicted(
         step = predictor.decode(shape, context, found)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
-        prompt = predictor.prompt(planned.run_shape, n_token)
+        host = (launches or {}).get(n_token, 1.0)
+        of_prompt = replace(predictor, machine=at_speed(machine, factor, host))
+        prompt = of_prompt.prompt(planned.run_shape, n_token)
         if used and n_token in used:
             of = used[n_token]
             shape = replace(planned.run_shape, shares=(of.cached / of.n,) * len(planned.run_shape.shares))
-            predictor_of_use = replace(predictor, routing=EvenUse(round(of.n)))
+            of_use = replace(of_prompt, routing=EvenUse(round(of.n)))
             # The engine, which chooses, does not know how few experts random weights use.
-            prompt = (predictor_of_use.in_steps if of.in_steps else predictor_of_use.streamed)(shape, n_token)
-        result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
+            prompt = (of_use.in_steps if of.in_steps else of_use.streamed)(shape, n_token)
+        result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured, "launches": host}
     for name, speed in result.items():
         if name not in ("hit_rate", "cpu_factor"):
             print(f"  predicted {name}: {speed['tokens_per_second']:.1f} tok/s, {speed['to_measured']:.2f} of measured")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 import triton
+from triton.runtime import driver
 
 
 def launched(kernel: Any) -> Any:
@@ -61,10 +62,11 @@ class Launched:
         self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
     ) -> Callable[[], object] | None:
         """The first one of its kind is launched here, and nothing is left to do."""
-        key = (torch.cuda.current_device(), *map(_kind, args), *constants.items())
+        device = torch.cuda.current_device()
+        key = _key(device, args, constants)
         if (known := self._known.get(key)) is not None:
             compiled, in_order = known
-            return partial(compiled[(*grid, 1, 1)[:3]], *args, *in_order)
+            return partial(_run, compiled, device, (*grid, 1, 1)[:3], (*args, *in_order))
         assert len(args) == self._n_plain, f"{len(args)} plain arguments, expected {self._n_plain}"
         started = time.perf_counter()
         compiled = self._kernel[grid](*args, **constants)
@@ -73,9 +75,22 @@ class Launched:
         return None
 
 
-def _kind(value: object) -> object:
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if type(value) is int:
-        return value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31
-    return value
+def _run(compiled: Any, device: int, grid: tuple[int, ...], args: tuple[object, ...]) -> None:
+    """As Triton's own launches do, without its hooks."""
+    stream = driver.active.get_current_stream(device)
+    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+
+
+def _key(device: int, args: tuple[Any, ...], constants: dict[str, Any]) -> tuple[object, ...]:
+    """One flat tuple: of each argument as many entries as of others of its type, and their types come first."""
+    key: list[object] = [device]
+    for value in args:
+        if type(value) is int:
+            key += int, value % 16 == 0, value == 1, -(1 << 31) <= value < 1 << 31
+        elif isinstance(value, torch.Tensor):
+            key += value.dtype, value.data_ptr() % 16 == 0
+        else:
+            key.append(value)
+    key += constants
+    key += constants.values()
+    return tuple(key)

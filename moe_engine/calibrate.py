@@ -25,7 +25,7 @@ FEW_TOKENS, MANY_TOKENS = 64, 4096  # of the GPU's products for prompts
 FEW = 2  # experts, beside TOP_K
 CPU_TOKENS, MANY_CALLS = 64, 4  # of each expert, for the CPU's products of many tokens
 BYTE = 0x11  # what the CPU's weights are filled with: scales in half precision are then small and normal
-POOL_BYTES = 1 << 30  # of experts, far larger than a last-level cache
+POOL_SAMPLES = 8  # how much larger memory of experts is than what a quick measurement of RAM reads
 LEAST = 1e-7  # seconds: what is shorter cannot be told from noise
 DISK_BYTES, DISK_READERS, DISK_CHUNK = 2 << 30, 4, 8 << 20
 
@@ -43,21 +43,22 @@ def calibrate(
         progress("disk")
         disk = disk_rate(file)
     progress("RAM")
-    dram = _dram_rates(threads)
+    memory = expert_memory()
+    dram = _dram_rates(threads, memory)
     cpu = CpuKernels(threads)
     experts, fixed = {}, []
     for type in CPU_TYPES:
         progress(f"CPU experts, {type}")
-        experts[type], seconds = _cpu_product(cpu, type)
+        experts[type], seconds = _cpu_product(cpu, type, memory)
         fixed.append(seconds)
     call = max(statistics.median(fixed), LEAST)
-    ram_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    del memory
     gpu = None
     if device.type == "cuda":
         from moe_engine.calibrate_gpu import measure_gpu
 
-        gpu = measure_gpu(device, threads, experts, call, progress)
-    return Calibration(processor_name(), threads, ram_bytes, dram, experts, call, disk, gpu)
+        gpu = measure_gpu(device, threads, progress)
+    return Calibration(processor_name(), threads, _ram_bytes(), dram, experts, call, disk, gpu)
 
 
 def n_steps(device: torch.device, with_disk: bool) -> int:
@@ -65,10 +66,18 @@ def n_steps(device: torch.device, with_disk: bool) -> int:
     return 1 + len(CPU_TYPES) + with_disk + (6 + len(GPU_TYPES) if device.type == "cuda" else 0)
 
 
-def _dram_rates(threads: int) -> dict[int, float]:
-    sample = torch.ones(hardware.RAM_SAMPLE_BYTES, dtype=torch.uint8)
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def expert_memory() -> torch.Tensor:
+    """What experts are read from: far larger than last-level caches, of which there are some with 300 MB."""
+    return host_buffer(min(POOL_SAMPLES * hardware.RAM_SAMPLE_BYTES, _ram_bytes() // 32)).fill_(BYTE)
+
+
+def _dram_rates(threads: int, memory: torch.Tensor) -> dict[int, float]:
     counts = sorted({min(1 << i, threads) for i in range(threads.bit_length() + 1)})
-    return {n: max(CpuKernels(n).read_rate(sample) for _ in range(2)) for n in counts}
+    return {n: max(CpuKernels(n).read_rate(memory) for _ in range(2)) for n in counts}
 
 
 def filled(type: str, *shape: int, make: Callable[[int], torch.Tensor]) -> QuantTensor:
@@ -79,26 +88,27 @@ def filled(type: str, *shape: int, make: Callable[[int], torch.Tensor]) -> Quant
     return QuantTensor(make(nbytes).view(*shape[:-1], -1), BY_NAME[type], shape[-1])
 
 
-def _host_bytes(nbytes: int) -> torch.Tensor:
-    return host_buffer(nbytes).fill_(BYTE)
-
-
 def down_type(type: str) -> str:
     """Rows of N_FF must be whole blocks."""
     return type if N_FF % BY_NAME[type].block_size == 0 else "Q8_0"
 
 
 class ExpertCalls:
-    """Calls of the CPU's experts of a type, each with others of a pool far larger than the caches."""
+    """Calls of the CPU's experts of a type, each with the next ones in `expert_memory`."""
 
-    def __init__(self, cpu: CpuKernels, type: str) -> None:
-        one = 3 * HIDDEN * N_FF // BY_NAME[type].block_size * BY_NAME[type].block_bytes
-        n_expert = max(2 * TOP_K, min(hardware.RAM_SAMPLE_BYTES, POOL_BYTES) // one)
-        gate, up = (filled(type, n_expert, N_FF, HIDDEN, make=_host_bytes) for _ in range(2))
+    def __init__(self, cpu: CpuKernels, type: str, memory: torch.Tensor) -> None:
+        shapes = ((type, N_FF, HIDDEN), (type, N_FF, HIDDEN), (down_type(type), HIDDEN, N_FF))
+        sizes = [n_row * BY_NAME[name].row_bytes(n_in) for name, n_row, n_in in shapes]
+        n_expert = max(2 * TOP_K, len(memory) // sum(sizes))
+        if len(memory) < n_expert * sum(sizes):
+            memory = host_buffer(n_expert * sum(sizes)).fill_(BYTE)
+        parts = iter(memory[: n_expert * sum(sizes)].split([n_expert * size for size in sizes]))
         self.cpu = cpu
-        self.handle = cpu.register_experts(gate, up, filled(down_type(type), n_expert, HIDDEN, N_FF, make=_host_bytes))
+        self.handle = cpu.register_experts(
+            *(filled(name, n_expert, n_row, n_in, make=lambda _: next(parts)) for name, n_row, n_in in shapes)
+        )
         self.turns = [torch.arange(i, i + TOP_K)[None] for i in range(0, n_expert - TOP_K + 1, TOP_K)]
-        self.nbytes = TOP_K * sum(w.nbytes for w in (gate, up, self.handle.down)) / n_expert  # of a call
+        self.nbytes = TOP_K * sum(sizes)  # of a call
         self.operations = 6.0 * HIDDEN * N_FF * TOP_K  # for each token
 
     def seconds(self, n_token: int = 1, n_expert: int = TOP_K, n_call: int | None = None) -> float:
@@ -109,9 +119,9 @@ class ExpertCalls:
         return _median([partial(self.cpu.expert_ffn, self.handle, x, ids, weights) for ids in chosen])
 
 
-def _cpu_product(cpu: CpuKernels, type: str) -> tuple[CpuProduct, float]:
+def _cpu_product(cpu: CpuKernels, type: str, memory: torch.Tensor) -> tuple[CpuProduct, float]:
     """From 1 token and from many; and seconds of a call besides."""
-    calls = ExpertCalls(cpu, type)
+    calls = ExpertCalls(cpu, type, memory)
     few, fewer = calls.seconds(), calls.seconds(n_expert=FEW)
     fixed = min(max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW)), few / 2)  # times may be disturbed
     many = calls.seconds(CPU_TOKENS, n_call=MANY_CALLS)

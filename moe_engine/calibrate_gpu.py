@@ -25,8 +25,8 @@ from moe_engine.kernels.grouped_product import moe_prompt
 from moe_engine.kernels.prompt_attention import prompt_attention
 from moe_engine.kernels.slot_layout import SlotLayout
 from moe_engine.model_work import HIT_KERNELS, ModelWork
-from moe_engine.predict import EXCHANGE_KERNELS
 from moe_engine.prompt_experts import PromptExperts
+from moe_engine.stats import Stats
 
 COPY_SIZES = tuple(1 << shift for shift in range(16, 27))  # 64 KiB to 64 MiB
 N_EXPERT = 128
@@ -34,20 +34,15 @@ FINITE = 0x77  # bits of random weights that leave scales in half precision fini
 ATTENTION_TOKENS, N_HEAD, N_KV_HEAD, HEAD_DIM = 4096, 32, 4, 128  # of Qwen3-30B-A3B
 MODEL, LAYERS, STEPS, RUNS = "qwen3-30b-a3b", 4, 128, 7  # for decode steps
 STREAM_SLOTS, STREAM_CHUNKS = 4, 5  # cached experts of each size, and chunks that a layer's others come in
-PROMPTS, ROUNDS = 25, 4  # of the bundled model, each way; shared hosts are slow for seconds, so the best round counts
+PROMPT_TOKENS = 512  # with which the host takes longer than the GPU
+PROMPTS, ROUNDS = 25, 4  # of each model, each way; shared hosts are slow for seconds, so the best round counts
 
 Call = Callable[[], object]
 
 
 @torch.inference_mode()
-def measure_gpu(
-    device: torch.device,
-    threads: int,
-    cpu_experts: Mapping[str, Product],
-    cpu_call_seconds: float,
-    progress: Callable[[str], None],
-) -> Gpu:
-    """cpu_experts, cpu_call_seconds: as measured. Raises `CalibrationError` for rates that cannot be."""
+def measure_gpu(device: torch.device, threads: int, progress: Callable[[str], None]) -> Gpu:
+    """Raises `CalibrationError` for rates that cannot be."""
     torch.cuda.set_device(device)
     progress("PCIe")
     target = torch.empty(256 << 20, dtype=torch.uint8, device=device)
@@ -68,11 +63,15 @@ def measure_gpu(
         weight = filled(type, N_EXPERT * N_FF, HIDDEN, make=partial(_random_bytes, device))
         out = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
         expand[type] = weight.nbytes / graph_seconds([partial(dequantize, weight, out)])
-    progress("decode steps")
-    kernel, exchange = _decode_costs(device, threads, decode, cpu_experts, cpu_call_seconds)
-    progress("prompts")
+    with TemporaryDirectory() as folder:
+        progress("decode steps")
+        path = Path(folder) / "model.gguf"
+        write_model(MODEL, path, layers=LAYERS, skew=0.0)
+        kernel, exchange = _decode_costs(path, device, threads, decode)
+        progress("prompts")
+        layers = [_prompt_layer_seconds(path, device, threads) for _ in range(ROUNDS)]
     rounds = [(*_bundled_prompts(device, threads), _bundled_stream(device, threads)) for _ in range(ROUNDS)]
-    steps, layers, streamed = zip(*rounds, strict=True)
+    steps, in_vram, streamed = zip(*rounds, strict=True)
     facts = torch.cuda.get_device_properties(device)
     return Gpu(
         name=facts.name,
@@ -83,7 +82,7 @@ def measure_gpu(
         exchange_seconds=exchange,
         step_seconds={n: min(found[n] for found in steps) for n in PROMPT_SIZES},
         layer_seconds=min(layers),
-        stream_seconds=min(streamed),
+        stream_seconds=max(min(streamed) - min(in_vram), LEAST),
         decode=decode,
         prompt=prompt,
         dequantize=expand,
@@ -161,50 +160,41 @@ def _attention_rate(device: torch.device) -> float:
 # -- a few layers of a large model -----------------------------------------------------------------------------
 
 
-def _decode_costs(
-    device: torch.device,
-    threads: int,
-    decode: Mapping[str, float],
-    cpu_experts: Mapping[str, Product],
-    cpu_call_seconds: float,
-) -> tuple[float, float]:
-    """Seconds of a kernel, and of an exchange, besides what is read: from steps of a few layers of a large model, all
-    in VRAM; and from what steps of the bundled model, whose reading takes next to nothing, take longer if all is
-    missed.
-    """
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.gguf"
-        write_model(MODEL, path, layers=LAYERS, skew=0.0)
-        in_vram, work = _step_seconds(path, device, threads, "cache")
+def _decode_costs(path: Path, device: torch.device, threads: int, decode: Mapping[str, float]) -> tuple[float, float]:
+    """Seconds of a kernel besides what is read, if all is in VRAM; and how much longer the GPU waits for the answer of
+    a layer of which all is missed than the CPU computes."""
+    hit, work = _steps(path, device, threads, "cache")
+    missed, _ = _steps(path, device, threads, "cpu")
+    in_vram = statistics.median(stats.decode_seconds / _n_step(stats) for stats in hit)
     dense = sum(nbytes / closest(decode, type) for type, nbytes in work.dense.items())
     by_type = [item for layer in work.experts for item in layer.by_type.items()]
     hits = sum(work.top_k * nbytes / closest(decode, type) for type, nbytes in by_type)
-    kernel = max((in_vram - dense - hits) / (work.kernels + HIT_KERNELS * len(work.experts)), LEAST)
-    (hit, small), (missed, _) = (_step_seconds(None, device, threads, experts) for experts in ("cache", "cpu"))
-    layer = (missed - hit - _cpu_seconds(small, cpu_experts)) / len(small.experts)
-    exchange = layer - cpu_call_seconds - (EXCHANGE_KERNELS - HIT_KERNELS) * kernel
-    return kernel, max(exchange, LEAST)
+    kernel = (in_vram - dense - hits) / (work.kernels + HIT_KERNELS * len(work.experts))
+    exchange = statistics.median((stats.gpu_wait_seconds - stats.cpu_seconds) / _n_step(stats) for stats in missed)
+    return max(kernel, LEAST), max(exchange / len(work.experts), LEAST)
 
 
-def _step_seconds(path: Path | None, device: torch.device, threads: int, experts: str) -> tuple[float, ModelWork]:
-    """Of drawn tokens: greedy ones soon choose the same experts again and again. A median, because hosts pause."""
+def _steps(path: Path, device: torch.device, threads: int, experts: str) -> tuple[list[Stats], ModelWork]:
+    """Of drawn tokens: greedy ones soon choose the same experts again and again. Several runs, because hosts pause."""
     options: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": 512, "profile": False}
     with Engine.load(path, experts=experts, **options) as engine:
-        seconds = []
+        found = []
         for seed in range(1 + RUNS):  # the first one compiles and captures
-            stats = engine.generate([1], max_tokens=STEPS, temperature=1.0, ignore_eos=True, seed=seed).stats
-            seconds.append(stats.decode_seconds / max(stats.steps, stats.decode_tokens, 1))
-        return statistics.median(seconds[1:]), _work(engine)
+            found.append(engine.generate([1], max_tokens=STEPS, temperature=1.0, ignore_eos=True, seed=seed).stats)
+        work = ModelWork.of(engine.file, engine.model.meta, type(engine.model), engine.config.kv_dtype)
+        return found[1:], work
 
 
-def _work(engine: Engine) -> ModelWork:
-    return ModelWork.of(engine.file, engine.model.meta, type(engine.model), engine.config.kv_dtype)
+def _prompt_layer_seconds(path: Path, device: torch.device, threads: int) -> float:
+    """Of the host, which takes longer than the GPU: all experts in VRAM."""
+    n = PROMPT_TOKENS
+    options: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": n + 8, "ubatch": n, "profile": False}
+    with Engine.load(path, experts="cache", **options) as engine:
+        return _median_seconds(partial(_micro_batch, engine)) / len(engine.model.blk)
 
 
-def _cpu_seconds(work: ModelWork, rates: Mapping[str, Product]) -> float:
-    """What the CPU would take to read the experts of a decode step."""
-    by_type = [item for layer in work.experts for item in layer.by_type.items()]
-    return sum(work.top_k * nbytes / closest(rates, type).weights for type, nbytes in by_type)
+def _n_step(stats: Stats) -> int:
+    return max(stats.steps, stats.decode_tokens, 1)
 
 
 # -- the bundled model, whose bytes take next to no time -------------------------------------------------------
@@ -216,7 +206,7 @@ def _bundled(device: torch.device, threads: int, **options: Any) -> Engine:
 
 
 def _bundled_prompts(device: torch.device, threads: int) -> tuple[dict[int, float], float]:
-    """Seconds of a layer of a step, by prompt tokens, and of a micro-batch: all experts in VRAM."""
+    """Seconds of a layer of a step, by prompt tokens, and of the host for a micro-batch: all experts in VRAM."""
     with _bundled(device, threads, experts="cache") as engine:
         assert isinstance(engine.decoder, GraphDecoder)
         n_layer, prompt = len(engine.model.blk), partial(engine.decoder.prompt, 0)

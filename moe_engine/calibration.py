@@ -19,7 +19,7 @@ from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.prompt_split import PromptRates
 
-MAGIC, VERSION = "moe_engine calibration", 4
+MAGIC, VERSION = "moe_engine calibration", 5
 _LARGEST_FILE = 1 << 20
 _LARGEST_NUMBER = 1e30
 
@@ -78,10 +78,10 @@ class Gpu:
     copy: float  # within VRAM, read and written
     pcie: dict[int, float]  # host to device, page-locked, by bytes of one copy
     kernel_seconds: float  # what a kernel of a captured decode step takes besides reading weights
-    exchange_seconds: float  # what a layer with misses takes besides reading them: messages, and waking the CPU
+    exchange_seconds: float  # what a layer with misses takes besides computing them: messages
     step_seconds: dict[int, float]  # of a layer of a step with so many prompt tokens, all experts in VRAM
-    layer_seconds: float  # of the host, for a layer of a prompt, all experts in VRAM
-    stream_seconds: float  # of the host, for a layer of a prompt whose experts are streamed
+    layer_seconds: float  # of the host, for a prompt's layer of Qwen3-30B-A3B, all experts in VRAM
+    stream_seconds: float  # of the host besides, for a layer of a prompt whose experts are streamed
     decode: dict[str, float]  # read by the decode kernels
     prompt: dict[str, Product]  # experts of many tokens
     dequantize: dict[str, float]
@@ -123,8 +123,8 @@ class Calibration:
         return Hardware(self.gpu.copy, max(self.gpu.pcie.values()), self.ram)
 
     def rates(self, type: str, launches: float = 1.0) -> PromptRates:
-        """For the ways of a prompt, with experts of a type. launches: of a layer, by those of the bundled model
-        (`ModelWork.launches`). There must be a GPU."""
+        """For the ways of a prompt, with experts of a type. launches: of a layer (`ModelWork.launches`). There
+        must be a GPU."""
         assert self.gpu is not None
         return PromptRates(
             pcie=max(self.gpu.pcie.values()),
@@ -133,7 +133,7 @@ class Calibration:
             gpu=closest(self.gpu.prompt, type).operations,
             hits=closest(self.gpu.decode, type),
             step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds + self.cpu_call_seconds,
-            stream_layer=self.gpu.stream_seconds * launches,
+            stream_layer=self.gpu.layer_seconds * launches + self.gpu.stream_seconds,
             cached_layer=self.gpu.layer_seconds * launches,
         )
 

@@ -136,8 +136,8 @@ def _rows(found: "Calibration") -> Iterator[tuple[str, str]]:
     steps = ", ".join(f"{n}: {seconds * 1e6:.0f}" for n, seconds in gpu.step_seconds.items())
     yield "layer of prompts' steps, us by tokens", steps
     yield (
-        "layer of prompts, host, us in VRAM, streamed",
-        f"{gpu.layer_seconds * 1e6:.0f}, {gpu.stream_seconds * 1e6:.0f}",
+        "host, us by layer of prompts",
+        f"{gpu.layer_seconds * 1e6:.0f}, {gpu.stream_seconds * 1e6:.0f} more if experts are streamed",
     )
 
 

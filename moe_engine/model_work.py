@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from moe_engine.budget import SCRATCH_ELEMENTS
 from moe_engine.gguf_file import GGUFFile
 from moe_engine.gguf_part import TensorInfo
 from moe_engine.kernels.slot_layout import aligned
@@ -20,7 +21,8 @@ MIXTURE_KERNELS = 3  # norm; router (2)
 SHARED_KERNELS = 4  # its slot and weight; gate and up; down
 HIT_KERNELS = 2  # gate and up; down
 HEAD_KERNELS = 5  # embedding, norm, product, sampling, record
-BUNDLED_LAYER_KERNELS = 17.5  # of the bundled model, with which calibration measures the host, on average
+SLICE_KERNELS = 2  # of a prompt's product: writing weights out; multiplying
+CALIBRATED_KERNELS = 11  # of a layer of Qwen3-30B-A3B, with which calibration measures the host
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,13 @@ class ModelWork:
     attention_operations: int  # of one query with one key, all heads and blocks
     kv_bytes: int  # that one token keeps
     kernels: int  # without those of hits
+    slices: int  # that a prompt's large matrices are written out in, besides the first of each
 
     @property
     def launches(self) -> float:
-        """Of a prompt's layer, by those of the bundled model's: about as the kernels of a decode step."""
-        kernels = self.kernels - HEAD_KERNELS + HIT_KERNELS * len(self.experts)
-        return kernels / self.n_block / BUNDLED_LAYER_KERNELS
+        """Of a prompt's layer, by those of Qwen3-30B-A3B's: about as the kernels of a decode step."""
+        kernels = self.kernels - HEAD_KERNELS + HIT_KERNELS * len(self.experts) + SLICE_KERNELS * self.slices
+        return kernels / self.n_block / CALIBRATED_KERNELS
 
     @property
     def expert_bytes(self) -> int:
@@ -71,7 +74,7 @@ class ModelWork:
         n_block, n_expert = n_layer(meta), meta.integer("expert_count", high=MAX_EXPERTS)
         dense, prompt_dense = Counter[str](), Counter[str]()
         parts: dict[int, list[TensorInfo]] = {}
-        weights = values = 0
+        weights = values = slices = 0
         for info in file.tensors.values():
             block = block_of(info.name)
             if block >= n_block or info.type is None:
@@ -86,6 +89,7 @@ class ModelWork:
                 prompt_dense[str(info.type)] += info.nbytes
                 weights += _elements(info)
                 values += sum(info.shape[-2:])
+                slices += (_elements(info) - 1) // (2 * SCRATCH_ELEMENTS)  # in half precision
         top_k = meta.integer("expert_used_count", high=n_expert)
         of_experts = top_k * sum(sum(info.shape[-2:]) for infos in parts.values() for info in infos)
         layers = tuple(_expert_layer(block, infos, n_expert) for block, infos in sorted(parts.items()))
@@ -102,6 +106,7 @@ class ModelWork:
             attention_operations=n_block * _attention_operations(meta),
             kv_bytes=n_block * cached_bytes(kv_dtype, family.kv_values(meta)),
             kernels=HEAD_KERNELS + sum(_kernels(file, block, block in parts) for block in range(n_block)),
+            slices=slices,
         )
 
 

@@ -183,7 +183,7 @@ class Predictor:
         """Seconds of a step with n tokens: the CPU computes what is missing while the GPU reads what is not."""
         work, n_used = self.work, len(self.routing.counts(n, self.work.n_expert, self.work.top_k))
         size = min((tokens for tokens in gpu.step_seconds if tokens >= n), default=max(gpu.step_seconds))
-        # Not by `work.launches`: kernels of 32 tokens of a large model take longer than the bundled one's
+        # Kernels of 32 tokens of a large model take longer than the bundled one's
         terms = {"kernels": work.n_block * gpu.step_seconds[size], "reads": _read_seconds(gpu, work.dense)}
         terms |= {"misses": 0.0, "exchange": 0.0, "disk": 0.0}
         for layer, share, in_ram in zip(work.experts, shape.shares, shape.in_ram, strict=True):
@@ -260,7 +260,7 @@ class Predictor:
             dense=dense,
             gpu_expert=_product_seconds(gpu.prompt, layer, 1, 0),
             gpu_token=_product_seconds(gpu.prompt, layer, 0, 1),
-            launches=gpu.stream_seconds * self.work.launches,
+            launches=gpu.layer_seconds * self.work.launches + gpu.stream_seconds,
         )
 
 

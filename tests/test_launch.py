@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe_engine.kernels import launch
 from moe_engine.kernels.launch import Launched, prepared
 
 
@@ -22,16 +23,19 @@ class Kernel:
         self.compiled: list[tuple[Any, ...]] = []
         self.launches: list[tuple[int, tuple[Any, ...]]] = []
 
+    def get_current_stream(self, device: int) -> str:
+        return f"of {device}"
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*args: Any, **constants: Any) -> Any:
             number = len(self.compiled)
             self.compiled.append((grid, args, constants))
 
-            class Compiled:
-                def __getitem__(_, grid: tuple[int, ...]) -> Any:
-                    return lambda *args: self.launches.append((number, (grid, *args)))
+            def launch(x: int, y: int, z: int, stream: str, *others: Any) -> None:
+                assert others[:5] == ("function", "metadata", None, None, None)
+                self.launches.append((number, (stream, (x, y, z), *others[5:])))
 
-            return Compiled()
+            return SimpleNamespace(run=launch, function="function", packed_metadata="metadata")
 
         return run
 
@@ -39,7 +43,9 @@ class Kernel:
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    return Kernel()
+    kernel = Kernel()
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=kernel))
+    return kernel
 
 
 def test_a_launch_like_another_goes_to_what_was_compiled(kernel: Kernel) -> None:
@@ -49,8 +55,8 @@ def test_a_launch_like_another_goes_to_what_was_compiled(kernel: Kernel) -> None
     assert kernel.launches == []
     launched[9,](y, 48, 0.5, A=7, num_warps=8)
     assert len(kernel.compiled) == 1
-    ((number, (grid, *args)),) = kernel.launches
-    assert (number, grid, args[1:]) == (0, (9, 1, 1), [48, 0.5, 7, 5])
+    ((number, (stream, grid, *args)),) = kernel.launches
+    assert (number, stream, grid, args[1:]) == (0, "of 0", (9, 1, 1), [48, 0.5, 7, 5])
     assert args[0] is y
 
 
@@ -85,7 +91,7 @@ def test_each_device_has_its_own(kernel: Kernel, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
         launched[1,](x, 32, 0.5, A=7)
     assert len(kernel.compiled) == 2
-    assert [number for number, _ in kernel.launches] == [0, 1]
+    assert [(number, stream) for number, (stream, *_) in kernel.launches] == [(0, "of 0"), (1, "of 1")]
 
 
 def test_constants_by_place_are_an_error(kernel: Kernel) -> None:
@@ -95,14 +101,19 @@ def test_constants_by_place_are_an_error(kernel: Kernel) -> None:
 
 def test_prepared_launches_are_looked_up_once(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     launched, x = Launched(kernel), torch.zeros(64)
-    launch = prepared(launched, (3,), x, 32, 0.5, A=7)
+    again = prepared(launched, (3,), x, 32, 0.5, A=7)
     for _ in range(3):
-        launch()
+        again()
     monkeypatch.setattr(launched, "_known_launch", None)  # not needed any more
-    launch()
+    monkeypatch.setattr(kernel, "get_current_stream", lambda device: "a graph's")
+    again()
     assert len(kernel.compiled) == 1
-    assert [number for number, _ in kernel.launches] == [0, 0, 0]
-    for _, (grid, *args) in kernel.launches:
+    assert [(number, stream) for number, (stream, *_) in kernel.launches] == [
+        (0, "of 0"),
+        (0, "of 0"),
+        (0, "a graph's"),
+    ]
+    for _, (_, grid, *args) in kernel.launches:
         assert (grid, args[1:]) == ((3, 1, 1), [32, 0.5, 7, 5])
         assert args[0] is x
 
