@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ import numpy as np
 import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from gpu_watch import GpuWatch
-from prediction import CpuNow, Launches, Used, predicted
+from prediction import CpuNow, HostNow, Used, predicted
 
 from moe_engine import Engine
+from moe_engine.calibrate_gpu import large_layers
 from moe_engine.config import format_size
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.expert_cache import CachedExperts
@@ -48,11 +50,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A prompt: seconds; those of a launch around it; what it counted if it was streamed; and which experts it has
-    used, unless all are in VRAM."""
+    """A prompt: seconds, what it counted if it was streamed, and which experts it has used, unless all are in VRAM."""
 
     seconds: float
-    launch_seconds: float
     counts: PromptCounts
     used: Used | None
 
@@ -123,7 +123,7 @@ def check(path: Path, device: str, n: int) -> float:
 
 
 def measure(
-    path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow, launches: Launches
+    path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow, host: HostNow | None
 ) -> list[dict[str, Any]]:
     longest = max(setting.targets)
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 24, "ubatch": longest + 8}
@@ -137,7 +137,6 @@ def measure(
         cached = int(setting.cache * found.routed_bytes) + 3 * sum(found.expert_bytes)
         options |= {"vram_budget": plan.budget - plan.slots + cached}
     rows = []
-    factors: dict[int, float] = {}
     used: dict[int, Used] = {}  # random weights use fewer experts than trained ones, and find more in slots
     watch = GpuWatch.of(device)
     with watch, Engine.load(path, **options) as engine:
@@ -157,10 +156,10 @@ def measure(
         for seed in range(repeats):  # shared hosts are slow for seconds: not all runs of a length one after the other
             for i, (n, of_length) in enumerate(runs.items()):
                 ids = prompt(n, 10 + seed * len(runs) + i)  # none begins alike
-                of_length.append(run(engine, experts, launches, ids))
+                of_length.append(run(engine, experts, ids))
         for n, target in setting.targets.items():
             middle = sorted(runs[n], key=lambda run: run.seconds)[repeats // 2]
-            counts, factors[n] = vars(middle.counts), launches.factor(middle.launch_seconds)
+            counts = vars(middle.counts)
             if middle.used is not None:
                 used[n] = middle.used
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
@@ -190,7 +189,7 @@ def measure(
             )
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
-    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, launches=factors, **options) or {}
+    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, host=host, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
@@ -205,16 +204,14 @@ def measure(
     return rows
 
 
-def run(engine: Engine, experts: CachedExperts, launches: Launches, ids: list[int]) -> Run:
+def run(engine: Engine, experts: CachedExperts, ids: list[int]) -> Run:
     assert experts.prompt is not None
     before, n_layer = replace(experts.prompt.counts), len(experts.layouts)
-    launch = launches.now()
     seconds = engine.generate(ids, max_tokens=0).stats.prompt_seconds
-    launch = (launch + launches.now()) / 2
     counts = experts.prompt.counts.since(before)
     if n_used := counts.cached + counts.streamed + counts.cpu:
-        return Run(seconds, launch, counts, Used(n_used / n_layer, counts.cached / n_layer, in_steps=False))
-    return Run(seconds, launch, counts, None if experts.holds_all else used_by_last_step(engine, n_layer, len(ids) - 1))
+        return Run(seconds, counts, Used(n_used / n_layer, counts.cached / n_layer, in_steps=False))
+    return Run(seconds, counts, None if experts.holds_all else used_by_last_step(engine, n_layer, len(ids) - 1))
 
 
 def used_by_last_step(engine: Engine, n_layer: int, n_token: int) -> Used:
@@ -270,19 +267,21 @@ def main() -> None:
         return
     device = "simulated" if options.tiny else "cuda"
     results = begun("python bench/bench_prefill.py", options) | {"checks": {}}
-    cpu, launches = CpuNow(), Launches(torch.device("cpu" if options.tiny else "cuda"))
-    for path, settings in by_model(SETTINGS, options):
-        model = settings[0].model
-        results["checks"][model] = check(path, device, 3 if options.tiny else 40)
-        print(f"{model}: logits differ by {results['checks'][model]:.2%} from f32", flush=True)
-        for setting in settings:
-            wanted = {int(n) for n in options.lengths.split(",")} if options.lengths else set(setting.targets)
-            targets = {n: t for n, t in setting.targets.items() if n in wanted}
-            if not targets:
-                continue
-            one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
-            results["rows"] += measure(path, one, device, options.repeats, cpu, launches)
-            keep(results, options.out)
+    with ExitStack() as stack:
+        host = None if options.tiny else HostNow(stack.enter_context(large_layers()), torch.device("cuda"))
+        cpu = CpuNow()
+        for path, settings in by_model(SETTINGS, options):
+            model = settings[0].model
+            results["checks"][model] = check(path, device, 3 if options.tiny else 40)
+            print(f"{model}: logits differ by {results['checks'][model]:.2%} from f32", flush=True)
+            for setting in settings:
+                wanted = {int(n) for n in options.lengths.split(",")} if options.lengths else set(setting.targets)
+                targets = {n: t for n, t in setting.targets.items() if n in wanted}
+                if not targets:
+                    continue
+                one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
+                results["rows"] += measure(path, one, device, options.repeats, cpu, host)
+                keep(results, options.out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What `moe-engine plan` predicts for a measured row, with the calibration that this machine keeps."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import Any
 import torch
 
 from moe_engine.calibrate import ExpertCalls, expert_memory
+from moe_engine.calibrate_gpu import prompt_layer_seconds
 from moe_engine.calibration import Calibration, this_machine
 from moe_engine.config import EngineConfig
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.planner import DECODE_CONTEXT, plan
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
-LAUNCHES, LAUNCH_ROUNDS = 100, 5
 ROUNDS = 15  # of calls with all of the experts: some tenths of a second with 16 threads
 
 
@@ -56,27 +55,24 @@ class CpuNow:
         return (product + machine.cpu_call_seconds) / statistics.mean((before, self._last))
 
 
-class Launches:
-    """How long the host takes for a launch: on shared machines it is slower by half for seconds, time and again."""
+class HostNow:
+    """How long the host takes to launch a layer of a prompt around rows, by the calibrated: on shared machines it is
+    slower by half for seconds, time and again.
 
-    def __init__(self, device: torch.device) -> None:
-        self._value = torch.zeros(16, device=device)
-        self._seconds: list[float] = []
+    path: of `large_layers`.
+    """
 
-    def now(self) -> float:
-        """Seconds."""
-        times = []
-        for _ in range(LAUNCH_ROUNDS):
-            start = time.perf_counter()
-            for _ in range(LAUNCHES):
-                self._value.add_(1.0)
-            times.append((time.perf_counter() - start) / LAUNCHES)
-        self._seconds.append(statistics.median(times))
-        return self._seconds[-1]
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self._path, self._device = path, device
+        self._last = self._seconds()
 
-    def factor(self, seconds: float) -> float:
-        """By the shortest that has been seen, because calibrations keep the shortest times too."""
-        return seconds / min(self._seconds)
+    def _seconds(self) -> float:
+        return prompt_layer_seconds(self._path, self._device, EngineConfig().n_threads)
+
+    def around(self, machine: Calibration) -> float:
+        """Of now and of the last call, which was behind the last row."""
+        before, self._last = self._last, self._seconds()
+        return statistics.mean((before, self._last)) / machine.gpu.layer_seconds if machine.gpu is not None else 1.0
 
 
 def at_speed(machine: Calibration, cpu: float, host: float = 1.0) -> Calibration:
@@ -84,7 +80,7 @@ def at_speed(machine: Calibration, cpu: float, host: float = 1.0) -> Calibration
     experts = {t: replace(product, weights=product.weights * cpu) for t, product in machine.cpu_experts.items()}
     gpu = machine.gpu
     if gpu is not None:
-        gpu = replace(gpu, layer_seconds=gpu.layer_seconds * host, stream_seconds=gpu.stream_seconds * host)
+        gpu = replace(gpu, layer_seconds=gpu.layer_seconds * host, chunk_seconds=gpu.chunk_seconds * host)
     return replace(machine, dram={n: rate * cpu for n, rate in machine.dram.items()}, cpu_experts=experts, gpu=gpu)
 
 
@@ -95,7 +91,7 @@ def predicted(
     decode: float | None = None,
     prompts: dict[int, float] | None = None,
     used: dict[int, Used] | None = None,
-    launches: dict[int, float] | None = None,
+    host: HostNow | None = None,
     hit_rate: float | None = None,
     found: Sequence[Found] | None = None,
     context: int = DECODE_CONTEXT,
@@ -103,8 +99,7 @@ def predicted(
 ) -> dict[str, Any] | None:
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
-    cpu: what was begun before the row: by it the machine is corrected. launches: the same of the host while a prompt
-    was measured, by its tokens (`Launches.factor`).
+    cpu, host: what was begun before the row: by it the machine is corrected; host only matters for prompts.
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
     planner expects it. found: the same by MoE layer. used: of prompts by tokens, likewise.
     options: as the row was loaded.
@@ -113,11 +108,11 @@ def predicted(
     if machine is None:
         print("  no prediction: run moe-engine calibrate first", flush=True)
         return None
-    factor = cpu.around(machine)
-    planned = plan(path, machine=at_speed(machine, factor), **options)
+    factors = cpu.around(machine), host.around(machine) if host is not None else 1.0
+    planned = plan(path, machine=at_speed(machine, *factors), **options)
     predictor, shape = planned.predictor, planned.run_shape
     assert predictor is not None
-    result: dict[str, Any] = {"hit_rate": planned.hit_rate, "cpu_factor": factor}
+    result: dict[str, Any] = {"hit_rate": planned.hit_rate, "cpu_factor": factors[0], "host_factor": factors[1]}
     if decode is not None:
         if hit_rate is not None:
             n = len(shape.shares)
@@ -125,17 +120,15 @@ def predicted(
         step = predictor.decode(shape, context, found)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
-        host = (launches or {}).get(n_token, 1.0)
-        of_prompt = replace(predictor, machine=at_speed(machine, factor, host))
-        prompt = of_prompt.prompt(planned.run_shape, n_token)
+        prompt = predictor.prompt(planned.run_shape, n_token)
         if used and n_token in used:
             of = used[n_token]
             shape = replace(planned.run_shape, shares=(of.cached / of.n,) * len(planned.run_shape.shares))
-            of_use = replace(of_prompt, routing=EvenUse(round(of.n)))
+            of_use = replace(predictor, routing=EvenUse(round(of.n)))
             # The engine, which chooses, does not know how few experts random weights use.
             prompt = (of_use.in_steps if of.in_steps else of_use.streamed)(shape, n_token)
-        result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured, "launches": host}
+        result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
     for name, speed in result.items():
-        if name not in ("hit_rate", "cpu_factor"):
+        if name not in ("hit_rate", "cpu_factor", "host_factor"):
             print(f"  predicted {name}: {speed['tokens_per_second']:.1f} tok/s, {speed['to_measured']:.2f} of measured")
     return result

@@ -25,7 +25,7 @@ FEW_TOKENS, MANY_TOKENS = 64, 4096  # of the GPU's products for prompts
 FEW = 2  # experts, beside TOP_K
 CPU_TOKENS, MANY_CALLS = 64, 4  # of each expert, for the CPU's products of many tokens
 BYTE = 0x11  # what the CPU's weights are filled with: scales in half precision are then small and normal
-POOL_SAMPLES = 8  # how much larger memory of experts is than what a quick measurement of RAM reads
+POOL_SAMPLES = 2  # how much larger memory of experts is than what a quick measurement of RAM reads
 LEAST = 1e-7  # seconds: what is shorter cannot be told from noise
 DISK_BYTES, DISK_READERS, DISK_CHUNK = 2 << 30, 4, 8 << 20
 
@@ -71,7 +71,8 @@ def _ram_bytes() -> int:
 
 
 def expert_memory() -> torch.Tensor:
-    """What experts are read from: far larger than last-level caches, of which there are some with 300 MB."""
+    """What experts are read from. Last-level caches of up to 300 MB hold a part of it, as they hold a part of what a
+    decode step reads again in the next one: on an H200 host as large a part with a GiB, more with half of one."""
     return host_buffer(min(POOL_SAMPLES * hardware.RAM_SAMPLE_BYTES, _ram_bytes() // 32)).fill_(BYTE)
 
 

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from moe_engine.benchmark.random_model import write_model
 from moe_engine.calibrate import FEW_TOKENS, GPU_TYPES, HIDDEN, LEAST, MANY_TOKENS, N_FF, TOP_K, down_type, filled
-from moe_engine.calibration import Gpu, Product, closest
+from moe_engine.calibration import CHOICE_CHUNKS, Gpu, Product, closest
 from moe_engine.engine import Engine
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.expert_ring import N_CELL
@@ -63,13 +64,11 @@ def measure_gpu(device: torch.device, threads: int, progress: Callable[[str], No
         weight = filled(type, N_EXPERT * N_FF, HIDDEN, make=partial(_random_bytes, device))
         out = torch.empty(weight.shape, dtype=torch.bfloat16, device=device)
         expand[type] = weight.nbytes / graph_seconds([partial(dequantize, weight, out)])
-    with TemporaryDirectory() as folder:
+    with large_layers() as path:
         progress("decode steps")
-        path = Path(folder) / "model.gguf"
-        write_model(MODEL, path, layers=LAYERS, skew=0.0)
         kernel, exchange = _decode_costs(path, device, threads, decode)
         progress("prompts")
-        layers = [_prompt_layer_seconds(path, device, threads) for _ in range(ROUNDS)]
+        layers = [prompt_layer_seconds(path, device, threads) for _ in range(ROUNDS)]
     rounds = [(*_bundled_prompts(device, threads), _bundled_stream(device, threads)) for _ in range(ROUNDS)]
     steps, in_vram, streamed = zip(*rounds, strict=True)
     facts = torch.cuda.get_device_properties(device)
@@ -82,7 +81,7 @@ def measure_gpu(device: torch.device, threads: int, progress: Callable[[str], No
         exchange_seconds=exchange,
         step_seconds={n: min(found[n] for found in steps) for n in PROMPT_SIZES},
         layer_seconds=min(layers),
-        stream_seconds=max(min(streamed) - min(in_vram), LEAST),
+        chunk_seconds=max(min(streamed) - min(in_vram), LEAST) / (CHOICE_CHUNKS + STREAM_CHUNKS),
         decode=decode,
         prompt=prompt,
         dequantize=expand,
@@ -160,6 +159,15 @@ def _attention_rate(device: torch.device) -> float:
 # -- a few layers of a large model -----------------------------------------------------------------------------
 
 
+@contextmanager
+def large_layers() -> Iterator[Path]:
+    """A file with some, which is removed at the end."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_model(MODEL, path, layers=LAYERS, skew=0.0)
+        yield path
+
+
 def _decode_costs(path: Path, device: torch.device, threads: int, decode: Mapping[str, float]) -> tuple[float, float]:
     """Seconds of a kernel besides what is read, if all is in VRAM; and how much longer the GPU waits for the answer of
     a layer of which all is missed than the CPU computes."""
@@ -185,8 +193,8 @@ def _steps(path: Path, device: torch.device, threads: int, experts: str) -> tupl
         return found[1:], work
 
 
-def _prompt_layer_seconds(path: Path, device: torch.device, threads: int) -> float:
-    """Of the host, which takes longer than the GPU: all experts in VRAM."""
+def prompt_layer_seconds(path: Path, device: torch.device, threads: int) -> float:
+    """Of the host, which takes longer than the GPU, for a layer of `large_layers`: all experts in VRAM."""
     n = PROMPT_TOKENS
     options: dict[str, Any] = {"device": str(device), "threads": threads, "ctx": n + 8, "ubatch": n, "profile": False}
     with Engine.load(path, experts="cache", **options) as engine:

@@ -19,6 +19,7 @@ from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.prompt_split import PromptRates
 
+CHOICE_CHUNKS = 2  # that dividing a streamed layer's experts takes the host as long as
 MAGIC, VERSION = "moe_engine calibration", 5
 _LARGEST_FILE = 1 << 20
 _LARGEST_NUMBER = 1e30
@@ -81,7 +82,7 @@ class Gpu:
     exchange_seconds: float  # what a layer with misses takes besides computing them: messages
     step_seconds: dict[int, float]  # of a layer of a step with so many prompt tokens, all experts in VRAM
     layer_seconds: float  # of the host, for a prompt's layer of Qwen3-30B-A3B, all experts in VRAM
-    stream_seconds: float  # of the host besides, for a layer of a prompt whose experts are streamed
+    chunk_seconds: float  # of the host besides, for each chunk of experts that a layer streams
     decode: dict[str, float]  # read by the decode kernels
     prompt: dict[str, Product]  # experts of many tokens
     dequantize: dict[str, float]
@@ -133,7 +134,7 @@ class Calibration:
             gpu=closest(self.gpu.prompt, type).operations,
             hits=closest(self.gpu.decode, type),
             step_layer=max(self.gpu.step_seconds.values()) + self.gpu.exchange_seconds + self.cpu_call_seconds,
-            stream_layer=self.gpu.layer_seconds * launches + self.gpu.stream_seconds,
+            stream_layer=self.gpu.layer_seconds * launches + (CHOICE_CHUNKS + 2) * self.gpu.chunk_seconds,
             cached_layer=self.gpu.layer_seconds * launches,
         )
 

@@ -137,7 +137,7 @@ def _rows(found: "Calibration") -> Iterator[tuple[str, str]]:
     yield "layer of prompts' steps, us by tokens", steps
     yield (
         "host, us by layer of prompts",
-        f"{gpu.layer_seconds * 1e6:.0f}, {gpu.stream_seconds * 1e6:.0f} more if experts are streamed",
+        f"{gpu.layer_seconds * 1e6:.0f}, for each chunk of streamed experts {gpu.chunk_seconds * 1e6:.0f} more",
     )
 
 

@@ -46,11 +46,11 @@ def test_speeds_from_simulated_hits(header: Callable[..., Path]) -> None:
     inspected = inspect_file(file)
     assert sum(simulated.expert_bytes) * 128 == pytest.approx(inspected.routed_bytes, rel=0.01)
     found = simulated.decode(outcome)
-    # By hand: the CPU reads what each layer has missed, and copies for later take the rest of the RAM's rate.
+    # By hand: the CPU reads what each layer has missed, and some copies for later take the rest of the RAM's rate.
     missed = [(n - hits) / 60 for n, hits in zip(outcome.accesses, outcome.hits, strict=True)]
     nbytes = sum(n * size for n, size in zip(missed, simulated.expert_bytes, strict=True))
     copied = sum(n / 60 * size for n, size in zip(outcome.missed_steps, simulated.expert_bytes, strict=True))
-    assert found.terms["misses"] == pytest.approx((nbytes + copied) / 149e9, rel=0.05)
+    assert found.terms["misses"] == pytest.approx((nbytes + copied / 3) / 149e9, rel=0.05)
     assert found.terms["exchange"] == pytest.approx(sum(outcome.missed_steps) / 60 * 15e-6)
     (all_in,) = simulate(trace, ["lru"], [128], warm=True)
     assert simulated.decode(all_in).rate == pytest.approx(496, rel=0.2)  # as recorded with all experts in slots
