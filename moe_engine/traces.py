@@ -173,7 +173,7 @@ class TraceWriter:
         self.close()
 
 
-def _write(file: BinaryIO | IO[bytes], value: object) -> None:
+def _write(file: IO[bytes], value: object) -> None:
     rest = memoryview(msgpack.packb(value))
     while rest:
         rest = rest[file.write(rest) :]
