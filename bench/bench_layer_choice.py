@@ -11,7 +11,8 @@ from gpu_timing import DEVICE, Report, Row, check_equal, synchronize
 from torch import Tensor
 
 from moe_engine.kernels.layer_choice import ChoiceOnHost
-from moe_engine.prompt_experts import FORECAST_TOKENS, SHORT_PROMPT
+from moe_engine.prompt_experts import FORECAST_TOKENS
+from moe_engine.prompt_split import SHORT_PROMPT
 
 
 def counted(

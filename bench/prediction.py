@@ -14,7 +14,7 @@ from moe_engine.calibration import Calibration, this_machine
 from moe_engine.config import EngineConfig
 from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.planner import DECODE_CONTEXT, plan
-from moe_engine.routing_estimate import Found, RoutingEstimate
+from moe_engine.routing_estimate import Found, RoutingEstimate, bundled_trace
 
 ROUNDS = 15  # of calls with all of the experts: some tenths of a second with 16 threads
 
@@ -28,14 +28,18 @@ class Used:
     in_steps: bool
 
 
-class EvenUse(RoutingEstimate):
-    """As many experts of each layer as a prompt has used, all with as many tokens."""
+class FewerUsed(RoutingEstimate):
+    """As many experts of each layer as a prompt has used, some with more tokens than others as recorded routing has
+    them."""
 
     def __init__(self, n_used: int) -> None:
+        super().__init__(bundled_trace())
         self.n_used = n_used
 
     def counts(self, n_token: int, n_expert: int, top_k: int) -> list[int]:
-        return [-(-n_token * top_k // self.n_used)] * self.n_used
+        most = sorted(super().counts(n_token, n_expert, top_k), reverse=True)[: self.n_used]
+        most += [1] * (self.n_used - len(most))
+        return [max(1, round(n * n_token * top_k / sum(most))) for n in most]
 
 
 class CpuNow:
@@ -70,9 +74,9 @@ class HostNow:
         return prompt_layer_seconds(self._path, self._device, EngineConfig().n_threads)
 
     def around(self, machine: Calibration) -> float:
-        """Of now and of the last call, which was behind the last row."""
+        """The faster of now and of the last call, which was behind the last row: it is rarely slow all the time."""
         before, self._last = self._last, self._seconds()
-        return statistics.mean((before, self._last)) / machine.gpu.layer_seconds if machine.gpu is not None else 1.0
+        return min(before, self._last) / machine.gpu.layer_seconds if machine.gpu is not None else 1.0
 
 
 def at_speed(machine: Calibration, cpu: float, host: float = 1.0) -> Calibration:
@@ -124,7 +128,7 @@ def predicted(
         if used and n_token in used:
             of = used[n_token]
             shape = replace(planned.run_shape, shares=(of.cached / of.n,) * len(planned.run_shape.shares))
-            of_use = replace(predictor, routing=EvenUse(round(of.n)))
+            of_use = replace(predictor, routing=FewerUsed(round(of.n)))
             # The engine, which chooses, does not know how few experts random weights use.
             prompt = (of_use.in_steps if of.in_steps else of_use.streamed)(shape, n_token)
         result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}

@@ -23,6 +23,7 @@ GPU_TYPES = ("Q4_K", "Q6_K", "Q8_0")
 HIDDEN, N_FF, TOP_K = 2048, 768, 8  # of Qwen3-30B-A3B; other models' experts are larger
 FEW_TOKENS, MANY_TOKENS = 64, 4096  # of the GPU's products for prompts
 FEW = 2  # experts, beside TOP_K
+CPU_ROUNDS = 5
 CPU_TOKENS, MANY_CALLS = 64, 4  # of each expert, for the CPU's products of many tokens
 BYTE = 0x11  # what the CPU's weights are filled with: scales in half precision are then small and normal
 POOL_SAMPLES = 2  # how much larger memory of experts is than what a quick measurement of RAM reads
@@ -42,17 +43,7 @@ def calibrate(
     if file is not None:
         progress("disk")
         disk = disk_rate(file)
-    progress("RAM")
-    memory = expert_memory()
-    dram = _dram_rates(threads, memory)
-    cpu = CpuKernels(threads)
-    experts, fixed = {}, []
-    for type in CPU_TYPES:
-        progress(f"CPU experts, {type}")
-        experts[type], seconds = _cpu_product(cpu, type, memory)
-        fixed.append(seconds)
-    call = max(statistics.median(fixed), LEAST)
-    del memory
+    dram, experts, call = _measure_cpu(threads, progress)
     gpu = None
     if device.type == "cuda":
         from moe_engine.calibrate_gpu import measure_gpu
@@ -63,7 +54,7 @@ def calibrate(
 
 def n_steps(device: torch.device, with_disk: bool) -> int:
     """How often `calibrate` calls progress."""
-    return 1 + len(CPU_TYPES) + with_disk + (6 + len(GPU_TYPES) if device.type == "cuda" else 0)
+    return CPU_ROUNDS + with_disk + (6 + len(GPU_TYPES) if device.type == "cuda" else 0)
 
 
 def _ram_bytes() -> int:
@@ -74,6 +65,29 @@ def expert_memory() -> torch.Tensor:
     """What experts are read from. Last-level caches of up to 300 MB hold a part of it, as they hold a part of what a
     decode step reads again in the next one: on an H200 host as large a part with a GiB, more with half of one."""
     return host_buffer(min(POOL_SAMPLES * hardware.RAM_SAMPLE_BYTES, _ram_bytes() // 32)).fill_(BYTE)
+
+
+def _measure_cpu(threads: int, progress: Progress) -> tuple[dict[int, float], dict[str, CpuProduct], float]:
+    """Rates of RAM by threads, of the experts by type, and seconds of a call besides.
+
+    In rounds, of which the best counts: shared hosts are slow for seconds.
+    """
+    memory, cpu = expert_memory(), CpuKernels(threads)
+    calls = {type: ExpertCalls(cpu, type, memory) for type in CPU_TYPES}
+    rates, times = [], []
+    for turn in range(CPU_ROUNDS):
+        progress(f"RAM and CPU experts, {turn + 1} of {CPU_ROUNDS}")
+        rates.append(_dram_rates(threads, memory))
+        times.append({type: of_type.times() for type, of_type in calls.items()})
+    dram = {n: max(found[n] for found in rates) for n in rates[0]}
+    experts, fixed = {}, []
+    for type, of_type in calls.items():
+        few, fewer, many = (min(found) for found in zip(*(turn[type] for turn in times), strict=True))
+        rest = min(max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW)), few / 2)  # times may be disturbed
+        one, more = (of_type.operations, few - rest), (CPU_TOKENS * of_type.operations, many - rest)
+        experts[type] = CpuProduct.through(of_type.nbytes, one, more)
+        fixed.append(rest)
+    return dram, experts, max(statistics.median(fixed), LEAST)
 
 
 def _dram_rates(threads: int, memory: torch.Tensor) -> dict[int, float]:
@@ -119,15 +133,9 @@ class ExpertCalls:
         chosen = [ids[:, :n_expert].expand(n_token, n_expert).contiguous() for ids in self.turns[:n_call]]
         return _median([partial(self.cpu.expert_ffn, self.handle, x, ids, weights) for ids in chosen])
 
-
-def _cpu_product(cpu: CpuKernels, type: str, memory: torch.Tensor) -> tuple[CpuProduct, float]:
-    """From 1 token and from many; and seconds of a call besides."""
-    calls = ExpertCalls(cpu, type, memory)
-    few, fewer = calls.seconds(), calls.seconds(n_expert=FEW)
-    fixed = min(max(0.0, few - (few - fewer) * TOP_K / (TOP_K - FEW)), few / 2)  # times may be disturbed
-    many = calls.seconds(CPU_TOKENS, n_call=MANY_CALLS)
-    operations = calls.operations
-    return CpuProduct.through(calls.nbytes, (operations, few - fixed), (CPU_TOKENS * operations, many - fixed)), fixed
+    def times(self) -> tuple[float, float, float]:
+        """Seconds of a call of one token, of one with fewer experts, and of one with many tokens."""
+        return self.seconds(), self.seconds(n_expert=FEW), self.seconds(CPU_TOKENS, n_call=MANY_CALLS)
 
 
 def _median(calls: list[Callable[[], object]]) -> float:

@@ -72,8 +72,7 @@ class PromptLayer:
         return len(counts) * self.gpu_expert + sum(counts) * self.gpu_token
 
     def terms(self, pcie: float, disk: float = 0.0) -> dict[str, float]:
-        """Seconds by resource. pcie: bytes per second; disk: seconds of a byte of an expert that is missing. The CPU's
-        share is left out: copies that run ahead leave it few experts."""
+        """Seconds by resource. pcie: bytes per second; disk: seconds of a byte of an expert that is missing."""
         nbytes = len(self.missing) * self.nbytes
         return {
             "misses": nbytes / pcie,

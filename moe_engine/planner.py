@@ -1,5 +1,6 @@
 """What goes where, and how fast it will be, before any weight is loaded: `moe-engine plan`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,6 +116,9 @@ class Plan:
             ctx=self.ctx,
             fetches=self.config.exact or self.config.miss == "fetch",
             on_gpu=self.vram is not None,
+            staging=math.inf
+            if self.vram is None or self.config.exact
+            else self.vram.staging / 2,  # the other half is in use
         )
 
     def _in_ram(self) -> tuple[float, ...]:

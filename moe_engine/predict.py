@@ -1,14 +1,18 @@
 """Predicted speeds of a model on a machine: what a step or a prompt consists of, by the machine's rates."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from moe_engine.calibration import CHOICE_CHUNKS, Calibration, Gpu, Product, closest
 from moe_engine.costs import PromptLayer, StepCosts, miss_seconds
 from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.expert_ring import CELL_BYTES
 from moe_engine.model_work import HIT_KERNELS, ExpertLayer, ModelWork
+from moe_engine.prompt_split import SHORT_PROMPT, choose_for_cpu
 from moe_engine.routing_estimate import Found, RoutingEstimate
 
 EXCHANGE_KERNELS = 2  # post and wait of a layer
@@ -58,7 +62,8 @@ class RunShape:
 
     shares: of each MoE layer's experts that are in VRAM; in_ram: of those that are not in VRAM for good, that are in
     RAM, the others are read from the disk; fixed: layers whose experts do not move. on_gpu: whether there is a GPU at
-    all. ctx: tokens that the KV cache holds.
+    all. ctx: tokens that the KV cache holds. staging: bytes that are copied ahead of a prompt's choices; of what is
+    missing besides, the CPU computes a part.
     """
 
     shares: tuple[float, ...]
@@ -69,6 +74,7 @@ class RunShape:
     ctx: int = 0
     fetches: bool = False  # a step copies what it misses
     on_gpu: bool = True
+    staging: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -235,13 +241,18 @@ class Predictor:
         streams = False  # a layer before
         for ((share, in_ram, fixed), _), layers in alike.items():
             layer, n_layer = layers[0], len(layers)
-            found = self._prompt_layer(layer, share, counts, dense)
+            found, later = (
+                self._prompt_layer(layer, share, counts, dense, shape.staging if ahead else 0.0, n)
+                for ahead in (streams or math.isinf(shape.staging), True)
+            )
             if fixed and not share:  # the CPU computes all of these
                 terms = {"cpu": dense + self._cpu_product(layer, len(counts), n * work.top_k)}
                 seconds = n_layer * terms["cpu"]
             elif share < 1:
-                terms = found.terms(max(gpu.pcie.values()), disk * (1 - in_ram))  # neighbours are copied at once
-                seconds = found.seconds(terms, ahead=streams) + (n_layer - 1) * found.seconds(terms, ahead=True)
+                pcie, of_disk = max(gpu.pcie.values()), disk * (1 - in_ram)  # neighbours are copied at once
+                terms = later.terms(pcie, of_disk)
+                seconds = found.seconds(found.terms(pcie, of_disk), ahead=streams)
+                seconds += (n_layer - 1) * later.seconds(terms, ahead=True)
                 streams = True
             else:  # nothing waits for the host
                 terms = {"gpu": dense + found.products, "launches": in_vram}
@@ -250,12 +261,22 @@ class Predictor:
             bound[name] = bound.get(name, 0.0) + seconds
         return bound
 
-    def _prompt_layer(self, layer: ExpertLayer, share: float, counts: list[int], dense: float) -> PromptLayer:
+    def _prompt_layer(
+        self, layer: ExpertLayer, share: float, counts: list[int], dense: float, staging: float, n_token: int
+    ) -> PromptLayer:
+        """Without the experts that the CPU computes meanwhile, of those that `staging` bytes do not bring ahead."""
         gpu = self.machine.gpu
         assert gpu is not None
         # Which experts are in slots has little to do with the prompt: evenly spread over popular and rare ones
         in_slot = [int((i + 1) * share) > int(i * share) for i in range(len(counts))]
-        missing = [n for n, cached in zip(counts, in_slot, strict=True) if not cached]
+        missing = sorted(n for n, cached in zip(counts, in_slot, strict=True) if not cached)
+        free = missing[: max(0, len(missing) - int(min(staging, len(missing) * layer.nbytes) // layer.nbytes))]
+        if free:
+            rates = self.machine.rates(max(layer.by_type, key=lambda type: layer.by_type[type]))
+            elsewhere, waits = sum(counts) - sum(free), n_token > SHORT_PROMPT
+            missing = missing[
+                choose_for_cpu(np.array(free), elsewhere, layer.nbytes, 2 * layer.n_weight, rates, waits) :
+            ]
         n_chunk = -(-len(missing) * layer.nbytes // CELL_BYTES)
         return PromptLayer(
             missing=missing,

@@ -24,13 +24,12 @@ from moe_engine.kernels.grouped_sort import Groups
 from moe_engine.kernels.host_copy import upload
 from moe_engine.kernels.layer_choice import ChoiceOnHost, LayerChoice
 from moe_engine.kernels.plain_product import PlainProduct
-from moe_engine.prompt_split import NEWEST, IntArray, PromptRates, choose_for_cpu, cpu_seconds
+from moe_engine.prompt_split import NEWEST, SHORT_PROMPT, IntArray, PromptRates, choose_for_cpu, cpu_seconds
 from moe_engine.stats import PromptCounts
 
 if TYPE_CHECKING:
     from moe_engine.expert_cache import CachedExperts
 
-SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 FORECAST_TOKENS = 1024  # of a micro-batch, from which the next layer's choice is foreseen
 
 BoolArray = npt.NDArray[np.bool_]

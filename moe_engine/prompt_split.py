@@ -15,6 +15,7 @@ NEWEST = 0.2  # weight of the newest measurement in what is learnt
 UNTRIED = 0.5  # what streaming may take, by what is expected, as long as nobody has tried
 TRIED_ABOVE = 256  # tokens: kernels compile for seconds the first time, and steps of shorter prompts take little
 COMPARED = 2048  # tokens up to which streaming is what is learnt of; longer prompts are bound by products
+SHORT_PROMPT = 256  # tokens whose inputs come along with the choice, in case the CPU computes some
 TRIALS = 2  # the faster of them counts: a first one may be slow
 
 

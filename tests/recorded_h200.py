@@ -251,6 +251,13 @@ IN_VRAM_ROWS = (("qwen3-30b-a3b", 8192, 39953.0), ("deepseek-v2-lite", 8192, 689
 
 SIXTH_H200 = replace(
     QUIET_H200,
+    dram={16: 120.2e9},
+    cpu_experts={
+        "Q4_K": CpuProduct(103.7e9, 3.401e12),
+        "Q6_K": CpuProduct(101.2e9, 2.188e12),
+        "Q8_0": CpuProduct(105.3e9, 2.806e12),
+    },
+    cpu_call_seconds=19.9e-6,
     gpu=replace(
         QUIET_H200.gpu,
         copy=4168e9,
@@ -271,7 +278,7 @@ SIXTH_H200 = replace(
         attention=370.7e12,
     ),
 )
-"""As `moe-engine calibrate` gave it, but for the CPU, which takes no part in these rows."""
+"""As `moe-engine calibrate` gave it."""
 
 SIXTH_PROMPT_ROWS = (
     StreamedRow(256, 0.077, 71, 0.1852),
@@ -290,3 +297,15 @@ SIXTH_PROMPT_ROWS = (
 )
 """Three loads of Qwen3-30B-A3B. What a chunk costs the host was settled with the three of 61 to 67 %. Not 128 tokens,
 which took 0.154 s and are predicted to take 0.126: a ninth of their copies were in vain."""
+
+SIXTH_V3_ROWS = (
+    StreamedRow(31, 0.537, 17, 0.0197),
+    StreamedRow(512, 0.324, 28, 0.0352),
+    StreamedRow(2048, 0.263, 34, 0.0636),
+    StreamedRow(4096, 0.25, 36, 0.1126),
+    StreamedRow(8192, 0.235, 38, 0.2105),
+    StreamedRow(16384, 0.224, 40, 0.4696),
+)
+"""Three dense and four MoE layers of DeepSeek-V3, of which the CPU computes some experts. Half of the memory for copies
+as what runs ahead, and large matrices' launches, were settled with these. Not 8 tokens, which took 15 to 24 ms and are
+predicted to take 17."""

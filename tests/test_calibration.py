@@ -20,6 +20,7 @@ from moe_engine.calibration import Calibration, Product, cache_path, closest, ke
 from moe_engine.cli import main
 from moe_engine.config import EngineConfig
 from moe_engine.expert_cache import CachedExperts
+from moe_engine.kernels.cpu import CpuKernels
 from moe_engine.kernels.reference import dequantize
 from moe_engine.prompt_split import PromptRates
 
@@ -200,6 +201,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "RAM_SAMPLE_BYTES", 1 << 20)
     monkeypatch.setattr(calibrate, "CPU_TYPES", ("Q4_K", "MXFP4"))
     monkeypatch.setattr(calibrate, "CPU_TOKENS", 2)
+    monkeypatch.setattr(calibrate, "CPU_ROUNDS", 2)
 
 
 @pytest.mark.usefixtures("quick")
@@ -209,13 +211,42 @@ def test_calibrate_measures_what_there_is(tmp_path: Path, monkeypatch: pytest.Mo
     file = tmp_path / "file.bin"
     file.write_bytes(bytes(1 << 20))
     found = calibrate.calibrate(torch.device("cpu"), 2, file, steps.append)
-    assert len(steps) == calibrate.n_steps(torch.device("cpu"), True) == 4
+    assert len(steps) == calibrate.n_steps(torch.device("cpu"), True) == 3
     assert found.gpu is None
     assert found.threads == 2
     assert set(found.dram) == {1, 2}
     assert set(found.cpu_experts) == {"Q4_K", "MXFP4"}
     found.save(tmp_path / "x.msgpack")
     assert Calibration.load(tmp_path / "x.msgpack") == found  # so all numbers are sane
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("disturbed", [0, 1])
+def test_the_cpus_best_round_counts(disturbed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes a second besides; eight experts 8 seconds, with two tokens 13."""
+    turns = {"dram": 0, "Q4_K": 0, "MXFP4": 0}
+
+    def slower(name: str) -> float:
+        turns[name] += 1
+        return 3.0 if turns[name] == disturbed + 1 else 1.0
+
+    def times(calls: calibrate.ExpertCalls) -> tuple[float, float, float]:
+        factor = slower(calls.handle.gate.type.name)
+        return 9.0 * factor, 3.0 * factor, 14.0 * factor
+
+    def dram_rates(*_: object) -> dict[int, float]:
+        return {2: 10.0 / slower("dram")}
+
+    monkeypatch.setattr(calibrate.ExpertCalls, "times", times)
+    monkeypatch.setattr(calibrate, "_dram_rates", dram_rates)
+    found = calibrate.calibrate(torch.device("cpu"), 2, None)
+    assert set(turns.values()) == {2}
+    assert found.dram == {2: 10.0}
+    assert found.cpu_call_seconds == pytest.approx(1.0)
+    calls = calibrate.ExpertCalls(CpuKernels(2), "Q4_K", calibrate.expert_memory())
+    product = found.cpu_experts["Q4_K"]
+    assert product.seconds(calls.nbytes, calls.operations) == pytest.approx(8.0)
+    assert product.seconds(calls.nbytes, 2 * calls.operations) == pytest.approx(13.0)
 
 
 @pytest.mark.usefixtures("quick")

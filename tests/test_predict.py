@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from recorded_h200 import (
     IN_VRAM_ROWS,
     SIXTH_H200,
     SIXTH_PROMPT_ROWS,
+    SIXTH_V3_ROWS,
     DecodeRow,
     PromptRow,
     StreamedRow,
@@ -193,6 +195,33 @@ def test_streamed_prompts_are_predicted_within_a_fifth(row: StreamedRow, busy: t
     shape = replace(shape, shares=(row.share,) * 48)
     found = Predictor(work, SIXTH_H200, Used(row.used)).streamed(shape, row.tokens)
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
+
+
+@pytest.mark.parametrize("row", SIXTH_V3_ROWS, ids=lambda row: str(row.tokens))
+def test_prompts_of_large_experts_are_predicted_within_a_fifth(row: StreamedRow, header: Callable[..., Path]) -> None:
+    work = plan(header("deepseek-v3", layers=7), device="cpu").work
+    shape = RunShape((row.share,) * 4, (1.0,) * 4, (False,) * 4, ubatch=16384, ctx=16384, staging=192 << 20)
+    found = Predictor(work, SIXTH_H200, Used(row.used)).streamed(shape, row.tokens)
+    assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
+
+
+def test_the_cpu_takes_what_does_not_come_ahead(header: Callable[..., Path]) -> None:
+    work = plan(header("deepseek-v3", layers=7), device="cpu").work
+    experts = {type: CpuProduct(1e12, 1e15) for type in SIXTH_H200.cpu_experts}
+    predictor = Predictor(work, replace(SIXTH_H200, dram={16: 1e12}, cpu_experts=experts), Used(20))
+    shape = RunShape((0.0,) * 4, (1.0,) * 4, (False,) * 4, ubatch=512, staging=0)
+    sizes = (*(n * work.experts[0].nbytes for n in (0, 10, 20)), math.inf)  # nothing comes ahead of the first layer
+    seconds = [predictor.streamed(replace(shape, staging=size), 512).seconds for size in sizes]
+    assert seconds == sorted(set(seconds))
+
+
+def test_half_of_the_staging_memory_runs_ahead(header: Callable[..., Path]) -> None:
+    file = header("deepseek-v3", layers=7)
+    given: dict[str, Any] = {"device": "simulated", "vram_budget": "16GiB", "ctx": 512}
+    planned = plan(file, **given)
+    assert planned.vram is not None
+    assert planned.run_shape.staging == planned.vram.staging / 2 > 0
+    assert plan(file, exact=True, **given).run_shape.staging == math.inf  # the CPU computes none of a prompt's
 
 
 def test_launches_are_those_of_the_calibrated_model(header: Callable[..., Path]) -> None:
