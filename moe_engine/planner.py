@@ -24,6 +24,7 @@ from moe_engine.traces import Trace, TraceModel
 
 PROMPTS = (512, 2048, 8192)  # tokens, for which speeds are predicted
 DECODE_CONTEXT = 512  # tokens in the KV cache of the predicted decode step
+AHEAD = 0.75  # of the memory for copies: the rest is still in use when copies for the next layer begin
 ALL_FIT = 1.01  # of all experts' bytes: room for them in slots and a few staging slots
 
 
@@ -116,9 +117,7 @@ class Plan:
             ctx=self.ctx,
             fetches=self.config.exact or self.config.miss == "fetch",
             on_gpu=self.vram is not None,
-            staging=math.inf
-            if self.vram is None or self.config.exact
-            else self.vram.staging / 2,  # the other half is in use
+            staging=math.inf if self.vram is None or self.config.exact else AHEAD * self.vram.staging,
         )
 
     def _in_ram(self) -> tuple[float, ...]:

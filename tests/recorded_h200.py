@@ -306,6 +306,6 @@ SIXTH_V3_ROWS = (
     StreamedRow(8192, 0.235, 38, 0.2105),
     StreamedRow(16384, 0.224, 40, 0.4696),
 )
-"""Three dense and four MoE layers of DeepSeek-V3, of which the CPU computes some experts. Half of the memory for copies
-as what runs ahead, and large matrices' launches, were settled with these. Not 8 tokens, which took 15 to 24 ms and are
+"""Three dense and four MoE layers of DeepSeek-V3, of which the CPU computes some experts. How much of the memory for
+copies runs ahead, and large matrices' launches, were settled with these. Not 8 tokens, which took 15 to 24 ms and are
 predicted to take 17."""

@@ -200,7 +200,7 @@ def test_streamed_prompts_are_predicted_within_a_fifth(row: StreamedRow, busy: t
 @pytest.mark.parametrize("row", SIXTH_V3_ROWS, ids=lambda row: str(row.tokens))
 def test_prompts_of_large_experts_are_predicted_within_a_fifth(row: StreamedRow, header: Callable[..., Path]) -> None:
     work = plan(header("deepseek-v3", layers=7), device="cpu").work
-    shape = RunShape((row.share,) * 4, (1.0,) * 4, (False,) * 4, ubatch=16384, ctx=16384, staging=192 << 20)
+    shape = RunShape((row.share,) * 4, (1.0,) * 4, (False,) * 4, ubatch=16384, ctx=16384, staging=288 << 20)
     found = Predictor(work, SIXTH_H200, Used(row.used)).streamed(shape, row.tokens)
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
 
@@ -215,12 +215,12 @@ def test_the_cpu_takes_what_does_not_come_ahead(header: Callable[..., Path]) -> 
     assert seconds == sorted(set(seconds))
 
 
-def test_half_of_the_staging_memory_runs_ahead(header: Callable[..., Path]) -> None:
+def test_most_of_the_staging_memory_runs_ahead(header: Callable[..., Path]) -> None:
     file = header("deepseek-v3", layers=7)
     given: dict[str, Any] = {"device": "simulated", "vram_budget": "16GiB", "ctx": 512}
     planned = plan(file, **given)
     assert planned.vram is not None
-    assert planned.run_shape.staging == planned.vram.staging / 2 > 0
+    assert planned.run_shape.staging == 0.75 * planned.vram.staging > 0
     assert plan(file, exact=True, **given).run_shape.staging == math.inf  # the CPU computes none of a prompt's
 
 
