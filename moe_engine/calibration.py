@@ -19,7 +19,7 @@ from moe_engine.hardware import Hardware
 from moe_engine.kernels.quant_types import BY_NAME
 from moe_engine.prompt_split import PromptRates
 
-CHOICE_CHUNKS = 2  # that dividing a streamed layer's experts takes the host as long as
+CHOICE_CHUNKS = 4  # that dividing a streamed layer's experts takes the host as long as
 MAGIC, VERSION = "moe_engine calibration", 5
 _LARGEST_FILE = 1 << 20
 _LARGEST_NUMBER = 1e30

@@ -52,7 +52,7 @@ def test_rates_for_prompts_are_the_calibrations() -> None:
     assert rates.gpu == pytest.approx(6 * 2048 * 768 * 8 * (2048 - 64) / 382.6e-6)
     assert rates.step_layer == pytest.approx(70.1e-6)
     assert (rates.stream_layer, rates.cached_layer) == pytest.approx(
-        (BUNDLED * (0.8e-3 + 4 / 3 * 2.2e-3), BUNDLED * 0.8e-3)
+        (BUNDLED * (0.8e-3 + 6 / 5 * 2.2e-3), BUNDLED * 0.8e-3)
     )
     assert BUSY_H200.rates("Q8_0").cpu == pytest.approx(2.9611e12, rel=1e-4)
     assert BUSY_H200.rates("IQ2_XS").cpu == BUSY_H200.rates("Q2_K").cpu == pytest.approx(2.2865e12, rel=1e-4)

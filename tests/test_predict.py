@@ -18,9 +18,14 @@ from recorded_h200 import (
     FIFTH_H200,
     H200,
     IN_VRAM_ROWS,
+    QUIET_H200,
+    QUIET_MISSED,
+    QUIET_PROMPT_ROWS,
     SIXTH_H200,
     SIXTH_PROMPT_ROWS,
     SIXTH_V3_ROWS,
+    SLOW_HOST_H200,
+    SLOW_HOST_PROMPT_ROWS,
     DecodeRow,
     PromptRow,
     StreamedRow,
@@ -189,11 +194,22 @@ def test_streamed_prompts_are_predicted_within_a_quarter(row: PromptRow, busy: t
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.25)
 
 
-@pytest.mark.parametrize("row", SIXTH_PROMPT_ROWS, ids=lambda row: f"{row.tokens}-{row.share}")
-def test_streamed_prompts_are_predicted_within_a_fifth(row: StreamedRow, busy: tuple[ModelWork, RunShape]) -> None:
+@pytest.mark.parametrize(
+    ("machine", "row"),
+    [
+        *((QUIET_H200, row) for row in QUIET_PROMPT_ROWS if row is not QUIET_MISSED),
+        pytest.param(QUIET_H200, QUIET_MISSED, marks=pytest.mark.xfail(strict=True, reason="it took 1.25 times that")),
+        *((SLOW_HOST_H200, row) for row in SLOW_HOST_PROMPT_ROWS),
+        *((SIXTH_H200, row) for row in SIXTH_PROMPT_ROWS),
+    ],
+    ids=lambda value: f"{value.tokens}-{value.share}-{value.used}" if isinstance(value, StreamedRow) else "",
+)
+def test_streamed_prompts_are_predicted_within_a_fifth(
+    machine: Calibration, row: StreamedRow, busy: tuple[ModelWork, RunShape]
+) -> None:
     work, shape = busy
     shape = replace(shape, shares=(row.share,) * 48)
-    found = Predictor(work, SIXTH_H200, Used(row.used)).streamed(shape, row.tokens)
+    found = Predictor(work, machine, Used(row.used)).streamed(shape, row.tokens)
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
 
 
@@ -229,7 +245,7 @@ def test_launches_are_those_of_the_calibrated_model(header: Callable[..., Path])
     assert BUSY_H200.gpu
     machine = replace(BUSY_H200, gpu=replace(BUSY_H200.gpu, layer_seconds=0.8e-3, chunk_seconds=0.5e-3))
     rates = machine.rates("Q4_K", launches=0.5)
-    assert (rates.stream_layer, rates.cached_layer) == pytest.approx((0.4e-3 + 4 * 0.5e-3, 0.4e-3))
+    assert (rates.stream_layer, rates.cached_layer) == pytest.approx((0.4e-3 + 6 * 0.5e-3, 0.4e-3))
 
 
 def test_short_prompts_take_steps(busy: tuple[ModelWork, RunShape]) -> None:
