@@ -35,7 +35,7 @@ from moe_engine.trial_switch import TRIAL
 
 WAYS: tuple[PrefetchMode, ...] = ("auto", "off", "always")
 SHARES, LINKS = (0.1, 0.25, 0.5), (1.0, 0.25)
-SHORTER = 5  # times as many runs of small models, which take some milliseconds each
+SHORTER = 20  # times as many runs of small models, which take some milliseconds each
 SMALL = Path(moe_engine.__file__).parent / "data" / "stories-deepseek-Q4_K_M.gguf"
 
 

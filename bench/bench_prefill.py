@@ -25,6 +25,7 @@ import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from gpu_watch import GpuWatch
 from prediction import CpuNow, HostNow, Used, predicted
+from torch import Tensor
 
 from moe_engine import Engine
 from moe_engine.calibrate_gpu import large_layers
@@ -33,6 +34,7 @@ from moe_engine.decode_step import PROMPT_TOKENS
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.graph_decoder import GraphDecoder
 from moe_engine.inspection import inspect_file
+from moe_engine.layers import MixtureOfExperts
 from moe_engine.stats import PromptCounts
 
 
@@ -50,11 +52,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A prompt: seconds, what it counted if it was streamed, and which experts it has used, unless all are in VRAM."""
+    """A prompt: seconds, what launches took around it, what it counted if it was streamed, and which experts it has
+    used."""
 
     seconds: float
+    launches: float
     counts: PromptCounts
-    used: Used | None
+    used: Used
 
 
 CURVE: dict[int, float | None] = dict.fromkeys([1, 2, 4, 16, 32, 64, 128, 256, 1024])
@@ -156,12 +160,12 @@ def measure(
         for seed in range(repeats):  # shared hosts are slow for seconds: not all runs of a length one after the other
             for i, (n, of_length) in enumerate(runs.items()):
                 ids = prompt(n, 10 + seed * len(runs) + i)  # none begins alike
-                of_length.append(run(engine, experts, ids))
+                of_length.append(run(engine, experts, ids, host))
         for n, target in setting.targets.items():
             middle = sorted(runs[n], key=lambda run: run.seconds)[repeats // 2]
             counts = vars(middle.counts)
-            if middle.used is not None:
-                used[n] = middle.used
+            of_run = middle.used
+            used[n] = of_run if of_run.counts is None else replace(of_run, counts=tokens_by_expert(engine, n))
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {
                 "row": setting.name,
@@ -175,7 +179,7 @@ def measure(
                 "counts": counts,
                 "budget": options["vram_budget"],
                 "slots": experts.n_slot,
-                "used": vars(used[n]) if n in used else None,
+                "used": used[n].as_dict(),
             }
             rows.append(row)
             seconds = middle.seconds
@@ -189,7 +193,9 @@ def measure(
             )
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
-    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, host=host, **options) or {}
+    launches = {n: statistics.median(run.launches for run in of_length) for n, of_length in runs.items()}
+    beside = None if host is None else (host, launches)
+    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, host=beside, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row["peak_nvidia_smi"] = watch.peak
@@ -204,14 +210,20 @@ def measure(
     return rows
 
 
-def run(engine: Engine, experts: CachedExperts, ids: list[int]) -> Run:
+def run(engine: Engine, experts: CachedExperts, ids: list[int], host: HostNow | None) -> Run:
     assert experts.prompt is not None
     before, n_layer = replace(experts.prompt.counts), len(experts.layouts)
+    launches = host.seconds() if host is not None else 0.0
     seconds = engine.generate(ids, max_tokens=0).stats.prompt_seconds
-    counts = experts.prompt.counts.since(before)
-    if n_used := counts.cached + counts.streamed + counts.cpu:
-        return Run(seconds, counts, Used(n_used / n_layer, counts.cached / n_layer, in_steps=False))
-    return Run(seconds, counts, None if experts.holds_all else used_by_last_step(engine, n_layer, len(ids) - 1))
+    launches = (launches + host.seconds()) / 2 if host is not None else 0.0
+    counts, router = experts.prompt.counts.since(before), engine.model.router
+    if experts.holds_all:
+        used = Used(router.n_expert, router.n_expert, counts=())
+    elif n_used := counts.cached + counts.streamed + counts.cpu:
+        used = Used(n_used / n_layer, counts.cached / n_layer, counts=())
+    else:
+        used = used_by_last_step(engine, n_layer, len(ids) - 1)
+    return Run(seconds, launches, counts, used)
 
 
 def used_by_last_step(engine: Engine, n_layer: int, n_token: int) -> Used:
@@ -223,8 +235,25 @@ def used_by_last_step(engine: Engine, n_layer: int, n_token: int) -> Used:
     return Used(
         float(np.mean([len(np.unique(ids[:, layer])) for layer in layers])),
         float(np.mean([len(np.unique(ids[:, layer][slots[:, layer] >= 0])) for layer in layers])),
-        in_steps=True,
+        counts=None,
     )
+
+
+def tokens_by_expert(engine: Engine, n: int) -> tuple[int, ...]:
+    """That a prompt of n tokens gives the experts of a layer, most first, on average over the layers."""
+    layers, found = [block.ffn for block in engine.model.blk if isinstance(block.ffn, MixtureOfExperts)], []
+
+    def count(ids: Tensor, weights: Tensor) -> None:
+        found.append(torch.bincount(ids.flatten(), minlength=engine.model.router.n_expert).sort(descending=True)[0])
+
+    for layer in layers:
+        layer.on_route = count
+    for _ in engine.prefill.hidden(prompt(n - 1, 9)):
+        pass
+    for layer in layers:
+        layer.on_route = None
+    means = torch.stack(found).float().mean(0).tolist()
+    return tuple(max(1, round(mean)) for mean in means if mean >= 0.5)
 
 
 def busy_seconds(path: Path, options: dict[str, Any], lengths: Sequence[int]) -> list[float]:

@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -76,4 +77,11 @@ def keep(results: dict[str, Any], out: Path | None) -> None:
     """After each row, so that the ones before are there if the next one fails."""
     gc.collect()
     if out is not None:
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        out.write_text(text_of(results))
+
+
+def text_of(results: dict[str, Any]) -> str:
+    """JSON with a line for each value, but lists of numbers on one."""
+    return (
+        re.sub(r"\[[^\[\]{}\"]+\]", lambda found: re.sub(r"\s+", " ", found[0]), json.dumps(results, indent=1)) + "\n"
+    )

@@ -1,6 +1,7 @@
 """What `moe-engine plan` predicts for a measured row, with the calibration that this machine keeps."""
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,33 +14,39 @@ from moe_engine.calibrate_gpu import prompt_layer_seconds
 from moe_engine.calibration import Calibration, this_machine
 from moe_engine.config import EngineConfig
 from moe_engine.kernels.cpu import CpuKernels
+from moe_engine.kernels.norm_rope import fused_rms_norm
 from moe_engine.planner import DECODE_CONTEXT, plan
 from moe_engine.routing_estimate import Found, RoutingEstimate, bundled_trace
 
 ROUNDS = 15  # of calls with all of the experts: some tenths of a second with 16 threads
+HOST_ROUNDS, LAUNCHES = 3, 100
 
 
 @dataclass(frozen=True)
 class Used:
-    """Experts of a layer that a prompt has used, on average, how many of them were in slots, and the engine's way."""
+    """Experts of a layer that a prompt has used, on average, and how many of them were in slots.
+
+    counts: tokens of each, most first, of a prompt that was streamed; None: it went in steps.
+    """
 
     n: float
     cached: float
-    in_steps: bool
+    counts: tuple[int, ...] | None
+
+    def as_dict(self) -> dict[str, object]:
+        counts = None if self.counts is None else " ".join(map(str, self.counts))
+        return {"n": self.n, "cached": self.cached, "counts": counts}
 
 
-class FewerUsed(RoutingEstimate):
-    """As many experts of each layer as a prompt has used, some with more tokens than others as recorded routing has
-    them."""
+class Seen(RoutingEstimate):
+    """As many experts of each layer as a prompt has used, with as many tokens as it was seen to give them."""
 
-    def __init__(self, n_used: int) -> None:
+    def __init__(self, used: Used) -> None:
         super().__init__(bundled_trace())
-        self.n_used = n_used
+        self.used = used
 
     def counts(self, n_token: int, n_expert: int, top_k: int) -> list[int]:
-        most = sorted(super().counts(n_token, n_expert, top_k), reverse=True)[: self.n_used]
-        most += [1] * (self.n_used - len(most))
-        return [max(1, round(n * n_token * top_k / sum(most))) for n in most]
+        return [1] * round(self.used.n) if self.used.counts is None else list(self.used.counts)
 
 
 class CpuNow:
@@ -60,23 +67,34 @@ class CpuNow:
 
 
 class HostNow:
-    """How long the host takes to launch a layer of a prompt around rows, by the calibrated: on shared machines it is
-    slower by half for seconds, time and again.
+    """How fast the host launches kernels, by the calibrated: on shared machines it is slower by half for seconds, time
+    and again, so it has to be known of the moment.
 
     path: of `large_layers`.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        self._path, self._device = path, device
-        self._last = self._seconds()
+        self._x, self._weight = torch.ones(16, 512, device=device), torch.ones(512, device=device)
+        self.seconds()  # compiles
+        rounds = []
+        for _ in range(HOST_ROUNDS):
+            before = self.seconds()
+            layer = prompt_layer_seconds(path, device, EngineConfig().n_threads)
+            rounds.append(2 * layer / (before + self.seconds()))
+        self._layers = statistics.median(rounds)  # that are launched in the time of `seconds`
 
-    def _seconds(self) -> float:
-        return prompt_layer_seconds(self._path, self._device, EngineConfig().n_threads)
+    def seconds(self) -> float:
+        """What some launches take now, a few milliseconds."""
+        started = time.perf_counter()
+        for _ in range(LAUNCHES):
+            torch.add(self._x, fused_rms_norm(self._x, self._weight, 1e-6))
+        found = time.perf_counter() - started
+        torch.cuda.synchronize()
+        return found
 
-    def around(self, machine: Calibration) -> float:
-        """The faster of now and of the last call, which was behind the last row: it is rarely slow all the time."""
-        before, self._last = self._last, self._seconds()
-        return min(before, self._last) / machine.gpu.layer_seconds if machine.gpu is not None else 1.0
+    def factor(self, seconds: float, machine: Calibration) -> float:
+        """Of the host's work, while launches took so long, by the calibrated."""
+        return seconds * self._layers / machine.gpu.layer_seconds if machine.gpu is not None else 1.0
 
 
 def at_speed(machine: Calibration, cpu: float, host: float = 1.0) -> Calibration:
@@ -95,7 +113,7 @@ def predicted(
     decode: float | None = None,
     prompts: dict[int, float] | None = None,
     used: dict[int, Used] | None = None,
-    host: HostNow | None = None,
+    host: tuple[HostNow, dict[int, float]] | None = None,
     hit_rate: float | None = None,
     found: Sequence[Found] | None = None,
     context: int = DECODE_CONTEXT,
@@ -103,7 +121,7 @@ def predicted(
 ) -> dict[str, Any] | None:
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
-    cpu, host: what was begun before the row: by it the machine is corrected; host only matters for prompts.
+    cpu: what was begun before the row; host, and what launches took beside prompts: by them the machine is corrected.
     decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
     planner expects it. found: the same by MoE layer. used: of prompts by tokens, likewise.
     options: as the row was loaded.
@@ -112,11 +130,11 @@ def predicted(
     if machine is None:
         print("  no prediction: run moe-engine calibrate first", flush=True)
         return None
-    factors = cpu.around(machine), host.around(machine) if host is not None else 1.0
-    planned = plan(path, machine=at_speed(machine, *factors), **options)
+    factor = cpu.around(machine)
+    planned = plan(path, machine=at_speed(machine, factor), **options)
     predictor, shape = planned.predictor, planned.run_shape
     assert predictor is not None
-    result: dict[str, Any] = {"hit_rate": planned.hit_rate, "cpu_factor": factors[0], "host_factor": factors[1]}
+    result: dict[str, Any] = {"hit_rate": planned.hit_rate, "cpu_factor": factor}
     if decode is not None:
         if hit_rate is not None:
             n = len(shape.shares)
@@ -124,15 +142,18 @@ def predicted(
         step = predictor.decode(shape, context, found)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
     for n_token, measured in (prompts or {}).items():
-        prompt = predictor.prompt(planned.run_shape, n_token)
+        slower = host[0].factor(host[1][n_token], machine) if host is not None else 1.0
+        at_prompt = replace(predictor, machine=at_speed(machine, factor, slower))
+        prompt = at_prompt.prompt(planned.run_shape, n_token)
         if used and n_token in used:
             of = used[n_token]
             shape = replace(planned.run_shape, shares=(of.cached / of.n,) * len(planned.run_shape.shares))
-            of_use = replace(predictor, routing=FewerUsed(round(of.n)))
+            as_seen = replace(at_prompt, routing=Seen(of))
             # The engine, which chooses, does not know how few experts random weights use.
-            prompt = (of_use.in_steps if of.in_steps else of_use.streamed)(shape, n_token)
-        result[f"prompt {n_token}"] = {**prompt.as_dict(), "to_measured": prompt.rate / measured}
+            prompt = (as_seen.in_steps if of.counts is None else as_seen.streamed)(shape, n_token)
+        speed = {**prompt.as_dict(), "to_measured": prompt.rate / measured, "host_factor": slower}
+        result[f"prompt {n_token}"] = speed
     for name, speed in result.items():
-        if name not in ("hit_rate", "cpu_factor", "host_factor"):
+        if name not in ("hit_rate", "cpu_factor"):
             print(f"  predicted {name}: {speed['tokens_per_second']:.1f} tok/s, {speed['to_measured']:.2f} of measured")
     return result

@@ -14,7 +14,10 @@ bench; seconds of a prompt's streamed layer, which the host was seen to take; th
 90 % of hits leaves, and with it the 70 us of a layer of a prompt's step. layer_seconds stands for a number.
 """
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from moe_engine.calibration import Calibration, CpuProduct, Gpu, Product
 from moe_engine.kernels.quant_types import BY_NAME
@@ -354,3 +357,36 @@ SIXTH_V3_ROWS = (
 )
 """Three dense and four MoE layers of DeepSeek-V3, of which the CPU computes some experts. How much of the memory for
 copies runs ahead, and large matrices' launches, were settled with these."""
+
+
+def _machine(found: dict[str, Any]) -> Calibration:
+    gpu = found["gpu"]
+    by_number = {key: {int(n): value for n, value in gpu[key].items()} for key in ("pcie", "step_seconds")}
+    products = {type: Product(**product) for type, product in gpu["prompt"].items()}
+    experts = {type: CpuProduct(**product) for type, product in found["cpu_experts"].items()}
+    dram = {int(n): rate for n, rate in found["dram"].items()}
+    return Calibration(
+        **found | {"dram": dram, "cpu_experts": experts, "gpu": Gpu(**gpu | by_number | {"prompt": products})}
+    )
+
+
+@dataclass(frozen=True)
+class SeenRow:
+    """share: of the used experts in VRAM; host: how much longer launches took beside the prompt than when calibrated;
+    counts: tokens of a layer's experts, most first; None: it went in steps, with `used` experts of a layer in each."""
+
+    model: str
+    tokens: int
+    ubatch: int
+    staging: int
+    share: float
+    host: float
+    used: float
+    counts: str | None
+    seconds: float
+
+
+_SEVENTH = json.loads((Path(__file__).parent / "data" / "h200_prompts.json").read_text())
+SEVENTH_H200 = _machine(_SEVENTH["machine"])
+SEVENTH_ROWS = [SeenRow(**row) for row in _SEVENTH["rows"]]
+"""Nothing was settled with these."""
