@@ -17,17 +17,21 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from full_size import written
 
 from moe_engine import Engine
-from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.expert_store import ExpertStore
 from moe_engine.kernels.cpu import CpuKernels
+
+Note = Callable[[str, Callable[[], Any]], None]
+"""Measures, shows and keeps what a name stands for."""
 
 BLOCK, N_THREAD = 4 << 20, 16
 N_COLD = 4  # loads, each against the disk's rate before and after it
@@ -145,7 +149,6 @@ def main() -> None:
         print(json.dumps(load(options.load, options.options)))
         return
     options.work.mkdir(parents=True, exist_ok=True)
-    device = "cpu" if options.tiny else "cuda"
     results: dict[str, Any] = {
         "command": "python bench/bench_load.py",
         "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
@@ -159,17 +162,21 @@ def main() -> None:
         if options.out:
             options.out.write_text(json.dumps(results, indent=1) + "\n")
 
-    path = options.work / "load-qwen3-30b-a3b.gguf"
-    if not path.exists():
-        write_model("qwen3-30b-a3b", path, layers=2 if options.tiny else None)
+    loaded = options.work / "load-qwen3-30b-a3b.gguf"
+    with written("qwen3-30b-a3b", loaded, layers=2 if options.tiny else None):
+        loads(loaded, results, note, options.tiny)
+    bounded = options.work / "load-deepseek-v2-lite.gguf"
+    with written("deepseek-v2-lite", bounded, layers=3 if options.tiny else 27):
+        budgets(bounded, note, options.tiny)
+
+
+def loads(path: Path, results: dict[str, Any], note: Note, tiny: bool) -> None:
+    """Cold and warm ones, each with what disk and page cache give."""
     note("file_bytes", lambda: path.stat().st_size)
     drop_cache(path)
     note("cached_share_when_cold", lambda: cached_share(path))
     note("copy_rate", copy_rate)
-    engine_options = {
-        "device": "simulated" if options.tiny else "cuda",
-        "vram_budget": "2GiB" if options.tiny else "8GiB",
-    }
+    engine_options = {"device": "simulated" if tiny else "cuda", "vram_budget": "2GiB" if tiny else "8GiB"}
     in_process(path, engine_options)  # compiles kernels
 
     def disk_rate() -> float:
@@ -192,18 +199,15 @@ def main() -> None:
         note(f"warm_{turn}", lambda: in_process(path, engine_options))
     rates = [results["file_bytes"] / results[f"warm_{turn}"]["load"] for turn in (1, 2)]
     note("warm_shares", lambda: [rate / results["cache_rate"] for rate in rates])
-    path.unlink()
 
-    path = options.work / "load-deepseek-v2-lite.gguf"
-    if not path.exists():
-        write_model("deepseek-v2-lite", path, layers=3 if options.tiny else 27)
-    budget = "1800MiB" if options.tiny else "4GiB"
+
+def budgets(path: Path, note: Note, tiny: bool) -> None:
+    """The same tokens with less RAM than the file."""
     print(f"{path.name}: {format_size(path.stat().st_size)}", flush=True)
-    rows = [["--exact"], ["--miss", "cpu"]] if not options.tiny else [[]]
-    shared = ["--device", device] + ([] if options.tiny else ["--vram-budget", "3GiB"])
+    budget, rows = ("1800MiB", [[]]) if tiny else ("4GiB", [["--exact"], ["--miss", "cpu"]])
+    shared = ["--device", "cpu"] if tiny else ["--device", "cuda", "--vram-budget", "3GiB"]
     for row in rows:
-        note(" ".join(["budget", *row]), lambda row=row: budget_row(path, budget, [*shared, *row]))  # type: ignore[misc]
-    path.unlink()
+        note(" ".join(["budget", *row]), partial(budget_row, path, budget, [*shared, *row]))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from full_size import written
 from gpu_watch import GpuWatch
 
 from moe_engine import Engine
-from moe_engine.benchmark.random_model import write_model
 from moe_engine.config import format_size
 from moe_engine.expert_cache import CachedExperts
 from moe_engine.graph_decoder import GraphDecoder
@@ -131,16 +131,12 @@ def main() -> None:
     }
     for name in ("qwen3-30b-a3b", "deepseek-v2-lite"):
         path = options.work / f"{name}.gguf"
-        if not path.exists():
-            started = time.perf_counter()
-            write_model(name, path, layers=2 if options.tiny else None, skew=0.35)
-            print(f"wrote {path.name} in {time.perf_counter() - started:.0f} s", flush=True)
-        seconds = open_seconds(path)
-        print(f"{path.name}: header and tokenizer opened in {seconds:.2f} s", flush=True)
-        for experts in ("cache", "cpu"):
-            found = check_full_size(path, device, experts, *((4, 2) if options.tiny else (512, 64)))
-            results["full_size"].append({**found, "open_seconds": seconds})
-        path.unlink()
+        with written(name, path, layers=2 if options.tiny else None):
+            seconds = open_seconds(path)
+            print(f"{path.name}: header and tokenizer opened in {seconds:.2f} s", flush=True)
+            for experts in ("cache", "cpu"):
+                found = check_full_size(path, device, experts, *((4, 2) if options.tiny else (512, 64)))
+                results["full_size"].append({**found, "open_seconds": seconds})
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     print("all checks passed")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -56,14 +57,21 @@ def by_model(rows: Sequence[AnyRow], options: argparse.Namespace) -> Iterator[tu
     rows = [row for row in rows if not options.only or any(part in row.name for part in options.only)]
     for model in dict.fromkeys(row.model for row in rows):
         path = options.work / (f"tiny-{model}.gguf" if options.tiny else f"{model}.gguf")
-        is_ours = not path.exists()
-        if is_ours:
-            write_model(model, path, layers=2 if options.tiny else LAYERS.get(model))
-        try:
+        with written(model, path, layers=2 if options.tiny else LAYERS.get(model)):
             yield path, [row for row in rows if row.model == model]
-        finally:
-            if is_ours:
-                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(model: str, path: Path, layers: int | None = None) -> Iterator[None]:
+    """A random model is at `path`: one that was not there is written, and removed behind its use."""
+    is_ours = not path.exists()
+    if is_ours:
+        write_model(model, path, layers=layers)
+    try:
+        yield
+    finally:
+        if is_ours:
+            path.unlink(missing_ok=True)
 
 
 def vram_budget(path: Path, share: float, **options: Any) -> int:

@@ -83,7 +83,9 @@ Prefetch = Annotated[str, typer.Option(help="Copy experts into VRAM before they 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to continue.")] = None,
     model: Model = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file; - for stdin.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Read the prompt from a file, without its last newline; - for stdin.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt through the model's chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = SAMPLING.max_tokens,
     temperature: Annotated[float, typer.Option(help="0: always the most probable token.")] = SAMPLING.temperature,
@@ -227,7 +229,7 @@ def _prompt_text(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None:
         return prompt
     assert prompt_file is not None
-    return read_text(prompt_file)
+    return read_text(prompt_file).removesuffix("\n")  # the editor's; a newline that is meant comes before it
 
 
 def _print_inspection(found: "Inspection") -> None:

@@ -137,7 +137,7 @@ class Stats:
             parts.append(f"prompt {self.prompt_tokens} tokens at {self.prompt_rate:.1f} tok/s")
         if self.decode_rate:
             parts.append(f"decode {self.decode_tokens} tokens at {self.decode_rate:.1f} tok/s")
-        if self.hit_rate is not None:
+        if self.hit_rate is not None and (self.peak_vram_bytes or self.expert_hits):  # else there is none
             parts.append(f"experts from VRAM {self.hit_rate:.1%}")
         if self.bound is not None:
             parts.append(f"{self.bound.share:.0%} of what the hardware allows")

@@ -47,6 +47,7 @@ def test_generate_writes_text_to_stdout_and_the_summary_to_stderr(run: Run) -> N
     with Engine.load(device="cpu") as engine:
         assert done.stdout == engine.generate("Once upon a time", max_tokens=8, seed=1).text + "\n"
     assert "tok/s" in done.stderr
+    assert "VRAM" not in done.stderr  # there is none
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -60,8 +61,11 @@ def test_generate_json_is_one_object(run: Run, tmp_path: Path) -> None:
     assert {"prompt_tokens", "tokens", "text", "stats"} <= set(found)
     assert len(found["tokens"]) == 4
     assert found["stats"]["prompt_tokens"] == len(found["prompt_tokens"])
-    again = run("generate", "--prompt-file", "-", *options, stdin="The captain")
-    assert json.loads(again.stdout)["tokens"] == found["tokens"]
+    for stdin in ("The captain", "The captain\n"):  # the last newline is the editor's
+        again = run("generate", "--prompt-file", "-", *options, stdin=stdin)
+        assert json.loads(again.stdout)["tokens"] == found["tokens"]
+    two = run("generate", "--prompt-file", "-", *options, stdin="The captain\n\n")
+    assert json.loads(two.stdout)["prompt_tokens"] != found["prompt_tokens"]
 
 
 def test_inspect(run: Run, tmp_path: Path) -> None:
@@ -127,6 +131,7 @@ def test_tokenize(run: Run) -> None:
         ("generate",),
         ("generate", "x", "--prompt-file", "y"),
         ("generate", "--prompt-file", "no-such-file.txt"),
+        ("generate", "x", "--device", "cpu", "--vram-budget", "1GiB"),
         ("perplexity", "-f", "no-such-file.txt"),
         ("inspect", "no-such-file.gguf"),
         ("inspect", __file__),
