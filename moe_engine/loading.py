@@ -73,7 +73,7 @@ def load_model(config: EngineConfig, path: str | Path | None, progress: Progress
     if not accelerated and config.experts == "cache":
         raise ConfigError("experts is 'cache', but device 'cpu' has no VRAM: use a CUDA device or 'simulated'")
     if not accelerated and config.vram_budget is not None:
-        _no_vram(config)
+        _log.warning("vram_budget %r has no effect: the model runs on the CPU", config.vram_budget)
     cpu = CpuKernels(config.n_threads, float_activations=config.activations == "float")
     vram = plan_vram(file, meta, family, config, ctx, device) if accelerated else None
     homes = placed_homes(file, config, "cpu", n_layer(meta)) if vram is None else vram.homes
@@ -104,15 +104,6 @@ def load_model(config: EngineConfig, path: str | Path | None, progress: Progress
             if experts.n_slot and config.activations == "int8":
                 experts.prompt = _prompt_experts(config, vram, model, experts, file)
     return Loaded(file, tokenizer, model, experts, store, cache, ram, vram)
-
-
-def _no_vram(config: EngineConfig) -> None:
-    """What a budget for it means without a GPU: nothing where a script runs anywhere, else an error."""
-    if config.device == "cpu":
-        raise ConfigError(
-            f"vram_budget is {config.vram_budget!r}, but device 'cpu' has no VRAM: leave it out, or use a CUDA device"
-        )
-    _log.warning("there is no CUDA device: vram_budget %r has no effect", config.vram_budget)
 
 
 def plan_model(config: EngineConfig, path: str | Path | None) -> VramPlan:

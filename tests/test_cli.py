@@ -51,6 +51,14 @@ def test_generate_writes_text_to_stdout_and_the_summary_to_stderr(run: Run) -> N
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_a_budget_for_no_vram_is_said_to_have_no_effect(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    done = run("generate", "x", "--max-tokens", "1", "--device", "cpu", "--vram-budget", "1GiB")
+    assert done.returncode == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "vram_budget '1GiB' has no effect: the model runs on the CPU"
+    ]
+
+
 def test_generate_json_is_one_object(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("The captain", encoding="utf-8")
@@ -131,7 +139,6 @@ def test_tokenize(run: Run) -> None:
         ("generate",),
         ("generate", "x", "--prompt-file", "y"),
         ("generate", "--prompt-file", "no-such-file.txt"),
-        ("generate", "x", "--device", "cpu", "--vram-budget", "1GiB"),
         ("perplexity", "-f", "no-such-file.txt"),
         ("inspect", "no-such-file.gguf"),
         ("inspect", __file__),
