@@ -4,9 +4,9 @@
 
 A random Qwen3-30B-A3B follows recorded routing, with what was predicted of it (benchmark/routing.py); the bundled model
 and those of `--small` route by themselves. Each row loads once and decodes in all ways in turn. "auto" is what users
-get; it decodes first, so that it has compared before it is timed. With a link of 25 % the decode worker's copies take
-as long as over a quarter of the measured PCIe rate, to imitate a weaker host. `--tiny` is a dry run on the simulated
-device with few layers.
+get; it decodes first, so that it has compared before it is timed. "pull" only pulls what is foreseen into the CPU's
+caches, and copies nothing ahead. With a link of 25 % the decode worker's copies take as long as over a quarter of the
+measured PCIe rate, to imitate a weaker host. `--tiny` is a dry run on the simulated device with few layers.
 """
 
 import statistics
@@ -33,7 +33,12 @@ from moe_engine.kernels.worker import DecodeWorker
 from moe_engine.stats import Stats
 from moe_engine.trial_switch import TRIAL
 
-WAYS: tuple[PrefetchMode, ...] = ("auto", "off", "always")
+WAYS: dict[str, tuple[PrefetchMode, PrefetchMode]] = {  # lookahead, prefetch
+    "auto": ("auto", "auto"),
+    "off": ("off", "off"),
+    "pull": ("always", "off"),
+    "always": ("always", "always"),
+}
 SHARES, LINKS = (0.1, 0.25, 0.5), (1.0, 0.25)
 SHORTER = 20  # times as many runs of small models, which take some milliseconds each
 SMALL = Path(moe_engine.__file__).parent / "data" / "stories-deepseek-Q4_K_M.gguf"
@@ -75,14 +80,14 @@ def run(path: Path, row: Row, device: str, copy_rate: float, n_decode: int, repe
         if follows:
             RecordedRouting.load(ROUTING).follow(decoder.step)
 
-        def decode(way: PrefetchMode, n: int) -> Stats:
-            decoder.lookahead.mode = decoder.prefetch.mode = way
+        def decode(way: str, n: int) -> Stats:
+            decoder.lookahead.mode, decoder.prefetch.mode = WAYS[way]
             return engine.generate([5, 6, 7, 8], temperature=0, max_tokens=n, ignore_eos=True).stats
 
         decode("auto", n_decode if device == "simulated" else 3 * TRIAL + 32)
-        decode("off", min(16, n_decode))  # the other ways' steps are captured
-        decode("always", min(16, n_decode))
-        stats: dict[PrefetchMode, list[Stats]] = {way: [] for way in WAYS}
+        for way in ("off", "pull", "always"):  # their steps are captured
+            decode(way, min(16, n_decode))
+        stats: dict[str, list[Stats]] = {way: [] for way in WAYS}
         for _ in range(repeats):
             for way in WAYS:
                 stats[way].append(decode(way, n_decode))

@@ -150,6 +150,7 @@ def lookahead_section(found: dict[str, Any]) -> str:
                 "experts in VRAM": share,
                 "bus": link,
                 "neither, t/s": f"{rates['off']:.1f}",
+                "only pulled": f"{rates['pull']:.1f}" if "pull" in rates else "-",
                 "both always": f"{rates['always']:.1f}",
                 "as by default": f"{rates['auto']:.1f}",
                 "faster by": f"{rates['auto'] / rates['off'] - 1:.1%} ± {error:.1%}",
