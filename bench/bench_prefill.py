@@ -191,6 +191,7 @@ def measure(
                 f"unused {counts['unused']}",
                 flush=True,
             )
+        reserved = torch.cuda.max_memory_reserved() if device == "cuda" else 0
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
     rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
     launches = {n: statistics.median(run.launches for run in of_length) for n, of_length in runs.items()}
@@ -198,7 +199,7 @@ def measure(
     predictions = predicted(path, cpu=cpu, prompts=rates, used=used, host=beside, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
-        row["peak_nvidia_smi"] = watch.peak
+        row |= {"peak_nvidia_smi": watch.peak, "nvidia_smi_before": watch.before, "peak_reserved": reserved}
     longer = [row for row in rows if row["prompt"] >= BUSY_FROM] if isinstance(setting.cache, str) else []
     if device == "cuda" and longer:
         for row, busy in zip(longer, busy_seconds(path, options, [row["prompt"] for row in longer]), strict=True):
@@ -206,7 +207,11 @@ def measure(
         print("  GPU idle: " + ", ".join(f"{row['prompt']} {row['gpu_idle_share']:.0%}" for row in longer), flush=True)
     if watch.status is not None:
         over = " PEAK OVER BUDGET" if watch.peak > options["vram_budget"] else ""
-        print(f"  peak {format_size(watch.peak)} of {format_size(options['vram_budget'])}{over}", flush=True)
+        print(
+            f"  peak {format_size(watch.peak)} of {format_size(options['vram_budget'])}{over}, before "
+            f"{format_size(watch.before)}, PyTorch's {format_size(reserved)}",
+            flush=True,
+        )
     return rows
 
 
@@ -243,8 +248,8 @@ def tokens_by_expert(engine: Engine, n: int) -> tuple[int, ...]:
     """That a prompt of n tokens gives the experts of a layer, most first, on average over the layers."""
     layers, found = [block.ffn for block in engine.model.blk if isinstance(block.ffn, MixtureOfExperts)], []
 
-    def count(ids: Tensor, weights: Tensor) -> None:
-        found.append(torch.bincount(ids.flatten(), minlength=engine.model.router.n_expert).sort(descending=True)[0])
+    def count(ids: Tensor, weights: Tensor) -> None:  # on the host: the VRAM in use is watched
+        found.append(np.sort(np.bincount(ids.flatten().cpu().numpy(), minlength=engine.model.router.n_expert))[::-1])
 
     for layer in layers:
         layer.on_route = count
@@ -252,8 +257,7 @@ def tokens_by_expert(engine: Engine, n: int) -> tuple[int, ...]:
         pass
     for layer in layers:
         layer.on_route = None
-    means = torch.stack(found).float().mean(0).tolist()
-    return tuple(max(1, round(mean)) for mean in means if mean >= 0.5)
+    return tuple(max(1, round(mean)) for mean in np.mean(found, axis=0).tolist() if mean >= 0.5)
 
 
 def busy_seconds(path: Path, options: dict[str, Any], lengths: Sequence[int]) -> list[float]:

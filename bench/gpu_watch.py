@@ -56,6 +56,7 @@ class GpuWatch:
 
     status: GpuStatus | None
     peak: int = 0  # bytes
+    before: int = 0  # when it began
     _stop: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
@@ -68,6 +69,7 @@ class GpuWatch:
 
     def __enter__(self) -> Self:
         if self.status is not None:
+            self.before = self.peak = self.status.used()
             self._thread = threading.Thread(target=self._watch, args=(self.status,), daemon=True)
             self._thread.start()
         return self
