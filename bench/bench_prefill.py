@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from full_size import LITE, QWEN, V3, begun, by_model, keep, options_of
 from gpu_watch import GpuWatch
-from prediction import CpuNow, HostNow, Used, predicted
+from prediction import CpuNow, HostNow, SeenPrompt, Used, predicted
 from torch import Tensor
 
 from moe_engine import Engine
@@ -52,8 +52,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A prompt: seconds, what launches took around it, what it counted if it was streamed, and which experts it has
-    used."""
+    """A prompt: seconds, seconds that launches took around it, what it counted if it was streamed, and which experts it
+    has used."""
 
     seconds: float
     launches: float
@@ -141,7 +141,7 @@ def measure(
         cached = int(setting.cache * found.routed_bytes) + 3 * sum(found.expert_bytes)
         options |= {"vram_budget": plan.budget - plan.slots + cached}
     rows = []
-    used: dict[int, Used] = {}  # random weights use fewer experts than trained ones, and find more in slots
+    seen: dict[int, SeenPrompt] = {}
     watch = GpuWatch.of(device)
     with watch, Engine.load(path, **options) as engine:
         experts = engine.experts
@@ -164,8 +164,10 @@ def measure(
         for n, target in setting.targets.items():
             middle = sorted(runs[n], key=lambda run: run.seconds)[repeats // 2]
             counts = vars(middle.counts)
-            of_run = middle.used
-            used[n] = of_run if of_run.counts is None else replace(of_run, counts=tokens_by_expert(engine, n))
+            used = middle.used  # random weights use fewer experts than trained ones, and find more in slots
+            if used.counts is not None:
+                used = replace(used, counts=tokens_by_expert(engine, n))
+            seen[n] = SeenPrompt(n / middle.seconds, used, statistics.median(run.launches for run in runs[n]))
             link, gpu = counts["streamed_bytes"] / hardware.pcie, operations(engine, n) / rate
             row = {
                 "row": setting.name,
@@ -179,7 +181,7 @@ def measure(
                 "counts": counts,
                 "budget": options["vram_budget"],
                 "slots": experts.n_slot,
-                "used": used[n].as_dict(),
+                "used": used.as_dict(),
             }
             rows.append(row)
             seconds = middle.seconds
@@ -193,10 +195,7 @@ def measure(
             )
         reserved = torch.cuda.max_memory_reserved() if device == "cuda" else 0
         print(f"  rates: PCIe {hardware.pcie / 1e9:.1f} GB/s, matrix {rate / 1e12:.0f} TFLOP/s; {experts.prompt.rates}")
-    rates = {row["prompt"]: row["tokens_per_second"] for row in rows}
-    launches = {n: statistics.median(run.launches for run in of_length) for n, of_length in runs.items()}
-    beside = None if host is None else (host, launches)
-    predictions = predicted(path, cpu=cpu, prompts=rates, used=used, host=beside, **options) or {}
+    predictions = predicted(path, cpu=cpu, host=host, prompts=seen, **options) or {}
     for row in rows:
         row["predicted"] = predictions.get(f"prompt {row['prompt']}")
         row |= {"peak_nvidia_smi": watch.peak, "nvidia_smi_before": watch.before, "peak_reserved": reserved}

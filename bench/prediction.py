@@ -38,6 +38,15 @@ class Used:
         return {"n": self.n, "cached": self.cached, "counts": counts}
 
 
+@dataclass(frozen=True)
+class SeenPrompt:
+    """Measured tokens/s, the experts it has used, and what launches took around it: seconds as of `HostNow`."""
+
+    rate: float
+    used: Used
+    launches: float
+
+
 class Seen(RoutingEstimate):
     """As many experts of each layer as a prompt has used, with as many tokens as it was seen to give them."""
 
@@ -110,10 +119,9 @@ def predicted(
     path: Path,
     *,
     cpu: CpuNow,
+    host: HostNow | None = None,
     decode: float | None = None,
-    prompts: dict[int, float] | None = None,
-    used: dict[int, Used] | None = None,
-    host: tuple[HostNow, dict[int, float]] | None = None,
+    prompts: dict[int, SeenPrompt] | None = None,
     hit_rate: float | None = None,
     found: Sequence[Found] | None = None,
     context: int = DECODE_CONTEXT,
@@ -121,10 +129,9 @@ def predicted(
 ) -> dict[str, Any] | None:
     """Predicted tokens/s, and by what the prediction has to be divided for the measured: None without a calibration.
 
-    cpu: what was begun before the row; host, and what launches took beside prompts: by them the machine is corrected.
-    decode, prompts (by tokens): measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the
-    planner expects it. found: the same by MoE layer. used: of prompts by tokens, likewise.
-    options: as the row was loaded.
+    cpu, host: what was begun before the row: by it the machine is corrected; host only matters for prompts.
+    decode: measured tokens/s. hit_rate: of decoding where routing is not as recorded; None: as the planner expects it.
+    found: the same by MoE layer. prompts: by tokens. options: as the row was loaded.
     """
     machine = this_machine(options.get("device", "auto"), EngineConfig.of(**options).n_threads)
     if machine is None:
@@ -141,17 +148,14 @@ def predicted(
             shape = replace(shape, shares=(hit_rate,) * n, fixed=(True,) * n)
         step = predictor.decode(shape, context, found)
         result["decode"] = {**step.as_dict(), "to_measured": step.rate / decode}
-    for n_token, measured in (prompts or {}).items():
-        slower = host[0].factor(host[1][n_token], machine) if host is not None else 1.0
-        at_prompt = replace(predictor, machine=at_speed(machine, factor, slower))
-        prompt = at_prompt.prompt(planned.run_shape, n_token)
-        if used and n_token in used:
-            of = used[n_token]
-            shape = replace(planned.run_shape, shares=(of.cached / of.n,) * len(planned.run_shape.shares))
-            as_seen = replace(at_prompt, routing=Seen(of))
-            # The engine, which chooses, does not know how few experts random weights use.
-            prompt = (as_seen.in_steps if of.counts is None else as_seen.streamed)(shape, n_token)
-        speed = {**prompt.as_dict(), "to_measured": prompt.rate / measured, "host_factor": slower}
+    for n_token, seen in (prompts or {}).items():
+        slower = host.factor(seen.launches, machine) if host is not None else 1.0
+        # The engine, which chooses the way, does not know how few experts random weights use.
+        as_seen = replace(predictor, machine=at_speed(machine, factor, slower), routing=Seen(seen.used))
+        way = as_seen.in_steps if seen.used.counts is None else as_seen.streamed
+        n = len(planned.run_shape.shares)
+        prompt = way(replace(planned.run_shape, shares=(seen.used.cached / seen.used.n,) * n), n_token)
+        speed = {**prompt.as_dict(), "to_measured": prompt.rate / seen.rate, "host_factor": slower}
         result[f"prompt {n_token}"] = speed
     for name, speed in result.items():
         if name not in ("hit_rate", "cpu_factor"):

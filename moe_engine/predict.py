@@ -264,19 +264,20 @@ class Predictor:
     def _prompt_layer(
         self, layer: ExpertLayer, share: float, counts: list[int], dense: float, staging: float, n_token: int
     ) -> PromptLayer:
-        """Without the experts that the CPU computes meanwhile, of those that `staging` bytes do not bring ahead."""
+        """Without the experts that the CPU computes meanwhile, of those that `staging` bytes do not bring ahead.
+
+        counts: tokens of each expert that has some, in any order; n_token: of the micro-batch. dense: seconds."""
         gpu = self.machine.gpu
         assert gpu is not None
         # Which experts are in slots has little to do with the prompt: evenly spread over popular and rare ones
         in_slot = [int((i + 1) * share) > int(i * share) for i in range(len(counts))]
         missing = sorted(n for n, cached in zip(counts, in_slot, strict=True) if not cached)
-        free = missing[: max(0, len(missing) - int(min(staging, len(missing) * layer.nbytes) // layer.nbytes))]
-        if free:
-            rates = self.machine.rates(max(layer.by_type, key=lambda type: layer.by_type[type]))
-            elsewhere, waits = sum(counts) - sum(free), n_token > SHORT_PROMPT
-            missing = missing[
-                choose_for_cpu(np.array(free), elsewhere, layer.nbytes, 2 * layer.n_weight, rates, waits) :
-            ]
+        n_free = len(missing) - int(min(len(missing), staging / layer.nbytes))
+        if n_free:
+            free, operations = np.array(missing[:n_free]), 2 * layer.n_weight
+            rates = self.machine.rates(max(layer.by_type, key=layer.by_type.__getitem__))
+            elsewhere, waits = sum(counts) - int(free.sum()), n_token > SHORT_PROMPT
+            missing = missing[choose_for_cpu(free, elsewhere, layer.nbytes, operations, rates, waits) :]
         n_chunk = -(-len(missing) * layer.nbytes // CELL_BYTES)
         return PromptLayer(
             missing=missing,

@@ -372,8 +372,9 @@ def _machine(found: dict[str, Any]) -> Calibration:
 
 @dataclass(frozen=True)
 class SeenRow:
-    """share: of the used experts in VRAM; host: how much longer launches took beside the prompt than when calibrated;
-    counts: tokens of a layer's experts, most first; None: it went in steps, with `used` experts of a layer in each."""
+    """staging: bytes. share: of the used experts in VRAM. host: how much longer launches took beside the prompt than
+    when calibrated. counts: tokens of a layer's experts, most first; None: it went in steps, with `used` experts of a
+    layer in each."""
 
     model: str
     tokens: int
