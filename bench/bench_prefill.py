@@ -88,6 +88,9 @@ def matrix_rate(device: torch.device) -> float:
         a @ b
         synchronize(device)
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    del a, b
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the VRAM of the engines is watched
     return best
 
 
@@ -127,7 +130,7 @@ def check(path: Path, device: str, n: int) -> float:
 
 
 def measure(
-    path: Path, setting: Setting, device: str, repeats: int, cpu: CpuNow, host: HostNow | None
+    path: Path, setting: Setting, device: str, rate: float, repeats: int, cpu: CpuNow, host: HostNow | None
 ) -> list[dict[str, Any]]:
     longest = max(setting.targets)
     options: dict[str, Any] = {"device": device, "experts": "cache", "ctx": longest + 24, "ubatch": longest + 8}
@@ -152,7 +155,7 @@ def measure(
         started = time.perf_counter()
         while device == "cuda" and time.perf_counter() - started < WARM_SECONDS:
             engine.generate(prompt(min(512, longest), 0), max_tokens=16)
-        rate, hardware = matrix_rate(engine.device), engine.hardware
+        hardware = engine.hardware
         for n in setting.targets:
             for seed in range(2):
                 engine.generate(prompt(n, seed), max_tokens=0)  # compiles
@@ -301,7 +304,7 @@ def main() -> None:
     results = begun("python bench/bench_prefill.py", options) | {"checks": {}}
     with ExitStack() as stack:
         host = None if options.tiny else HostNow(stack.enter_context(large_layers()), torch.device("cuda"))
-        cpu = CpuNow()
+        cpu, rate = CpuNow(), matrix_rate(torch.device("cpu" if options.tiny else "cuda"))
         for path, settings in by_model(SETTINGS, options):
             model = settings[0].model
             results["checks"][model] = check(path, device, 3 if options.tiny else 40)
@@ -312,7 +315,7 @@ def main() -> None:
                 if not targets:
                     continue
                 one = replace(setting, targets=dict.fromkeys([2]) if options.tiny else targets)
-                results["rows"] += measure(path, one, device, options.repeats, cpu, host)
+                results["rows"] += measure(path, one, device, rate, options.repeats, cpu, host)
                 keep(results, options.out)
 
 
