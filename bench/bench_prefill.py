@@ -247,7 +247,7 @@ def used_by_last_step(engine: Engine, n_layer: int, n_token: int) -> Used:
 
 
 def tokens_by_expert(engine: Engine, n: int) -> tuple[int, ...]:
-    """That a prompt of n tokens gives the experts of a layer, most first, on average over the layers."""
+    """That a prompt of n tokens gives the experts of a layer, most first: of as many as the layers use on average."""
     layers, found = [block.ffn for block in engine.model.blk if isinstance(block.ffn, MixtureOfExperts)], []
 
     def count(ids: Tensor, weights: Tensor) -> None:  # on the host: the VRAM in use is watched
@@ -259,7 +259,10 @@ def tokens_by_expert(engine: Engine, n: int) -> tuple[int, ...]:
         pass
     for layer in layers:
         layer.on_route = None
-    return tuple(max(1, round(mean)) for mean in np.mean(found, axis=0).tolist() if mean >= 0.5)
+    n_used = round(float(np.mean([np.count_nonzero(counts) for counts in found])))
+    means = np.mean(found, axis=0)
+    means = means[:n_used] * (means.sum() / means[:n_used].sum())  # layers that use more have longer tails
+    return tuple(max(1, round(mean)) for mean in means.tolist())
 
 
 def busy_seconds(path: Path, options: dict[str, Any], lengths: Sequence[int]) -> list[float]:
