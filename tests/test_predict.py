@@ -18,11 +18,10 @@ from recorded_h200 import (
     FIFTH_H200,
     H200,
     IN_VRAM_ROWS,
+    LATER_ROWS,
     QUIET_H200,
     QUIET_MISSED,
     QUIET_PROMPT_ROWS,
-    SEVENTH_H200,
-    SEVENTH_ROWS,
     SIXTH_H200,
     SIXTH_PROMPT_ROWS,
     SIXTH_V3_ROWS,
@@ -234,28 +233,35 @@ class Seen(RoutingEstimate):
         return self.seen
 
 
-IN_STEPS = pytest.mark.xfail(strict=True, reason="steps of 8 tokens of DeepSeek-V3 take 1.5 times as long")
+OFF = {
+    ("deepseek-v3", 8, 0.01226): "in steps it takes 1.5 times as long",
+    ("deepseek-v3", 31, 0.01997): "streamed it takes 0.76 of that: the CPU takes more experts",
+}
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("machine", "row"),
     [
-        pytest.param(row, marks=IN_STEPS if (row.model, row.tokens) == ("deepseek-v3", 8) else ())
-        for row in SEVENTH_ROWS
+        pytest.param(
+            *(machine, row),
+            marks=[pytest.mark.xfail(strict=True, reason=why)]
+            if (why := OFF.get((row.model, row.tokens, row.seconds)))
+            else [],
+            id=f"{row.model}-{row.tokens}-{row.share}",
+        )
+        for machine, row in LATER_ROWS
     ],
-    ids=lambda row: f"{row.model}-{row.tokens}-{row.share}",
 )
-def test_prompts_of_a_machine_that_came_later(row: SeenRow, header: Callable[..., Path]) -> None:
+def test_prompts_of_machines_that_came_later(machine: Calibration, row: SeenRow, header: Callable[..., Path]) -> None:
     work = plan(header(row.model, layers=7 if row.model == "deepseek-v3" else None), device="cpu").work
     n = len(work.experts)
     where = ((row.share,) * n, (1.0,) * n, (False,) * n)
     shape = RunShape(*where, ubatch=row.ubatch, ctx=row.ubatch + 16, staging=row.staging)
-    gpu = SEVENTH_H200.gpu
+    gpu = machine.gpu
     assert gpu is not None
     slower = {name: getattr(gpu, name) * row.host for name in ("layer_seconds", "chunk_seconds")}
-    machine = replace(SEVENTH_H200, gpu=replace(gpu, **slower))
     counts = [1] * round(row.used) if row.counts is None else [int(n) for n in row.counts.split()]
-    predictor = Predictor(work, machine, Seen(counts))
+    predictor = Predictor(work, replace(machine, gpu=replace(gpu, **slower)), Seen(counts))
     found = (predictor.in_steps if row.counts is None else predictor.streamed)(shape, row.tokens)
     assert found.rate == pytest.approx(row.tokens / row.seconds, rel=0.2)
 
