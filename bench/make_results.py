@@ -32,7 +32,8 @@ KERNELS = {
     "dequantize": "Dequantizing on the GPU: `python bench/bench_dequantize.py`",
     "cpu_experts": "CPU experts beside llama.cpp's kernels: `python bench/bench_cpu_experts.py`",
     "cpu_experts_16": "CPU experts beside the rate of memory, 16 threads: `python bench/bench_cpu_experts.py`",
-    "cpu_experts_avx2": "The same with AVX2: `python bench/bench_cpu_experts.py`",
+    "cpu_experts_zen4": "The same with 2 threads of Zen 4: `python bench/bench_cpu_experts.py`",
+    "cpu_experts_avx2": "The same with AVX2 alone: `python bench/bench_cpu_experts.py`",
 }
 
 

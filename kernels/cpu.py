@@ -40,7 +40,8 @@ def _prepare() -> None:
 
 
 def available_tiers() -> list[str]:
-    """Instruction sets that this processor can run, of "scalar", "avx2", "avx512" and "amx", lowest first."""
+    """Instruction sets that this processor can run, of "scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi" and "amx", lowest
+    first."""
     return _cpu.available_tiers()
 
 

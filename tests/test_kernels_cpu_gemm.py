@@ -33,7 +33,7 @@ def use(tier: str) -> None:
     _cpu.set_tier(tier)
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "amx"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi", "amx"])
 def tier(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _cpu.tier()
     use(request.param)
@@ -82,13 +82,13 @@ def test_both_forms_agree(type: QuantType, tier: str) -> None:
 
 
 @pytest.mark.parametrize("type", ALL_TYPES)
-def test_amx_gives_the_bits_of_avx512(type: QuantType, tier: str) -> None:
+def test_amx_gives_the_bits_of_avx512vnni(type: QuantType, tier: str) -> None:
     if tier != "amx":
         pytest.skip("a test of amx alone")
     rng = np.random.default_rng(3)
     weight, x = random_weight(type, (50, row_length(type)), rng), random_x((70, row_length(type)), rng)
     with_amx = POOLS[3, False].linear(x, weight)
-    use("avx512")
+    use("avx512vnni")
     assert same_bits(POOLS[3, False].linear(x, weight), with_amx)
 
 

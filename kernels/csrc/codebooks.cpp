@@ -33,6 +33,15 @@ void pack_ranks(const int8_t* grid, int64_t n_bytes, uint32_t* packed, uint8_t* 
         packed[i / 8] |= rank_in(values, grid[i]) << (8 * (i % 4) + i % 8 / 4 * 4);
 }
 
+// Of ranks of so many bits, the sign above them.
+void fill_signed_levels(std::vector<int8_t> values, int bits, uint8_t (&levels)[64]) {
+    values.resize(size_t{1} << bits);
+    for (size_t i = 0; i < 64; ++i) {
+        const int value = values[i % values.size()];
+        levels[i] = static_cast<uint8_t>(i & values.size() ? 64 - value : 64 + value);
+    }
+}
+
 void pack_grid(const int8_t* grid, int64_t n_bytes, int group, PackedGrid* packed) {
     const int bits = 16 / group;
     const uint32_t mask = (1u << bits) - 1;
@@ -45,6 +54,19 @@ void pack_grid(const int8_t* grid, int64_t n_bytes, int group, PackedGrid* packe
         packed->levels[i] = static_cast<uint8_t>(values[i & mask]);
         packed->next_levels[i] = static_cast<uint8_t>(values[i >> bits & mask]);
     }
+    fill_signed_levels(values, bits, packed->signed_levels);
+}
+
+// Groups of four values, as pairs of 4-bit ranks.
+void pack_pairs(const int8_t* grid, int64_t n_bytes, PairGrid* packed) {
+    std::vector<int8_t> values = values_of(grid, n_bytes, 8);
+    for (int64_t i = 0; i < n_bytes / 4; ++i) {
+        const auto pair = [&](int64_t k) {
+            return static_cast<uint8_t>(rank_in(values, grid[k]) | rank_in(values, grid[k + 1]) << 4);
+        };
+        packed->first[i] = pair(4 * i), packed->second[i] = pair(4 * i + 2);
+    }
+    fill_signed_levels(values, 3, packed->signed_levels);
 }
 
 void fill_sign_tables() {
@@ -82,12 +104,15 @@ void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
             return pack_ranks(grid, n_bytes, books.iq2_xs_ranks, books.iq2_levels);
         case IQ2_S:
             fill(books.iq2_s, grid, n_bytes);
+            pack_grid(grid, n_bytes, 8, &books.iq2_s_packed);
             return pack_ranks(grid, n_bytes, books.iq2_s_ranks, books.iq2_levels);
         case IQ3_XXS:
             fill(books.iq3_xxs, grid, n_bytes);
+            pack_pairs(grid, n_bytes, &books.iq3_xxs_pairs);
             return pack_grid(grid, n_bytes, 4, &books.iq3_xxs_packed);
         case IQ3_S:
             fill(books.iq3_s, grid, n_bytes);
+            pack_pairs(grid, n_bytes, &books.iq3_s_pairs);
             return pack_grid(grid, n_bytes, 4, &books.iq3_s_packed);
         case IQ1_S: {
             pack_ranks(grid, n_bytes, books.iq1_ranks, unused);

@@ -16,8 +16,8 @@ namespace moe {
 
 namespace {
 
-const char* const kNames[] = {"scalar", "avx2", "avx512", "amx"};
-constexpr int kTiers = 4;
+const char* const kNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi", "amx"};
+constexpr int kTiers = 6;
 
 // Whether the processor has AMX int8 and the system lets this process use it. Its registers are large, so
 // Linux wants to be asked first; the answer holds for all threads.
@@ -35,46 +35,53 @@ bool has_amx() {
 #endif
 }
 
-Tier find_best_tier() {
+// Whether this processor can run a tier. Each needs what the one below it does, but for avx512vbmi.
+bool can_run(Tier tier) {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-        const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("bmi2");
-        if (!wide) return Tier::avx2;
-        return __builtin_cpu_supports("avx512vnni") && has_amx() ? Tier::amx : Tier::avx512;
+    switch (tier) {
+        case Tier::scalar:
+            return true;
+        case Tier::avx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        case Tier::avx512:
+            return can_run(Tier::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                   __builtin_cpu_supports("bmi2");
+        case Tier::avx512vnni:
+            return can_run(Tier::avx512) && __builtin_cpu_supports("avx512vnni");
+        case Tier::avx512vbmi:
+            return can_run(Tier::avx512vnni) && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("gfni");
+        case Tier::amx:
+            static const bool has = can_run(Tier::avx512vnni) && has_amx();
+            return has;
     }
 #endif
-    return Tier::scalar;
+    return tier == Tier::scalar;
 }
 
-Tier best_tier() {
-    static const Tier best = find_best_tier();
-    return best;
+// The highest that the processor can run, from `most` down.
+Tier best_tier(Tier most = Tier::amx) {
+    int tier = static_cast<int>(most);
+    while (!can_run(static_cast<Tier>(tier))) --tier;
+    return static_cast<Tier>(tier);
 }
 
 #if defined(__x86_64__)
 // AVX-512 without VNNI, with AVX2's products of many tokens.
-TierKernels make_avx512_bw() {
-    TierKernels k = kAvx512BwKernels;
+TierKernels make_avx512() {
+    TierKernels k = kAvx512Kernels;
     for (int type = 0; type < kTypes; ++type) {
         k.types[type].expand = kAvx2Kernels.types[type].expand;
         k.types[type].multiply = kAvx2Kernels.types[type].multiply;
     }
     return k;
 }
-
-const TierKernels& avx512() {
-    static const bool has_vnni = __builtin_cpu_supports("avx512vnni");
-    static const TierKernels without = make_avx512_bw();
-    return has_vnni ? kAvx512Kernels : without;
-}
 #endif
 
 #if defined(MOE_WITH_AMX)
 // AVX-512 with other products of many tokens.
 TierKernels make_amx() {
-    TierKernels k = kAvx512Kernels;
+    TierKernels k = can_run(Tier::avx512vbmi) ? kAvx512VbmiKernels : kAvx512VnniKernels;
     for (int type = 0; type < kTypes; ++type)
         if (has_scales_of_32(type) && k.types[type].multiply != nullptr)
             k.types[type].multiply = kAmxMultiply;
@@ -90,7 +97,10 @@ const TierKernels& table(Tier tier) {
     }
 #endif
 #if defined(__x86_64__)
-    if (tier == Tier::avx512) return avx512();
+    static const TierKernels avx512 = make_avx512();
+    if (tier == Tier::avx512vbmi) return kAvx512VbmiKernels;
+    if (tier == Tier::avx512vnni) return kAvx512VnniKernels;
+    if (tier == Tier::avx512) return avx512;
     if (tier == Tier::avx2) return kAvx2Kernels;
 #endif
     (void)tier;
@@ -100,14 +110,14 @@ const TierKernels& table(Tier tier) {
 Tier parse_tier(const std::string& name, const std::string& what) {
     for (int i = 0; i < kTiers; ++i)
         if (name == kNames[i]) return static_cast<Tier>(i);
-    throw std::invalid_argument(what + " must be scalar, avx2, avx512 or amx, not '" + name + "'");
+    throw std::invalid_argument(what + " must be scalar, avx2, avx512, avx512vnni, avx512vbmi or amx, not '" + name +
+                                "'");
 }
 
 Tier initial_tier() {
     const char* wanted = std::getenv("MOE_ENGINE_CPU_TIER");
     if (wanted == nullptr) return best_tier();
-    const Tier tier = parse_tier(wanted, "MOE_ENGINE_CPU_TIER");
-    return tier < best_tier() ? tier : best_tier();
+    return best_tier(parse_tier(wanted, "MOE_ENGINE_CPU_TIER"));
 }
 
 std::atomic<int> g_tier{-1};  // unset until first use
@@ -124,14 +134,17 @@ Tier tier_in_use() {
 }  // namespace
 
 std::vector<std::string> available_tiers() {
-    return std::vector<std::string>(kNames, kNames + static_cast<int>(best_tier()) + 1);
+    std::vector<std::string> found;
+    for (int i = 0; i < kTiers; ++i)
+        if (can_run(static_cast<Tier>(i))) found.push_back(kNames[i]);
+    return found;
 }
 
 std::string current_tier() { return kNames[static_cast<int>(tier_in_use())]; }
 
 void set_tier(const std::string& name) {
     const Tier tier = parse_tier(name, "the tier");
-    if (tier > best_tier()) throw std::invalid_argument("this processor cannot run the tier " + name);
+    if (!can_run(tier)) throw std::invalid_argument("this processor cannot run the tier " + name);
     g_tier.store(static_cast<int>(tier), std::memory_order_relaxed);
 }
 
@@ -142,6 +155,11 @@ static uint8_t* turned_place(uint8_t* turned, int64_t b, int64_t k) {
     return turned + b / 8 * kChunk + 128 * (k / 4) + 64 * (k % 2) + 8 * (b % 8) + 4 * (k / 2 % 2);
 }
 
+// Where the plane of fours has elements 32 b + p, 32 b + 4 + p and so on.
+static uint8_t* fours_place(uint8_t* fours, int64_t b, int64_t p) {
+    return fours + b / 8 * kChunk + 64 * p + 8 * (b % 8);
+}
+
 void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record) {
     const int64_t n_pad = (n_in + kChunk - 1) / kChunk * kChunk;
     float* d = reinterpret_cast<float*>(record + n_pad);
@@ -149,10 +167,13 @@ void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_i
     kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first,
                               s + 2 * first);
     uint8_t* turned = record + turned_offset(n_pad);
+    uint8_t* fours = record + fours_offset(n_pad);
     float* pairs = reinterpret_cast<float*>(record + pairs_offset(n_pad));
     for (int64_t b = first; b < first + n_blocks; ++b) {
         for (int64_t k = 0; k < 8; ++k)
             std::memcpy(turned_place(turned, b, k), record + 32 * b + 4 * k, 4);
+        for (int64_t p = 0; p < 4; ++p)
+            for (int64_t k = 0; k < 8; ++k) fours_place(fours, b, p)[k] = record[32 * b + 4 * k + p];
         pairs[b / 8 * 16 + b % 8] = d[b];
         pairs[b / 8 * 16 + 8 + b % 8] = s[2 * b] + s[2 * b + 1];
     }
@@ -169,6 +190,7 @@ void clear_padding(int64_t n_in, uint8_t* record) {
     for (int64_t b = n_in / 32; b < n_pad / 32; ++b) {
         for (int64_t k = 0; k < 8; ++k)
             std::fill_n(turned_place(record + turned_offset(n_pad), b, k), 4, uint8_t{0});
+        for (int64_t p = 0; p < 4; ++p) std::fill_n(fours_place(record + fours_offset(n_pad), b, p), 8, uint8_t{0});
         pairs[b / 8 * 16 + b % 8] = pairs[b / 8 * 16 + 8 + b % 8] = 0.0f;
     }
 }

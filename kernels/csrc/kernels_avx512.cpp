@@ -1,7 +1,7 @@
-// AVX-512 (F, BW, DQ, VL) and BMI2, with VNNI, and once more without it (kernels_avx512_bw.cpp). dpbusd multiplies
-// unsigned codes by signed activations and adds four neighbours, so 64 codes give 16 sums; those become floats and are
-// multiplied by weight scale * activation scale. The offset of the codes and the minima are one more dot product,
-// with the activations' precomputed block sums.
+// AVX-512 (F, BW, DQ, VL) and BMI2; compiled once more with VNNI (kernels_avx512_vnni.cpp), and with VBMI and GFNI besides
+// (kernels_avx512_vbmi.cpp). VNNI's dpbusd multiplies unsigned codes by signed activations and adds four neighbours, so
+// 64 codes give 16 sums; those become floats and are multiplied by weight scale * activation scale. The offset of the
+// codes and the minima are one more dot product, with the activations' precomputed block sums.
 
 #include "quant_blocks.h"
 
@@ -12,10 +12,22 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "rows.inc"
 
 namespace moe {
 namespace {
+
+// Intel's cores since Sapphire Rapids: there gathers beat single loads by a third to a half (older ones got slow gathers
+// from a security fix), and more is worth reading at once. MOE_RECENT_INTEL, true or false, answers in a test build.
+inline bool is_recent_intel() {
+#if defined(MOE_RECENT_INTEL)
+    return MOE_RECENT_INTEL;
+#else
+    return __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16");
+#endif
+}
 
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
 inline __m512i twice32(const uint8_t* p) {
@@ -27,6 +39,9 @@ inline __m128i load16(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cas
 constexpr bool kHasVnni = true;
 #else
 constexpr bool kHasVnni = false;
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__GFNI__)
+#define MOE_WITH_VBMI
 #endif
 
 // Adds four neighbours' products, of unsigned codes and signed activations, to each of 16 sums. Without VNNI two
@@ -90,6 +105,7 @@ struct Chunk {
 #include "grid_signs_avx512.inc"
 #include "grids_avx512.inc"
 #include "small_grids_avx512.inc"
+#include "signed_codes_avx512.inc"
 #include "nibbles_avx512.inc"
 #include "superblocks_avx512.inc"
 #include "ternary_avx512.inc"
@@ -142,12 +158,12 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
         out[t] = _mm512_reduce_add_ps(_mm512_sub_ps(_mm512_add_ps(acc[t][0], acc[t][1]), low[t]));
 }
 
-template <int T, bool Gather, int N>
+template <int T, bool Intel, int N>
 __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t n_in, const Ahead& ahead,
                                                     const uint8_t* const* acts, float* out) {
     if constexpr (has_grid(T))
-        dot_grid<T, Gather, N>(row, n_in, ahead, acts, out);
-    else if constexpr (T == Q4_K || T == Q5_K)
+        dot_grid<T, BestGrid<T, Intel>, N>(row, n_in, ahead, acts, out);
+    else if constexpr (is_superblock(T))
         dot_superblocks<T, 1, N>(row, 0, n_in, ahead, acts, out, 0);
     else if constexpr (T == Q4_0 || T == Q4_1 || T == IQ4_NL || T == IQ4_XS || T == MXFP4)
         dot_nibbles<T, N>(row, n_in, ahead, acts, out);
@@ -159,34 +175,34 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
 
 // One token. A function of its own, with copies of what it reads: the compiler makes most constants once, not for
 // every row.
-template <int T, bool Gather>
+template <int T, bool Intel>
 __attribute__((noinline)) void dot_one(const Rows rows, const uint8_t* act, float* out, int64_t out_stride) {
     const Ahead ahead(rows);
     const uint8_t* row = rows.data;
-    if constexpr (T == Q4_K || T == Q5_K)
+    if constexpr (Intel && is_superblock(T))
         for (; row + rows.stride < rows.end(); row += 2 * rows.stride, out += 2 * out_stride)
             dot_superblocks<T, 2, 1>(row, rows.stride, rows.n_in, ahead, &act, out, out_stride);
     for (; row < rows.end(); row += rows.stride, out += out_stride)
-        dot_best<T, Gather, 1>(row, rows.n_in, ahead, &act, out);
+        dot_best<T, Intel, 1>(row, rows.n_in, ahead, &act, out);
 }
 
-template <int T, bool Gather>
+template <int T, bool Intel>
 inline void dot_by(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out,
                    int64_t out_stride) {
-    if (n_acts == 1) return dot_one<T, Gather>(rows, acts[0], out, out_stride);
+    if (n_acts == 1) return dot_one<T, Intel>(rows, acts[0], out, out_stride);
     const Ahead ahead(rows);
     for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride) {
         int64_t t = 0;
-        for (; t + 4 <= n_acts; t += 4) dot_best<T, Gather, 4>(row, rows.n_in, ahead, acts + t, out + t);
-        for (; t + 2 <= n_acts; t += 2) dot_best<T, Gather, 2>(row, rows.n_in, ahead, acts + t, out + t);
-        if (t < n_acts) dot_best<T, Gather, 1>(row, rows.n_in, ahead, acts + t, out + t);
+        for (; t + 4 <= n_acts; t += 4) dot_best<T, Intel, 4>(row, rows.n_in, ahead, acts + t, out + t);
+        for (; t + 2 <= n_acts; t += 2) dot_best<T, Intel, 2>(row, rows.n_in, ahead, acts + t, out + t);
+        if (t < n_acts) dot_best<T, Intel, 1>(row, rows.n_in, ahead, acts + t, out + t);
     }
 }
 
 template <int T>
 void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out, int64_t out_stride) {
-    if constexpr (has_grid(T))
-        if (gathers_well()) return dot_by<T, true>(rows, acts, n_acts, out, out_stride);
+    if constexpr (has_grid(T) || is_superblock(T))
+        if (is_recent_intel()) return dot_by<T, true>(rows, acts, n_acts, out, out_stride);
     dot_by<T, false>(rows, acts, n_acts, out, out_stride);
 }
 
@@ -271,10 +287,12 @@ constexpr TierKernels kTable = make();
 
 }  // namespace
 
-#if defined(__AVX512VNNI__)
-const TierKernels kAvx512Kernels = kTable;
+#if defined(MOE_WITH_VBMI)
+const TierKernels kAvx512VbmiKernels = kTable;
+#elif defined(__AVX512VNNI__)
+const TierKernels kAvx512VnniKernels = kTable;
 #else
-const TierKernels kAvx512BwKernels = kTable;
+const TierKernels kAvx512Kernels = kTable;
 #endif
 
 }  // namespace moe

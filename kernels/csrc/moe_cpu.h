@@ -38,7 +38,7 @@ namespace moe {
 
 // What can run: the scalar tier everywhere, the others where the processor has the instructions.
 // AMX only changes products of many tokens.
-enum class Tier { scalar = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Tier { scalar, avx2, avx512, avx512vnni, avx512vbmi, amx };
 
 std::vector<std::string> available_tiers();  // lowest first
 std::string current_tier();                  // std::invalid_argument if MOE_ENGINE_CPU_TIER has a wrong value

@@ -101,17 +101,19 @@ constexpr bool has_wide_codes(int type_id) { return type_id == Q8_0 || type_id =
 // one.
 constexpr int kChunk = 256;
 
-// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Five planes in one record:
+// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Six planes in one record:
 //   int8  q[n_pad]
 //   float d[n_pad / 32]   scale of 32 elements
 //   float s[n_pad / 16]   d * sum of 16 q: turns a weight's offset or minimum into one small dot product
 //   int8  turned[n_pad]   q again: q[32 j + 16 g + 8 i + 4 h + k] of a chunk at 128 g + 64 h + 8 j + 4 i + k
 //   float pairs[n_pad / 16]   of each chunk the 8 d, then the 8 d * sum of 32 q
+//   int8  fours[n_pad]    q again: q[4 i + p] of a chunk at 64 p + i
 static constexpr int64_t activation_bytes(int64_t n_in) {
-    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk + 64);
+    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk + 64 + kChunk);
 }
 static constexpr int64_t turned_offset(int64_t n_pad) { return n_pad + n_pad / 8 + n_pad / 4; }
 static constexpr int64_t pairs_offset(int64_t n_pad) { return turned_offset(n_pad) + n_pad; }
+static constexpr int64_t fours_offset(int64_t n_pad) { return pairs_offset(n_pad) + n_pad / 4; }
 
 // How far ahead kernels ask for weights. On a Zen 5 server 8 KiB gave 10 to 30 % more from memory than the
 // hardware's own prefetching, and nothing was lost in the cache; on Sapphire Rapids it is a few percent better
@@ -198,15 +200,24 @@ struct TierKernels {
 extern const TierKernels kScalarKernels;
 extern const TierKernels kAvx2Kernels;
 extern const TierKernels kAvx512Kernels;
-extern const TierKernels kAvx512BwKernels;  // without VNNI
+extern const TierKernels kAvx512VnniKernels;
+extern const TierKernels kAvx512VbmiKernels;  // with VNNI and GFNI too
 
 // The many-token products of AVX-512 again, by AMX: for types with scales of 32 elements.
 extern const MultiplyFn kAmxMultiply;
 
-// A grid of up to 512 groups, each packed to 16 bits: ranks of 8 values of 2 bits, or of 4 values of 4 bits.
+// A grid of up to 1024 groups, each packed to 16 bits: ranks of 8 values of 2 bits, or of 4 values of 4 bits.
 struct PackedGrid {
-    alignas(64) uint16_t groups[512];
+    alignas(64) uint16_t groups[1024];
     uint8_t levels[16], next_levels[16];  // by 4 bits: the value of the first rank in them, and of the next
+    uint8_t signed_levels[64];  // by 6 bits: 64 + the value of the first rank, or 64 - it, where the bit above it is set
+};
+
+// A grid of up to 512 groups of four magnitudes, of 8 values: two planes of bytes that hold the ranks of two of the four,
+// 4 bits each.
+struct PairGrid {
+    alignas(64) uint8_t first[512], second[512];
+    uint8_t signed_levels[64];  // as above, ranks of 3 bits
 };
 
 // Codebooks, filled by set_codebook(). Constants of the formats are in blocks.inc.
@@ -218,7 +229,8 @@ struct Codebooks {
     uint32_t iq2_xxs_ranks[256], iq2_xs_ranks[512], iq2_s_ranks[1024];
     uint32_t iq1_ranks[4096];  // all once more with 4 added, where IQ1_M shifts a group down
     uint8_t iq2_levels[16];                           // magnitude by rank
-    PackedGrid iq2_xxs_packed, iq2_xs_packed, iq3_xxs_packed, iq3_s_packed;
+    PairGrid iq3_xxs_pairs, iq3_s_pairs;
+    PackedGrid iq2_xxs_packed, iq2_xs_packed, iq2_s_packed, iq3_xxs_packed, iq3_s_packed;
     uint64_t sign_bytes[256];  // 0xff where the bit is set
     uint64_t even_sign_bytes[128];  // of a 7-bit sign code: an eighth bit on top makes their number even
 };
