@@ -40,8 +40,10 @@ def _prepare() -> None:
 
 
 def available_tiers() -> list[str]:
-    """Instruction sets that this processor can run, of "scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi" and "amx", lowest
-    first."""
+    """Instruction sets that this processor can run, lowest first.
+
+    Of "scalar", "avx2", "avx512", "avx512vnni", "avx512vbmi" (with VNNI and GFNI) and "amx".
+    """
     return _cpu.available_tiers()
 
 
