@@ -106,6 +106,7 @@ struct Chunk {
 #include "grids_avx512.inc"
 #include "small_grids_avx512.inc"
 #include "signed_codes_avx512.inc"
+#include "planes_avx512.inc"
 #include "nibbles_avx512.inc"
 #include "superblocks_avx512.inc"
 #include "ternary_avx512.inc"
@@ -163,6 +164,8 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
                                                     const uint8_t* const* acts, float* out) {
     if constexpr (has_grid(T))
         dot_grid<T, BestGrid<T, Intel>, N>(row, n_in, ahead, acts, out);
+    else if constexpr (has_planes(T))
+        dot_grid<T, PlanesOf<T>, N>(row, n_in, ahead, acts, out);
     else if constexpr (is_superblock(T))
         dot_superblocks<T, 1, N>(row, 0, n_in, ahead, acts, out, 0);
     else if constexpr (T == Q4_0 || T == Q4_1 || T == IQ4_NL || T == IQ4_XS || T == MXFP4)
