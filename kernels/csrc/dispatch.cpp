@@ -35,7 +35,7 @@ bool has_amx() {
 #endif
 }
 
-// Whether this processor can run a tier. Each needs what the one below it does, but for avx512vbmi.
+// Whether this processor can run a tier. Each needs what those below it do, but amx no avx512vbmi.
 bool can_run(Tier tier) {
 #if defined(__x86_64__)
     switch (tier) {
