@@ -20,7 +20,8 @@ namespace moe {
 namespace {
 
 // Intel's cores since Sapphire Rapids: there gathers beat single loads by a third to a half (older ones got slow gathers
-// from a security fix), and more is worth reading at once. MOE_RECENT_INTEL, true or false, answers in a test build.
+// from a security fix), and two rows at once one after the other. MOE_RECENT_INTEL, true or false, answers in a test
+// build.
 inline bool is_recent_intel() {
 #if defined(MOE_RECENT_INTEL)
     return MOE_RECENT_INTEL;
