@@ -49,6 +49,10 @@ void pack_grid(const int8_t* grid, int64_t n_bytes, int group, PackedGrid* packe
     std::fill_n(packed->groups, n_bytes / group, 0);
     for (int64_t i = 0; i < n_bytes; ++i)
         packed->groups[i / group] |= static_cast<uint16_t>(rank_in(values, grid[i]) << (bits * (i % group)));
+    for (int64_t i = 0; i < n_bytes / group; ++i) {
+        packed->first[i] = static_cast<uint8_t>(packed->groups[i]);
+        packed->second[i] = static_cast<uint8_t>(packed->groups[i] >> 8);
+    }
     values.resize(mask + 1);
     for (uint32_t i = 0; i < 16; ++i) {
         packed->levels[i] = static_cast<uint8_t>(values[i & mask]);

@@ -160,26 +160,59 @@ static uint8_t* fours_place(uint8_t* fours, int64_t b, int64_t p) {
     return fours + b / 8 * kChunk + 64 * p + 8 * (b % 8);
 }
 
-void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record) {
+// Where the plane of eights has elements 32 b + p, 32 b + 8 + p and so on.
+static uint8_t* eights_place(uint8_t* eights, int64_t b, int64_t p) {
+    return eights + b / 8 * kChunk + 32 * p + 4 * (b % 8);
+}
+
+// Elements p, 4 + p, and so on of a block.
+static uint64_t fourths(const uint64_t (&q)[4], int64_t p) {
+    uint64_t found = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t two = q[i] >> 8 * p;
+        found |= ((two & 0xff) | (two >> 24 & 0xff00)) << 16 * i;
+    }
+    return found;
+}
+
+// Elements p, 8 + p, and so on of a block.
+static uint32_t eighths(const uint64_t (&q)[4], int64_t p) {
+    uint64_t found = 0;
+    for (int i = 0; i < 4; ++i) found |= (q[i] >> 8 * p & 0xff) << 8 * i;
+    return static_cast<uint32_t>(found);
+}
+
+// The planes of block b whose elements are q.
+static void put_planes(const uint8_t* q, int64_t b, int64_t n_pad, unsigned planes, uint8_t* record) {
+    if (planes & kTurned)
+        for (int64_t k = 0; k < 8; ++k) std::memcpy(turned_place(record + turned_offset(n_pad), b, k), q + 4 * k, 4);
+    uint64_t words[4];
+    std::memcpy(words, q, 32);
+    for (int64_t p = 0; p < 4 && (planes & kFours); ++p) {
+        const uint64_t found = fourths(words, p);
+        std::memcpy(fours_place(record + fours_offset(n_pad), b, p), &found, 8);
+    }
+    for (int64_t p = 0; p < 8 && (planes & kEights); ++p) {
+        const uint32_t found = eighths(words, p);
+        std::memcpy(eights_place(record + eights_offset(n_pad), b, p), &found, 4);
+    }
+}
+
+void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, unsigned planes, uint8_t* record) {
     const int64_t n_pad = (n_in + kChunk - 1) / kChunk * kChunk;
     float* d = reinterpret_cast<float*>(record + n_pad);
     float* s = d + n_pad / 32;
     kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first,
                               s + 2 * first);
-    uint8_t* turned = record + turned_offset(n_pad);
-    uint8_t* fours = record + fours_offset(n_pad);
     float* pairs = reinterpret_cast<float*>(record + pairs_offset(n_pad));
     for (int64_t b = first; b < first + n_blocks; ++b) {
-        for (int64_t k = 0; k < 8; ++k)
-            std::memcpy(turned_place(turned, b, k), record + 32 * b + 4 * k, 4);
-        for (int64_t p = 0; p < 4; ++p)
-            for (int64_t k = 0; k < 8; ++k) fours_place(fours, b, p)[k] = record[32 * b + 4 * k + p];
+        put_planes(record + 32 * b, b, n_pad, planes, record);
         pairs[b / 8 * 16 + b % 8] = d[b];
         pairs[b / 8 * 16 + 8 + b % 8] = s[2 * b] + s[2 * b + 1];
     }
 }
 
-void clear_padding(int64_t n_in, uint8_t* record) {
+void clear_padding(int64_t n_in, unsigned planes, uint8_t* record) {
     const int64_t n_pad = (n_in + kChunk - 1) / kChunk * kChunk;
     float* d = reinterpret_cast<float*>(record + n_pad);
     float* s = d + n_pad / 32;
@@ -188,16 +221,14 @@ void clear_padding(int64_t n_in, uint8_t* record) {
     std::fill(s + n_in / 16, s + n_pad / 16, 0.0f);
     float* pairs = reinterpret_cast<float*>(record + pairs_offset(n_pad));
     for (int64_t b = n_in / 32; b < n_pad / 32; ++b) {
-        for (int64_t k = 0; k < 8; ++k)
-            std::fill_n(turned_place(record + turned_offset(n_pad), b, k), 4, uint8_t{0});
-        for (int64_t p = 0; p < 4; ++p) std::fill_n(fours_place(record + fours_offset(n_pad), b, p), 8, uint8_t{0});
+        put_planes(record + 32 * b, b, n_pad, planes, record);
         pairs[b / 8 * 16 + b % 8] = pairs[b / 8 * 16 + 8 + b % 8] = 0.0f;
     }
 }
 
-void quantize_activations(const float* x, int64_t n_in, uint8_t* record) {
-    quantize_range(x, 0, n_in / 32, n_in, record);
-    clear_padding(n_in, record);
+void quantize_activations(const float* x, int64_t n_in, unsigned planes, uint8_t* record) {
+    quantize_range(x, 0, n_in / 32, n_in, planes, record);
+    clear_padding(n_in, planes, record);
 }
 
 void row_products(int type_id, const Rows& rows, const Activations& acts, const int32_t* tokens, int64_t n,

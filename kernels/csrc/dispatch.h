@@ -31,10 +31,11 @@ __attribute__((always_inline)) inline void fetch(const uint8_t* rows, int64_t n_
         __builtin_prefetch(rows + line);
 }
 
-// Writes one record of activation_bytes(n_in): all of it, or blocks of 32 [first, first + n_blocks) of it.
-void quantize_activations(const float* x, int64_t n_in, uint8_t* record);
-void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, uint8_t* record);
-void clear_padding(int64_t n_in, uint8_t* record);
+// Writes one record of activation_bytes(n_in), with these of its planes: all of it, or blocks of 32
+// [first, first + n_blocks) of it.
+void quantize_activations(const float* x, int64_t n_in, unsigned planes, uint8_t* record);
+void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_in, unsigned planes, uint8_t* record);
+void clear_padding(int64_t n_in, unsigned planes, uint8_t* record);
 
 // From this many tokens on (of one expert, of one matrix) integer products take the many-token form. Fewer leave too
 // many of its 16 lanes empty. Measured: types with scales of 32 elements at 7 or 8, the others, which scale twice as many

@@ -5,9 +5,8 @@
 //    * up, where the down projection takes integers quantized by whoever completes a block of 32.
 // 2. For every range of output rows: down products of one expert after the other, added in ascending order.
 //
-// A thread's run of units holds the same rows of every expert, whichever experts a call of few tokens has (where n_ff
-// and hidden can be divided so): all threads have the same to do, and what they read may be in their caches already
-// (lookahead.h).
+// A thread's run of units holds the same rows of every expert, whichever experts a call of few tokens has: all threads
+// have the same to do, and what they read may be in their caches already (lookahead.h).
 //
 // Each product has two forms: row by row, or in tiles and panels for an expert with many tokens (gemm.h).
 
@@ -30,14 +29,17 @@ constexpr int64_t kManyStride = product_stride(kPairsAtOnce);
 int64_t up_rows_of_blocks(const ExpertLayer& layer, int64_t n_active, int n_threads) {
     return std::clamp<int64_t>(round_up(n_active * layer.n_ff / (12 * n_threads), 32), 32, 128);
 }
-// Rows of gate and up, and of down, in a unit of a call of few tokens. A thread's share of an expert is cut into
-// units of the same size, at most 16 for all experts, or one for each: others take what a thread is late with.
-int64_t up_rows(const ExpertLayer& layer, int64_t n_active, int n_threads) {
-    const int64_t share = layer.n_ff / n_threads, least = (share + 127) / 128;
-    for (int64_t n = std::max(16 / n_active, least); n >= least && layer.n_ff % n_threads == 0; --n)
-        if (share % (4 * n) == 0 && share / n >= 16) return share / n;
-    return up_rows_of_blocks(layer, n_active, n_threads);
+// In a call of few tokens an expert's rows of gate and up are cut into n pieces of about the same size, a multiple of
+// 4; piece i begins here.
+int64_t piece_begin(const ExpertLayer& layer, int64_t i, int64_t n) {
+    return i == n ? layer.n_ff : i * (layer.n_ff / 4) / n * 4;
 }
+// As many of them are a thread's share: 16 for all experts together, or one of each. Others take what it is late with.
+int64_t pieces_of_share(const ExpertLayer& layer, int64_t n_active, int n_threads) {
+    const int64_t share = layer.n_ff / n_threads;
+    return std::clamp<int64_t>(16 / n_active, (share + 127) / 128 + (share == 0), std::max<int64_t>(1, share / 16));
+}
+// Rows of down in a unit of such a call.
 int64_t down_rows(const ExpertLayer& layer, int n_threads) {
     return std::clamp<int64_t>(round_up(layer.hidden / (16 * n_threads), 8), 8, 128);
 }
@@ -57,11 +59,14 @@ class Call {
     void run();
 
  private:
-    void find_memory(int64_t tile);
+    void find_memory(bool splits_blocks);
     void pack_unit(int64_t index);
 
     // Each takes the place among the active experts and a range of the product's rows; next: what the thread will
     // probably read after them.
+    struct Piece {
+        int64_t index, first, n_rows;
+    };
     void gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread, const uint8_t* next);
     void gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);
@@ -83,6 +88,11 @@ class Call {
     bool many_down(int64_t index) const {
         return takes_many(layer_.down.type_id, n_tokens(index), job_.float_activations);
     }
+    // The planes that products read.
+    unsigned x_planes() const {
+        return kernels().types[layer_.gate.type_id].planes | kernels().types[layer_.up.type_id].planes;
+    }
+    unsigned h_planes() const { return kernels().types[layer_.down.type_id].planes; }
     const uint8_t* rows(const ExpertStack& stack, int64_t index, int64_t first, int64_t n_in) const {
         return stack.data + routing_.active[index] * stack.expert_stride +
                first * row_bytes(stack.type_id, n_in);
@@ -109,8 +119,8 @@ class Call {
     std::atomic<int32_t>* rows_done_ = nullptr;  // [n_active, n_ff / 32] of each block of h_
 };
 
-// Finds memory for every form of the inputs and of h, of which a unit makes `tile` rows.
-void Call::find_memory(int64_t tile) {
+// Finds memory for every form of the inputs and of h. splits_blocks: units end within blocks of it.
+void Call::find_memory(bool splits_blocks) {
     const int64_t panels = routing_.panel[routing_.n_active];
     if (integers(layer_.gate) || integers(layer_.up)) {
         const int64_t records_bytes = round_up(job_.n_tokens * activation_bytes(hidden_), 64);
@@ -122,7 +132,6 @@ void Call::find_memory(int64_t tile) {
         h_records_ = pool_.shared(ThreadPool::kHiddenQuantized, records_bytes + panels * panel_bytes(n_ff_));
         h_panels_ = reinterpret_cast<PanelChunk*>(h_records_ + records_bytes);
     }
-    const bool splits_blocks = tile % 32 != 0;
     if (!integers(layer_.down) || splits_blocks) {
         const int64_t n_float = routing_.n_pairs * n_ff_, n_block = routing_.n_active * n_ff_ / 32;
         h_ = reinterpret_cast<float*>(pool_.shared(ThreadPool::kHidden, (n_float + n_block) * 4));
@@ -156,8 +165,8 @@ void Call::put_hidden(int64_t index, int64_t t, int64_t first, int64_t n_rows, c
                 pack_zeros(first / 32, n_rows / 32, lane, panel);
     } else {
         uint8_t* record = h_records_ + pair * activation_bytes(n_ff_);
-        quantize_range(values, first / 32, n_rows / 32, n_ff_, record);
-        if (first == 0) clear_padding(n_ff_, record);
+        quantize_range(values, first / 32, n_rows / 32, n_ff_, h_planes(), record);
+        if (first == 0) clear_padding(n_ff_, h_planes(), record);
     }
 }
 
@@ -168,8 +177,8 @@ void Call::quantize_hidden(int64_t index, int64_t first, int64_t n_rows) {
         if (rows_done_[index * n_ff_ / 32 + block].fetch_add(n, std::memory_order_acq_rel) + n < 32) continue;
         for (int64_t pair = routing_.start[index]; pair < routing_.start[index + 1]; ++pair) {
             uint8_t* record = h_records_ + pair * activation_bytes(n_ff_);
-            quantize_range(h_ + pair * n_ff_ + 32 * block, block, 1, n_ff_, record);
-            if (block == 0) clear_padding(n_ff_, record);
+            quantize_range(h_ + pair * n_ff_ + 32 * block, block, 1, n_ff_, h_planes(), record);
+            if (block == 0) clear_padding(n_ff_, h_planes(), record);
         }
     }
 }
@@ -293,64 +302,77 @@ void Call::run() {
         return;
     }
     const int n_threads = pool_.n_threads();
-    const int64_t tile = any_many() ? std::min(up_rows_of_blocks(layer_, routing_.n_active, n_threads),
-                                               rows_in_cache(hidden_, 2))
-                                    : up_rows(layer_, routing_.n_active, n_threads);
-    find_memory(tile);
+    const int64_t n_active = routing_.n_active;
+    const bool many = any_many();
+    const int64_t tile = std::min(up_rows_of_blocks(layer_, n_active, n_threads), rows_in_cache(hidden_, 2));
+    const int64_t tiles = (n_ff_ + tile - 1) / tile;
+    const int64_t per_share = pieces_of_share(layer_, n_active, n_threads), n_pieces = n_threads * per_share;
+    // With many tokens an expert's activations are worth keeping in the cache: one expert after the other.
+    const auto piece = [&](int64_t unit) {
+        if (many) return Piece{unit / tiles, unit % tiles * tile, std::min(tile, n_ff_ - unit % tiles * tile)};
+        const int64_t i = unit / (per_share * n_active) * per_share + unit % per_share;
+        const int64_t first = piece_begin(layer_, i, n_pieces), stop = piece_begin(layer_, i + 1, n_pieces);
+        return Piece{unit / per_share % n_active, first, stop - first};
+    };
+    // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
+    const int64_t out_tile = many ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
+                                  : down_rows(layer_, n_threads);
+    const int64_t n_up = n_active * (many ? tiles : n_pieces), n_down = (hidden_ + out_tile - 1) / out_tile;
+    find_memory(!many && n_ff_ % (32 * n_pieces) != 0);
 
-    const int64_t blocks = hidden_ / 32, blocks_per_unit = std::clamp<int64_t>(blocks / n_threads, 16, 512);
+    const int64_t blocks = hidden_ / 32, blocks_per_unit = std::clamp<int64_t>(round_up(blocks / n_threads, 8), 8, 512);
     const int64_t parts = (blocks + blocks_per_unit - 1) / blocks_per_unit;
     const auto quantize = [&](int64_t unit, int) {
         const int64_t token = unit / parts, first = unit % parts * blocks_per_unit;
         uint8_t* record = x_records_ + token * activation_bytes(hidden_);
         quantize_range(job_.x + token * hidden_ + 32 * first, first, std::min(blocks_per_unit, blocks - first),
-                       hidden_, record);
-        if (first == 0) clear_padding(hidden_, record);
+                       hidden_, x_planes(), record);
+        if (first == 0) clear_padding(hidden_, x_planes(), record);
     };
     const auto pack = [&](int64_t index, int) { pack_unit(index); };
 
-    const int64_t tiles = (n_ff_ + tile - 1) / tile, n_active = routing_.n_active;
-    // With many tokens an expert's activations are worth keeping in the cache: one expert after the other.
-    const auto place = [&](int64_t unit) {
-        return any_many() ? std::pair(unit / tiles, unit % tiles) : std::pair(unit % n_active, unit / n_active);
-    };
-    // Every unit reads all of h: with many tokens that is more than its weights, so there units are larger.
-    const int64_t out_tile =
-        any_many() ? std::clamp<int64_t>(round_up(hidden_ / (2 * n_threads), 16), 16, 64)
-                 : down_rows(layer_, n_threads);
-    const int64_t n_up = n_active * tiles, n_down = (hidden_ + out_tile - 1) / out_tile;
-    const auto gate_up = [&](int64_t unit, int thread) {
-        const auto [index, first] = std::pair(place(unit).first, place(unit).second * tile);
-        const int64_t run = pool_.run_of(unit, n_up);
-        const uint8_t* next = nullptr;
-        if (unit + 1 < pool_.run_begin(run + 1, n_up))
-            next = rows(layer_.gate, place(unit + 1).first, place(unit + 1).second * tile, hidden_);
-        else if (pool_.run_begin(run, n_down) < n_down)
-            next = rows(layer_.down, 0, pool_.run_begin(run, n_down) * out_tile, n_ff_);
-        gate_up_unit(index, first, std::min(tile, n_ff_ - first), thread, next);
+    const auto gate_up = [&](int64_t first, int64_t stop, int thread) {
+        const int64_t run = pool_.run_of(first, n_up);
+        while (first < stop) {
+            Piece here = piece(first++);
+            for (; !many && first < stop && piece(first).index == here.index; ++first)
+                here.n_rows += piece(first).n_rows;
+            const uint8_t* next = nullptr;
+            if (first < pool_.run_begin(run + 1, n_up))
+                next = rows(layer_.gate, piece(first).index, piece(first).first, hidden_);
+            else if (pool_.run_begin(run, n_down) < n_down)
+                next = rows(layer_.down, 0, pool_.run_begin(run, n_down) * out_tile, n_ff_);
+            if (here.n_rows > 0) gate_up_unit(here.index, here.first, here.n_rows, thread, next);
+        }
     };
     const auto fetch_gate_up = [&](int64_t unit, int64_t stop, int part) {
-        const auto [index, first] = std::pair(place(unit + part / 2).first, place(unit + part / 2).second * tile);
+        const int64_t step = many ? 1 : per_share;
+        const Piece here = piece(unit + part / 2 * step);
         const ExpertStack& stack = part % 2 == 0 ? layer_.gate : layer_.up;
-        fetch(rows(stack, index, first, hidden_),
-              std::min(tile, n_ff_ - first) * row_bytes(stack.type_id, hidden_));
-        return unit + (part + 1) / 2 < stop && part + 1 < std::min<int64_t>(2 * n_active, kStreams);
+        fetch(rows(stack, here.index, here.first, hidden_), here.n_rows * row_bytes(stack.type_id, hidden_));
+        return unit + (part + 1) / 2 * step < stop && part + 1 < std::min<int64_t>(2 * n_active, kStreams);
     };
 
-    const auto down = [&](int64_t unit, int thread) {
-        const int64_t first = unit * out_tile, n_rows = std::min(out_tile, hidden_ - first);
-        const bool more = unit + 1 < pool_.run_begin(pool_.run_of(unit, n_down) + 1, n_down);
-        down_unit(first, n_rows, thread, more ? rows(layer_.down, 0, first + n_rows, n_ff_) : nullptr);
+    const auto down = [&](int64_t first, int64_t stop, int thread) {
+        const int64_t first_row = first * out_tile, stop_row = std::min(stop * out_tile, hidden_);
+        const bool more = stop < pool_.run_begin(pool_.run_of(first, n_down) + 1, n_down);
+        down_unit(first_row, stop_row - first_row, thread, more ? rows(layer_.down, 0, stop_row, n_ff_) : nullptr);
     };
     const auto fetch_down = [&](int64_t unit, int64_t stop, int part) {
         const int64_t n_rows = std::min(hidden_, stop * out_tile) - unit * out_tile;
         fetch(rows(layer_.down, part, unit * out_tile, n_ff_),
               n_rows * row_bytes(layer_.down.type_id, n_ff_));
-        return part + 1 < std::min<int64_t>(routing_.n_active, kStreams);
+        return part + 1 < std::min<int64_t>(n_active, kStreams);
     };
-    pool_.run({Loop(x_records_ != nullptr ? job_.n_tokens * parts : 0, quantize),
-               Loop(any_many() ? routing_.n_active : 0, pack),
-               Loop(n_up, gate_up, fetch_gate_up), Loop(n_down, down, fetch_down)},
+    // With many tokens units are large: each is taken by itself.
+    const auto one_of = [](const auto& body) {
+        return [&body](int64_t unit, int thread) { body(unit, unit + 1, thread); };
+    };
+    const auto gate_up_one = one_of(gate_up);
+    const auto down_one = one_of(down);
+    pool_.run({Loop(x_records_ != nullptr ? job_.n_tokens * parts : 0, quantize), Loop(many ? n_active : 0, pack),
+               many ? Loop(n_up, gate_up_one, fetch_gate_up) : Loop(n_up, gate_up, fetch_gate_up),
+               many ? Loop(n_down, down_one, fetch_down) : Loop(n_down, down, fetch_down)},
               job_.beside);
 }
 
@@ -362,24 +384,16 @@ void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job
     Call(pool, layer, job).run();
 }
 
-std::array<Bytes, 3> expert_share(const ExpertLayer& layer, int64_t expert, int64_t index, int64_t n_active,
-                                  int thread, int n_threads) {
+std::array<Bytes, 3> expert_share(const ExpertLayer& layer, int64_t expert, int thread, int n_threads) {
     const auto rows = [&](const ExpertStack& stack, int64_t n_in, int64_t first, int64_t stop) {
         const int64_t n_bytes = row_bytes(stack.type_id, n_in);
-        return Bytes{stack.data + expert * stack.expert_stride + first * n_bytes,
-                     std::max<int64_t>(0, stop - first) * n_bytes};
+        return Bytes{stack.data + expert * stack.expert_stride + first * n_bytes, (stop - first) * n_bytes};
     };
-    const int64_t tile = up_rows(layer, n_active, n_threads);
-    const int64_t n_units = n_active * ((layer.n_ff + tile - 1) / tile);
-    // Of the units [thread, thread + 1) * n_units / n_threads those of the index-th expert; unit u is of expert
-    // u % n_active.
-    const auto up_row = [&](int64_t run) {
-        return std::min((run * n_units / n_threads - index + n_active - 1) / n_active * tile, layer.n_ff);
-    };
+    // Where the pieces of a share begin and end, however many they are.
+    const int64_t first = piece_begin(layer, thread, n_threads), stop = piece_begin(layer, thread + 1, n_threads);
     const int64_t out_tile = down_rows(layer, n_threads), n_out = (layer.hidden + out_tile - 1) / out_tile;
     const auto down_row = [&](int64_t run) { return std::min(run * n_out / n_threads * out_tile, layer.hidden); };
-    return {rows(layer.gate, layer.hidden, up_row(thread), up_row(thread + 1)),
-            rows(layer.up, layer.hidden, up_row(thread), up_row(thread + 1)),
+    return {rows(layer.gate, layer.hidden, first, stop), rows(layer.up, layer.hidden, first, stop),
             rows(layer.down, layer.n_ff, down_row(thread), down_row(thread + 1))};
 }
 

@@ -107,6 +107,7 @@ struct Chunk {
 #include "grids_avx512.inc"
 #include "small_grids_avx512.inc"
 #include "signed_codes_avx512.inc"
+#include "eights_avx512.inc"
 #include "planes_avx512.inc"
 #include "nibbles_avx512.inc"
 #include "superblocks_avx512.inc"
@@ -160,47 +161,80 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
         out[t] = _mm512_reduce_add_ps(_mm512_sub_ps(_mm512_add_ps(acc[t][0], acc[t][1]), low[t]));
 }
 
-template <int T, bool Intel, int N>
-__attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t n_in, const Ahead& ahead,
-                                                    const uint8_t* const* acts, float* out) {
-    if constexpr (has_grid(T))
-        dot_grid<T, BestGrid<T, Intel>, N>(row, n_in, ahead, acts, out);
+// How many rows that follow each other are read at once. Not by every kernel: where it is faster (see there).
+constexpr int rows_at_once(int type_id, bool intel, int64_t n_tokens) {
+    if (has_eights(type_id) || has_two_rows(type_id, intel)) return 2;
+    return is_superblock(type_id) && intel && n_tokens == 1 ? 2 : 1;
+}
+
+// R rows times N tokens.
+template <int T, bool Intel, int R, int N>
+__attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t stride, int64_t n_in,
+                                                    const Ahead& ahead, const uint8_t* const* acts, float* out,
+                                                    int64_t out_stride) {
+    if constexpr (has_eights(T))
+        dot_eights<N>(row, row + (R - 1) * stride, n_in, ahead, acts, out, out + (R - 1) * out_stride);
+    else if constexpr (has_grid(T) && R == 2)
+        dot_grid<T, TwoRows<T>, 2, N>(row, stride, n_in, ahead, acts, out, out_stride);
+    else if constexpr (has_grid(T))
+        dot_grid<T, OneRow<BestGrid<T, Intel>>, 1, N>(row, 0, n_in, ahead, acts, out, 0);
     else if constexpr (has_planes(T))
-        dot_grid<T, PlanesOf<T>, N>(row, n_in, ahead, acts, out);
+        dot_grid<T, OneRow<PlanesOf<T>>, 1, N>(row, 0, n_in, ahead, acts, out, 0);
     else if constexpr (is_superblock(T))
-        dot_superblocks<T, 1, N>(row, 0, n_in, ahead, acts, out, 0);
-    else if constexpr (T == Q4_0 || T == Q4_1 || T == IQ4_NL || T == IQ4_XS || T == MXFP4)
+        dot_superblocks<T, R, N>(row, stride, n_in, ahead, acts, out, out_stride);
+    else if constexpr (has_nibbles(T))
         dot_nibbles<T, N>(row, n_in, ahead, acts, out);
-    else if constexpr (T == TQ1_0 || T == TQ2_0)
+    else if constexpr (is_ternary(T))
         dot_ternary<T, N>(row, n_in, ahead, acts, out);
     else
         dot_rows<T, N>(row, n_in, ahead, acts, out);
+}
+
+template <int T>
+constexpr unsigned planes_read() {
+    if (has_eights(T)) return kEights;
+    if constexpr (has_grid(T))
+        return (BestGrid<T, true>::by_fours ? kFours : kTurned) | (BestGrid<T, false>::by_fours ? kFours : kTurned);
+    if (has_planes(T)) return kFours;
+    return is_superblock(T) || has_nibbles(T) || is_ternary(T) ? kTurned : 0u;
 }
 
 // One token. A function of its own, with copies of what it reads: the compiler makes most constants once, not for
 // every row.
 template <int T, bool Intel>
 __attribute__((noinline)) void dot_one(const Rows rows, const uint8_t* act, float* out, int64_t out_stride) {
+    constexpr int R = rows_at_once(T, Intel, 1);
     const Ahead ahead(rows);
     const uint8_t* row = rows.data;
-    if constexpr (Intel && is_superblock(T))
-        for (; row + rows.stride < rows.end(); row += 2 * rows.stride, out += 2 * out_stride)
-            dot_superblocks<T, 2, 1>(row, rows.stride, rows.n_in, ahead, &act, out, out_stride);
-    for (; row < rows.end(); row += rows.stride, out += out_stride)
-        dot_best<T, Intel, 1>(row, rows.n_in, ahead, &act, out);
+    for (; row + (R - 1) * rows.stride < rows.end(); row += R * rows.stride, out += R * out_stride)
+        dot_best<T, Intel, R, 1>(row, rows.stride, rows.n_in, ahead, &act, out, out_stride);
+    if (R == 2 && row < rows.end())
+        dot_best<T, Intel, 1, 1>(row, rows.stride, rows.n_in, ahead, &act, out, out_stride);
+}
+
+// R rows times any number of tokens.
+template <int T, bool Intel, int R>
+__attribute__((always_inline)) inline void dot_tokens(const uint8_t* row, const Rows& rows, const Ahead& ahead,
+                                                      const uint8_t* const* acts, int64_t n_acts, float* out,
+                                                      int64_t out_stride) {
+    int64_t t = 0;
+    for (; t + 4 <= n_acts; t += 4)
+        dot_best<T, Intel, R, 4>(row, rows.stride, rows.n_in, ahead, acts + t, out + t, out_stride);
+    for (; t + 2 <= n_acts; t += 2)
+        dot_best<T, Intel, R, 2>(row, rows.stride, rows.n_in, ahead, acts + t, out + t, out_stride);
+    if (t < n_acts) dot_best<T, Intel, R, 1>(row, rows.stride, rows.n_in, ahead, acts + t, out + t, out_stride);
 }
 
 template <int T, bool Intel>
 inline void dot_by(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* out,
                    int64_t out_stride) {
     if (n_acts == 1) return dot_one<T, Intel>(rows, acts[0], out, out_stride);
+    constexpr int R = rows_at_once(T, Intel, 2);
     const Ahead ahead(rows);
-    for (const uint8_t* row = rows.data; row < rows.end(); row += rows.stride, out += out_stride) {
-        int64_t t = 0;
-        for (; t + 4 <= n_acts; t += 4) dot_best<T, Intel, 4>(row, rows.n_in, ahead, acts + t, out + t);
-        for (; t + 2 <= n_acts; t += 2) dot_best<T, Intel, 2>(row, rows.n_in, ahead, acts + t, out + t);
-        if (t < n_acts) dot_best<T, Intel, 1>(row, rows.n_in, ahead, acts + t, out + t);
-    }
+    const uint8_t* row = rows.data;
+    for (; row + (R - 1) * rows.stride < rows.end(); row += R * rows.stride, out += R * out_stride)
+        dot_tokens<T, Intel, R>(row, rows, ahead, acts, n_acts, out, out_stride);
+    if (R == 2 && row < rows.end()) dot_tokens<T, Intel, 1>(row, rows, ahead, acts, n_acts, out, out_stride);
 }
 
 template <int T>

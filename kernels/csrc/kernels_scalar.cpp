@@ -57,6 +57,10 @@ void dot(const Rows& rows, const uint8_t* const* acts, int64_t n_acts, float* ou
 
 // No many-token form: nothing here is fast.
 template <int T>
+constexpr unsigned planes_read() {
+    return 0;
+}
+template <int T>
 constexpr ExpandFn expand_function() {
     return nullptr;
 }

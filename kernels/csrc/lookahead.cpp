@@ -31,10 +31,6 @@ void Lookahead::begin(const ExpertLayer& layer, const std::vector<int32_t>& expe
     if (experts.empty() || thread_bytes_ == 0 || !pool_.mutex().try_lock()) return;
     layer_ = &layer;
     experts_ = experts;
-    index_.clear();
-    for (int32_t expert : experts)
-        index_.push_back(static_cast<int32_t>(
-            std::count_if(experts.begin(), experts.end(), [&](int32_t other) { return other < expert; })));
     std::fill(places_.begin(), places_.end(), Place{});
     n_pulling_.store(pool_.n_threads() - 1, std::memory_order_relaxed);
     stop_.store(false, std::memory_order_relaxed);
@@ -67,8 +63,7 @@ bool Lookahead::pull_some(int thread) {
     if (place.rest.n_bytes == 0) {
         if (place.next == 3 * experts_.size()) return false;
         const size_t i = place.next / 3, part = place.next % 3;
-        place.rest = expert_share(*layer_, experts_[i], index_[i], static_cast<int64_t>(experts_.size()), thread,
-                                  pool_.n_threads())[part];
+        place.rest = expert_share(*layer_, experts_[i], thread, pool_.n_threads())[part];
         ++place.next;
     }
     const int64_t n_bytes = std::min({kPull, place.rest.n_bytes, thread_bytes_ - place.n_pulled});

@@ -47,7 +47,7 @@ class Lookahead {
     const Body body_{this};
     bool running_ = false;
     const ExpertLayer* layer_ = nullptr;
-    std::vector<int32_t> experts_, index_;  // and the place of each in ascending order
+    std::vector<int32_t> experts_;
     std::vector<Place> places_;             // by thread
     std::atomic<int> n_pulling_{0};         // threads that have not pulled everything
     std::atomic<bool> stop_{false};

@@ -21,10 +21,11 @@ void few_tokens(ThreadPool& pool, const Matmul& job) {
     if (uses_integers(job.type_id, job.float_activations)) {
         quantized = pool.shared(ThreadPool::kActivations, n_rows * record);
         const int64_t per_unit = std::max<int64_t>(1, 16384 / job.n_in);
+        const unsigned planes = kernels().types[job.type_id].planes;
         pool.run((n_rows + per_unit - 1) / per_unit, [&](int64_t unit, int) {
             const int64_t stop = std::min(n_rows, (unit + 1) * per_unit);
             for (int64_t r = unit * per_unit; r < stop; ++r)
-                quantize_activations(job.x + r * job.n_in, job.n_in, quantized + r * record);
+                quantize_activations(job.x + r * job.n_in, job.n_in, planes, quantized + r * record);
         });
     }
 

@@ -99,13 +99,12 @@ struct ExpertFfn {
 };
 void expert_ffn(ThreadPool& pool, const ExpertLayer& layer, const ExpertFfn& job);
 
-// What a thread reads of expert `expert`, the index-th of n_active, in a call of few tokens: rows of gate, of up
-// and of down. Nearly the same whatever the call's other experts are.
+// What a thread reads of an expert in a call of few tokens: rows of gate, of up and of down. It is the same whatever
+// the call's other experts are.
 struct Bytes {
     const uint8_t* data;
     int64_t n_bytes;
 };
-std::array<Bytes, 3> expert_share(const ExpertLayer& layer, int64_t expert, int64_t index, int64_t n_active,
-                                  int thread, int n_threads);
+std::array<Bytes, 3> expert_share(const ExpertLayer& layer, int64_t expert, int thread, int n_threads);
 
 }  // namespace moe

@@ -101,19 +101,23 @@ constexpr bool has_wide_codes(int type_id) { return type_id == Q8_0 || type_id =
 // one.
 constexpr int kChunk = 256;
 
-// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Six planes in one record:
+// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Seven planes in one record, of
+// which turned, fours and eights are there only for kernels that read them (TypeKernels::planes):
 //   int8  q[n_pad]
 //   float d[n_pad / 32]   scale of 32 elements
 //   float s[n_pad / 16]   d * sum of 16 q: turns a weight's offset or minimum into one small dot product
 //   int8  turned[n_pad]   q again: q[32 j + 16 g + 8 i + 4 h + k] of a chunk at 128 g + 64 h + 8 j + 4 i + k
 //   float pairs[n_pad / 16]   of each chunk the 8 d, then the 8 d * sum of 32 q
 //   int8  fours[n_pad]    q again: q[4 i + p] of a chunk at 64 p + i
+//   int8  eights[n_pad]   q again: q[8 i + p] of a chunk at 32 p + i
+constexpr unsigned kTurned = 1, kFours = 2, kEights = 4;  // a bit for each of these planes
 static constexpr int64_t activation_bytes(int64_t n_in) {
-    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk + 64 + kChunk);
+    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk + 64 + kChunk + kChunk);
 }
 static constexpr int64_t turned_offset(int64_t n_pad) { return n_pad + n_pad / 8 + n_pad / 4; }
 static constexpr int64_t pairs_offset(int64_t n_pad) { return turned_offset(n_pad) + n_pad; }
 static constexpr int64_t fours_offset(int64_t n_pad) { return pairs_offset(n_pad) + n_pad / 4; }
+static constexpr int64_t eights_offset(int64_t n_pad) { return fours_offset(n_pad) + n_pad; }
 
 // How far ahead kernels ask for weights. On a Zen 5 server 8 KiB gave 10 to 30 % more from memory than the
 // hardware's own prefetching, and nothing was lost in the cache; on Sapphire Rapids it is a few percent better
@@ -185,6 +189,7 @@ struct TypeKernels {
     DotFloatsFn dot_floats;  // null for the others
     ExpandFn expand;         // null for float types and in tiers without the many-token form
     MultiplyFn multiply;     // of the tiles that expand fills
+    unsigned planes;         // of the activations, which dot reads: kTurned and so on
 };
 constexpr int64_t kFloatRows = 4;
 struct TierKernels {
@@ -209,6 +214,7 @@ extern const MultiplyFn kAmxMultiply;
 // A grid of up to 1024 groups, each packed to 16 bits: ranks of 8 values of 2 bits, or of 4 values of 4 bits.
 struct PackedGrid {
     alignas(64) uint16_t groups[1024];
+    alignas(64) uint8_t first[1024], second[1024];  // the two bytes of each
     uint8_t levels[16], next_levels[16];  // by 4 bits: the value of the first rank in them, and of the next
     uint8_t signed_levels[64];  // by 6 bits: 64 + the value of the first rank, or 64 - it, where the bit above it is set
 };

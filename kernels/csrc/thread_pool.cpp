@@ -161,7 +161,7 @@ void ThreadPool::wait_for_workers() {
 }
 
 void ThreadPool::work(int thread) {
-    if (aside_) return loops_[0].body(thread, thread);
+    if (aside_) return loops_[0].body(thread, thread + 1, thread);
     for (int i = 0; i < n_loops_; ++i) {
         const auto done = static_cast<uint64_t>(do_units(i, thread));
         if (i + 1 == n_loops_) break;  // the caller waits until all have left
@@ -190,16 +190,17 @@ int64_t ThreadPool::do_units(int loop, int thread) {
             const auto behind = static_cast<int32_t>(static_cast<uint32_t>(place >> 32) - ticket);
             const int64_t unit = behind < 0 ? run_begin(owner, n_units) : static_cast<int64_t>(place & 0xffffffff);
             if (behind > 0 || unit >= stop) break;
-            const uint64_t next = uint64_t{ticket} << 32 | static_cast<uint64_t>(unit + 1);
+            const int64_t n_here = loops_[loop].in_ranges && i == 0 ? (stop - unit + 2) / 3 : 1;
+            const uint64_t next = uint64_t{ticket} << 32 | static_cast<uint64_t>(unit + n_here);
             if (!run.compare_exchange_weak(place, next, std::memory_order_relaxed)) continue;
             place = next;
             try {
-                loops_[loop].body(unit, thread);
+                loops_[loop].body(unit, unit + n_here, thread);
             } catch (...) {
                 std::lock_guard<std::mutex> lock(error_mutex_);
                 if (!error_) error_ = std::current_exception();
             }
-            ++n_done;
+            n_done += n_here;
         }
     }
     return n_done;

@@ -1,9 +1,10 @@
 // A fixed team of threads for chains of short parallel loops, with reusable scratch memory.
 //
 // The calling thread works as thread 0, so a pool of n holds n - 1 threads of its own. Every thread has a
-// run of neighbouring units, which it takes one by one, and then takes single ones of the others' runs:
-// neighbours in memory stay with one thread, whose prefetches then reach its own next unit, and a thread
-// that the system takes off its processor delays a loop by no more than the unit it holds.
+// run of neighbouring units, which it takes one by one, or in a loop of ranges a third of what is left of it at a
+// time, and then takes single ones of the others' runs: neighbours in memory stay with one thread, whose prefetches
+// then reach its own next unit, and a thread that the system takes off its processor delays a loop by no more than
+// what it holds.
 //
 // The loops of a chain follow each other without the caller: the threads go on as soon as all units of a
 // loop are done, and may fetch what they need next while they wait. Between chains the threads spin for a
@@ -21,6 +22,7 @@
 #include <initializer_list>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace moe {
@@ -48,7 +50,8 @@ struct PoolOptions {
     bool pin = true;
 };
 
-// body(unit, thread) for every unit in [0, n_units), in no fixed order. warm(first, stop, part) is called on
+// body(unit, thread) for every unit in [0, n_units), in no fixed order; in a loop of ranges body(first, stop, thread),
+// for units of one run. warm(first, stop, part) is called on
 // threads that have to wait before the loop, with the run of units that will be theirs, to fetch a part of
 // it into their cache: with part = 0, 1 and so on, until it returns false or the loop begins. Both are
 // referred to, not copied.
@@ -56,9 +59,14 @@ class Loop {
  public:
     template <typename Body>
     Loop(int64_t n_units, const Body& body)
-        : n_units(n_units), body_(&body), call_body_([](const void* body, int64_t unit, int thread) {
-              (*static_cast<const Body*>(body))(unit, thread);
-          }) {}
+        : n_units(n_units), in_ranges(std::is_invocable_v<Body, int64_t, int64_t, int>), body_(&body) {
+        call_body_ = [](const void* body, int64_t first, int64_t stop, int thread) {
+            if constexpr (std::is_invocable_v<Body, int64_t, int64_t, int>)
+                (*static_cast<const Body*>(body))(first, stop, thread);
+            else
+                for (; first < stop; ++first) (*static_cast<const Body*>(body))(first, thread);
+        };
+    }
     template <typename Body, typename Warm>
     Loop(int64_t n_units, const Body& body, const Warm& warm) : Loop(n_units, body) {
         warm_ = &warm;
@@ -68,15 +76,16 @@ class Loop {
     }
     Loop() = default;
 
-    void body(int64_t unit, int thread) const { call_body_(body_, unit, thread); }
+    void body(int64_t first, int64_t stop, int thread) const { call_body_(body_, first, stop, thread); }
     bool warm(int64_t first, int64_t stop, int part) const {
         return warm_ != nullptr && call_warm_(warm_, first, stop, part);
     }
     int64_t n_units = 0;
+    bool in_ranges = false;
 
  private:
     const void *body_ = nullptr, *warm_ = nullptr;
-    void (*call_body_)(const void*, int64_t, int) = nullptr;
+    void (*call_body_)(const void*, int64_t, int64_t, int) = nullptr;
     bool (*call_warm_)(const void*, int64_t, int64_t, int) = nullptr;
 };
 
