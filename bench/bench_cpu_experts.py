@@ -9,7 +9,8 @@ call, however many tokens use it. The memory's rate is that of a loop on the sam
 stacks, in turns with the calls: the median of a row's own turns. Where llama.cpp's libraries are found (in an installed
 llama-cpp-python, or in the folder of --ggml-lib), its CPU backend computes the same layer from the same bytes for the
 same tokens and experts, in turns with ours, and the results are compared. Times are medians, of calls of the library
-itself, as the decode worker makes them: what Python's checks cost is not in them.
+itself, as the decode worker makes them: what Python's checks cost is not in them. With --rounds all is measured so many
+times over, and each number is the median: shared hosts change their speed within seconds.
 """
 
 import argparse
@@ -19,10 +20,11 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -186,6 +188,15 @@ def measure(
     return row, statistics.median(rates)
 
 
+def medians(rows: Sequence[Row]) -> Row:
+    """Of the same row measured several times: each number's median."""
+    numbers: dict[str, Any] = {}
+    for name in ("us", "gb_s", "read_gb_s", "share", "llama_us", "speedup", "difference"):
+        values = [getattr(row, name) for row in rows]
+        numbers[name] = None if None in values else statistics.median(values)
+    return replace(rows[0], **numbers)
+
+
 def show(rows: list[Row], title: str) -> None:
     table = Table(title=title, title_justify="left")
     for name in ("shape", "type", "T", "threads", "us", "GB/s", "of memory", "llama.cpp us", "speed-up", "difference"):
@@ -207,6 +218,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", default=threads)
     parser.add_argument("--pool-mib", type=int, default=1024, help="memory of the pool of experts")
     parser.add_argument("--seconds", type=float, default=0.15, help="shortest measurement")
+    parser.add_argument("--rounds", type=int, default=1, help="measure everything so many times, and take medians")
     parser.add_argument("--spin", type=int, default=100, help="microseconds that idle threads spin")
     parser.add_argument("--no-pin", action="store_true", help="let the system move the threads")
     parser.add_argument("--ggml-lib", type=Path, default=find_folder(), help="folder of llama.cpp's shared libraries")
@@ -224,19 +236,23 @@ def main() -> None:
         args.shapes, args.pool_mib, args.seconds, args.tokens = "tiny", 4, 0.001, "1,5"
     shapes = (TINY if args.tiny else SHAPES) | SHAPES
     pools = [CpuKernels(int(n), spin_microseconds=args.spin, pin=not args.no_pin) for n in args.threads.split(",")]
-    rows: list[Row] = []
-    for shape_name in args.shapes.split(","):
-        shape = shapes[shape_name]
-        for name in args.types.split(","):
-            if shape.n_ff % BY_NAME[name].block_size:
-                continue
-            stacks = pool_of_experts(BY_NAME[name], shape, args.pool_mib << 20)
-            handle = pools[0].register_experts(*stacks)
-            for kernels in pools:
-                for n_tokens in map(int, args.tokens.split(",")):
-                    row, rate = measure(handle, shape, kernels, ggml, n_tokens, args.seconds)
-                    row.shape, row.read_gb_s, row.share = shape_name, rate, row.gb_s / rate
-                    rows.append(row)
+    rounds: list[list[Row]] = []
+    for _ in range(args.rounds):
+        rows: list[Row] = []
+        rounds.append(rows)
+        for shape_name in args.shapes.split(","):
+            shape = shapes[shape_name]
+            for name in args.types.split(","):
+                if shape.n_ff % BY_NAME[name].block_size:
+                    continue
+                stacks = pool_of_experts(BY_NAME[name], shape, args.pool_mib << 20)
+                handle = pools[0].register_experts(*stacks)
+                for kernels in pools:
+                    for n_tokens in map(int, args.tokens.split(",")):
+                        row, rate = measure(handle, shape, kernels, ggml, n_tokens, args.seconds)
+                        row.shape, row.read_gb_s, row.share = shape_name, rate, row.gb_s / rate
+                        rows.append(row)
+    rows = [medians(of_one) for of_one in zip(*rounds, strict=True)]
     show(rows, f"{processor()}, {_cpu.tier()}, a pool of {args.pool_mib} MiB")
     for kernels in pools:
         rates = [row.read_gb_s for row in rows if row.threads == kernels.threads]
@@ -251,6 +267,7 @@ def main() -> None:
             "processor": processor(),
             "tier": _cpu.tier(),
             "pool_mib": args.pool_mib,
+            "rounds": args.rounds,
             "rows": [asdict(r) for r in rows],
         }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
