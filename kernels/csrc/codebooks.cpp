@@ -6,16 +6,9 @@
 
 #include "dispatch.h"
 
-#include "blocks.inc"
-
 namespace moe {
 
 Codebooks g_codebooks;
-const F16Table g_f16;
-
-F16Table::F16Table() {
-    for (uint32_t half = 0; half < 1 << 16; ++half) of[half] = f16_to_f32(static_cast<uint16_t>(half));
-}
 
 namespace {
 

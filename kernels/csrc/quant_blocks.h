@@ -242,11 +242,4 @@ struct Codebooks {
 };
 extern Codebooks g_codebooks;
 
-// Every f16 as a float. A load that spreads one over a vector takes no arithmetic unit, a conversion three times one.
-struct F16Table {
-    float of[1 << 16];
-    F16Table();
-};
-extern const F16Table g_f16;
-
 }  // namespace moe
