@@ -205,7 +205,8 @@ def test_gather() -> None:
         POOLS[1, False].gather(weight, torch.tensor([50]))
 
 
-# Types of gate, up and down: the common mixes, fallbacks, floats beside integers.
+# Types of gate, up and down: the common mixes, fallbacks, floats beside integers, gate and up that read their input in
+# different orders.
 MIXES = [
     ("Q4_K", "Q4_K", "Q6_K"),
     ("Q8_0", "Q5_0", "Q4_0"),
@@ -214,6 +215,7 @@ MIXES = [
     ("BF16", "Q4_K", "F16"),
     ("F32", "F32", "Q8_0"),
     ("NVFP4", "TQ2_0", "Q5_1"),
+    ("Q2_K", "IQ2_XXS", "IQ2_XS"),
 ]
 N_EXPERT, HIDDEN, N_FF = 6, 256, 160
 
