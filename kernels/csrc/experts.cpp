@@ -62,11 +62,12 @@ class Call {
     void find_memory(bool splits_blocks);
     void pack_unit(int64_t index);
 
-    // Each takes the place among the active experts and a range of the product's rows; next: what the thread will
-    // probably read after them.
-    struct Piece {
+    struct Piece {  // of gate and up: the place among the active experts, and a range of rows
         int64_t index, first, n_rows;
     };
+
+    // Each takes the place among the active experts and a range of the product's rows; next: what the thread will
+    // probably read after them.
     void gate_up_unit(int64_t index, int64_t first, int64_t n_rows, int thread, const uint8_t* next);
     void gate_up_few(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch, const uint8_t* next);
     void gate_up_many(int64_t index, int64_t first, int64_t n_rows, uint8_t* scratch);

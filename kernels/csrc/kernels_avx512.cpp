@@ -20,15 +20,8 @@ namespace moe {
 namespace {
 
 // Intel's cores since Sapphire Rapids: there gathers beat single loads by a third to a half (older ones got slow gathers
-// from a security fix), and two rows at once one after the other. MOE_RECENT_INTEL, true or false, answers in a test
-// build.
-inline bool is_recent_intel() {
-#if defined(MOE_RECENT_INTEL)
-    return MOE_RECENT_INTEL;
-#else
-    return __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16");
-#endif
-}
+// from a security fix), and two rows at once one after the other.
+inline bool is_recent_intel() { return __builtin_cpu_is("intel") && __builtin_cpu_supports("avx512bf16"); }
 
 inline __m512i load64(const void* p) { return _mm512_loadu_si512(p); }
 inline __m512i twice32(const uint8_t* p) {
