@@ -160,15 +160,15 @@ constexpr int rows_at_once(int type_id, bool intel, int64_t n_tokens) {
     return is_superblock(type_id) && intel && n_tokens == 1 ? 2 : 1;
 }
 
-// R rows times N tokens.
+// R rows times N tokens. What takes two gets a single row twice.
 template <int T, bool Intel, int R, int N>
 __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t stride, int64_t n_in,
                                                     const Ahead& ahead, const uint8_t* const* acts, float* out,
                                                     int64_t out_stride) {
     if constexpr (has_eights(T))
         dot_eights<N>(row, row + (R - 1) * stride, n_in, ahead, acts, out, out + (R - 1) * out_stride);
-    else if constexpr (has_grid(T) && R == 2)
-        dot_grid<T, TwoRows<T>, 2, N>(row, stride, n_in, ahead, acts, out, out_stride);
+    else if constexpr (has_two_rows(T, Intel))
+        dot_grid<T, TwoRows<T>, 2, N>(row, (R - 1) * stride, n_in, ahead, acts, out, (R - 1) * out_stride);
     else if constexpr (has_grid(T))
         dot_grid<T, OneRow<BestGrid<T, Intel>>, 1, N>(row, 0, n_in, ahead, acts, out, 0);
     else if constexpr (has_planes(T))
@@ -183,13 +183,16 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
         dot_rows<T, N>(row, n_in, ahead, acts, out);
 }
 
+template <int T, bool Intel>
+constexpr unsigned planes_read_by() {
+    if (has_eights(T)) return kEights;
+    if (has_two_rows(T, Intel) || has_planes(T)) return kFours;
+    if constexpr (has_grid(T)) return BestGrid<T, Intel>::by_fours ? kFours : kTurned;
+    return is_superblock(T) || has_nibbles(T) || is_ternary(T) ? kTurned : 0u;
+}
 template <int T>
 constexpr unsigned planes_read() {
-    if (has_eights(T)) return kEights;
-    if constexpr (has_grid(T))
-        return (BestGrid<T, true>::by_fours ? kFours : kTurned) | (BestGrid<T, false>::by_fours ? kFours : kTurned);
-    if (has_planes(T)) return kFours;
-    return is_superblock(T) || has_nibbles(T) || is_ternary(T) ? kTurned : 0u;
+    return planes_read_by<T, true>() | planes_read_by<T, false>();
 }
 
 // One token. A function of its own, with copies of what it reads: the compiler makes most constants once, not for
