@@ -73,6 +73,24 @@ void pack_pairs(const int8_t* grid, int64_t n_bytes, PairGrid* packed) {
     fill_signed_levels(values, 3, packed->signed_levels);
 }
 
+void pack_ternary(const int8_t* grid, TernaryGrid* packed) {
+    for (int i = 0; i < 2048; ++i) {
+        const auto bits = [&](int from) {
+            int four = 0;
+            for (int k = 0; k < 4; ++k) four |= (grid[8 * i + from + k] + 1) << 2 * k;
+            return static_cast<uint8_t>(four);
+        };
+        packed->first[i] = bits(0);
+        const uint8_t second = bits(4);
+        const int n = i / 16;
+        if (i % 16 == 0) packed->second[n] = second, packed->next_second[n] = second, packed->next_from[n] = 16;
+        if (second == packed->next_second[n]) continue;
+        if (packed->next_from[n] < 16) throw std::invalid_argument("the codebook does not ascend");
+        packed->next_second[n] = second, packed->next_from[n] = static_cast<uint8_t>(i % 16);
+    }
+    for (int i = 0; i < 64; ++i) packed->shifted_levels[i] = static_cast<uint8_t>(8 * (i % 4) + (i & 4 ? 0 : 2));
+}
+
 void fill_sign_tables() {
     for (int bits = 0; bits < 256; ++bits) {
         uint64_t bytes = 0;
@@ -120,6 +138,7 @@ void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
             return pack_grid(grid, n_bytes, 4, &books.iq3_s_packed);
         case IQ1_S: {
             pack_ranks(grid, n_bytes, books.iq1_ranks, unused);
+            pack_ternary(grid, &books.iq1_ternary);
             uint8_t* bytes = reinterpret_cast<uint8_t*>(books.iq1);
             for (int64_t i = 0; i < n_bytes; ++i) {
                 bytes[i] = static_cast<uint8_t>(8 * grid[i] + 10);

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "rows.inc"
 
@@ -156,7 +157,8 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
 
 // How many rows that follow each other are read at once. Not by every kernel: where it is faster (see there).
 constexpr int rows_at_once(int type_id, bool intel, int64_t n_tokens) {
-    if (has_eights(type_id) || has_two_rows(type_id, intel)) return 2;
+    if (has_eights(type_id, intel) || has_pairs(type_id, intel))
+        return n_tokens == 1 && !intel && has_large_grid(type_id) ? 4 : 2;
     return is_superblock(type_id) && intel && n_tokens == 1 ? 2 : 1;
 }
 
@@ -164,10 +166,10 @@ constexpr int rows_at_once(int type_id, bool intel, int64_t n_tokens) {
 template <int T, bool Intel, int R, int N>
 __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t stride, int64_t n_in,
                                                     const Ahead& ahead, const uint8_t* const* acts, __m512* sums) {
-    if constexpr (has_eights(T))
-        dot_eights<N>(row, row + stride, n_in, ahead, acts, sums);
-    else if constexpr (has_two_rows(T, Intel))
-        dot_grid<T, TwoRows<T>, 2, N>(row, stride, n_in, ahead, acts, sums);
+    if constexpr (has_eights(T, Intel))
+        dot_eights<T, Intel, R / 2, N>(row, stride, n_in, ahead, acts, sums);
+    else if constexpr (has_pairs(T, Intel))
+        dot_grid<T, PairsOfRows<T, Intel, R / 2>, R, N>(row, stride, n_in, ahead, acts, sums);
     else if constexpr (has_grid(T))
         dot_grid<T, OneRow<BestGrid<T, Intel>>, 1, N>(row, 0, n_in, ahead, acts, sums);
     else if constexpr (has_planes(T))
@@ -196,8 +198,8 @@ inline __m128 sums_of_four(const __m512* v) {
 
 template <int T, bool Intel>
 constexpr unsigned planes_read_by() {
-    if (has_eights(T)) return kEights;
-    if (has_two_rows(T, Intel) || has_planes(T)) return kFours;
+    if (has_eights(T, Intel)) return kEights;
+    if (has_pairs(T, Intel) || has_planes(T)) return kFours;
     if constexpr (has_grid(T)) return BestGrid<T, Intel>::by_fours ? kFours : kTurned;
     return is_superblock(T) || has_nibbles(T) || is_ternary(T) ? kTurned : 0u;
 }
@@ -206,23 +208,22 @@ constexpr unsigned planes_read() {
     return planes_read_by<T, true>() | planes_read_by<T, false>();
 }
 
-// One token, four rows at a time; behind the last row it counts once more. A function of its own, with copies of what it
-// reads: the compiler makes most constants once, not for every row.
+// One token, four rows at a time; what is left behind them one by one, as four of the same. A function of its own, with
+// copies of what it reads: the compiler makes most constants once, not for every row.
 template <int T, bool Intel>
 __attribute__((noinline)) void dot_one(const Rows rows, const uint8_t* act, float* out, int64_t out_stride) {
     constexpr int R = rows_at_once(T, Intel, 1);
     const Ahead ahead(rows);
-    const uint8_t* const last = rows.end() - rows.stride;
-    for (int64_t r = 0; r < rows.n_rows; r += 4) {
+    for (int64_t r = 0, n = 4; r < rows.n_rows; r += n) {
+        if (rows.n_rows - r < 4) n = 1;
+        const int64_t stride = n == 4 ? rows.stride : 0;
         __m512 sums[4];
 #pragma GCC unroll 1
-        for (int i = 0; i < 4; i += R) {
-            const uint8_t* row = std::min(rows.data + (r + i) * rows.stride, last);
-            dot_best<T, Intel, R, 1>(row, std::min(rows.stride, last - row), rows.n_in, ahead, &act, sums + i);
-        }
+        for (int i = 0; i < 4; i += R)
+            dot_best<T, Intel, R, 1>(rows.data + r * rows.stride + i * stride, stride, rows.n_in, ahead, &act, sums + i);
         alignas(16) float products[4];
         _mm_store_ps(products, sums_of_four(sums));
-        for (int64_t i = 0; i < std::min<int64_t>(4, rows.n_rows - r); ++i) out[(r + i) * out_stride] = products[i];
+        for (int64_t i = 0; i < n; ++i) out[(r + i) * out_stride] = products[i];
     }
 }
 

@@ -226,6 +226,14 @@ struct PairGrid {
     uint8_t signed_levels[64];  // as above, ranks of 3 bits
 };
 
+// The grid of IQ1: 2048 groups of eight values of three. It ascends, the last element counting most, so that groups of 16
+// neighbours have, of elements 4 to 7, all the same or two kinds. Two bits a value, plus one.
+struct TernaryGrid {
+    alignas(64) uint8_t first[2048];  // elements 0 to 3
+    alignas(64) uint8_t second[128], next_second[128], next_from[128];  // by 16 neighbours: the others, and where which
+    alignas(64) uint8_t shifted_levels[64];  // by 6 bits: 8 * value + 10, or, where the third bit is set, + 8
+};
+
 // Codebooks, filled by set_codebook(). Constants of the formats are in blocks.inc.
 struct Codebooks {
     uint64_t iq2_xxs[256], iq2_xs[512], iq2_s[1024];  // eight magnitudes
@@ -236,6 +244,7 @@ struct Codebooks {
     uint32_t iq1_ranks[4096];  // all once more with 4 added, where IQ1_M shifts a group down
     uint8_t iq2_levels[16];                           // magnitude by rank
     PairGrid iq3_xxs_pairs, iq3_s_pairs;
+    TernaryGrid iq1_ternary;
     PackedGrid iq2_xxs_packed, iq2_xs_packed, iq2_s_packed, iq3_xxs_packed, iq3_s_packed;
     uint64_t sign_bytes[256];  // 0xff where the bit is set
     uint64_t even_sign_bytes[128];  // of a 7-bit sign code: an eighth bit on top makes their number even

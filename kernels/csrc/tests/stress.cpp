@@ -236,8 +236,9 @@ int main(int argc, char** argv) {
                                          {moe::IQ3_S, 512 * 4},   {moe::IQ1_S, 2048 * 8}};
     for (const auto& [type, n_bytes] : grids) {
         std::vector<int8_t> grid(static_cast<size_t>(n_bytes));
-        for (size_t i = 0; i < grid.size(); ++i)
-            grid[i] = static_cast<int8_t>(static_cast<int>(i * 7 % 3) - (type == moe::IQ1_S ? 1 : -1));
+        for (size_t i = 0; i < grid.size(); ++i) grid[i] = static_cast<int8_t>(i * 7 % 3 + 1);
+        for (int i = 0; type == moe::IQ1_S && i < 2048; ++i)  // the number's digits: it has to ascend
+            for (int k = 0, rest = i; k < 8; ++k, rest /= 3) grid[static_cast<size_t>(8 * i + k)] = static_cast<int8_t>(rest % 3 - 1);
         moe::set_codebook(type, grid.data(), n_bytes);
     }
     const auto start = std::chrono::steady_clock::now();
