@@ -33,12 +33,12 @@ void pack_ranks(const int8_t* grid, int64_t n_bytes, uint32_t* packed, uint8_t* 
         packed[i / 8] |= rank_in(values, grid[i]) << (8 * (i % 4) + i % 8 / 4 * 4);
 }
 
-// Of ranks of so many bits, the sign above them.
-void fill_signed_levels(std::vector<int8_t> values, int bits, uint8_t (&levels)[64]) {
-    values.resize(size_t{1} << bits);
+// 64 plus or minus the value, by 6 bits that rank and minus read.
+template <class Rank, class Minus>
+void fill_signed_levels(const std::vector<int8_t>& values, uint8_t (&levels)[64], const Rank& rank, const Minus& minus) {
     for (size_t i = 0; i < 64; ++i) {
-        const int value = values[i % values.size()];
-        levels[i] = static_cast<uint8_t>(i & values.size() ? 64 - value : 64 + value);
+        const int value = rank(i) < values.size() ? values[rank(i)] : 0;
+        levels[i] = static_cast<uint8_t>(minus(i) ? 64 - value : 64 + value);
     }
 }
 
@@ -58,19 +58,40 @@ void pack_grid(const int8_t* grid, int64_t n_bytes, int group, PackedGrid* packe
         packed->levels[i] = static_cast<uint8_t>(values[i & mask]);
         packed->next_levels[i] = static_cast<uint8_t>(values[i >> bits & mask]);
     }
-    fill_signed_levels(values, bits, packed->signed_levels);
+    for (int k = 0; k < 2; ++k)
+        fill_signed_levels(
+            values, packed->signed_levels[k], [k](size_t i) { return i >> 2 * k & 3; },
+            [k](size_t i) { return i >> (4 + k) & 1; });
 }
 
-// Groups of four values, as pairs of 4-bit ranks.
+// Groups of four values, as pairs of ranks.
 void pack_pairs(const int8_t* grid, int64_t n_bytes, PairGrid* packed) {
-    std::vector<int8_t> values = values_of(grid, n_bytes, 8);
+    const std::vector<int8_t> values = values_of(grid, n_bytes, 8);
     for (int64_t i = 0; i < n_bytes / 4; ++i) {
         const auto pair = [&](int64_t k) {
-            return static_cast<uint8_t>(rank_in(values, grid[k]) | rank_in(values, grid[k + 1]) << 4);
+            return static_cast<uint8_t>(rank_in(values, grid[k]) | rank_in(values, grid[k + 1]) << 5);
         };
         packed->first[i] = pair(4 * i), packed->second[i] = pair(4 * i + 2);
     }
-    fill_signed_levels(values, 3, packed->signed_levels);
+    fill_signed_levels(
+        values, packed->signed_levels[0], [](size_t i) { return i & 7; }, [](size_t i) { return i >> 3 & 1; });
+    fill_signed_levels(
+        values, packed->signed_levels[1], [](size_t i) { return i >> 3; }, [](size_t i) { return i >> 2 & 1; });
+}
+
+void pack_spaced(const int8_t* grid, int64_t n_bytes, SpacedGrid* packed) {
+    const std::vector<int8_t> values = values_of(grid, n_bytes, 4);
+    std::fill_n(packed->groups, n_bytes / 8, 0);
+    for (int64_t i = 0; i < n_bytes; ++i) {
+        const uint32_t rank = rank_in(values, grid[i]);
+        const uint32_t bits = i % 8 < 4 ? rank << 1 : (rank & 1) << 3 | (rank >> 1) << 5;
+        packed->groups[i / 8] |= bits << (8 * (i % 4));
+    }
+    fill_signed_levels(
+        values, packed->signed_levels[0], [](size_t i) { return i >> 1 & 3; }, [](size_t i) { return i & 1; });
+    fill_signed_levels(
+        values, packed->signed_levels[1], [](size_t i) { return (i >> 3 & 1) | (i >> 5) << 1; },
+        [](size_t i) { return i >> 4 & 1; });
 }
 
 void pack_ternary(const int8_t* grid, TernaryGrid* packed) {
@@ -88,7 +109,9 @@ void pack_ternary(const int8_t* grid, TernaryGrid* packed) {
         if (packed->next_from[n] < 16) throw std::invalid_argument("the codebook does not ascend");
         packed->next_second[n] = second, packed->next_from[n] = static_cast<uint8_t>(i % 16);
     }
-    for (int i = 0; i < 64; ++i) packed->shifted_levels[i] = static_cast<uint8_t>(8 * (i % 4) + (i & 4 ? 0 : 2));
+    for (int k = 0; k < 2; ++k)
+        for (int i = 0; i < 64; ++i)
+            packed->shifted_levels[k][i] = static_cast<uint8_t>(8 * (i >> 2 * k & 3) + (i >> (4 + k) & 1 ? 0 : 2));
 }
 
 void fill_sign_tables() {
@@ -127,6 +150,7 @@ void set_codebook(int type_id, const int8_t* grid, int64_t n_bytes) {
         case IQ2_S:
             fill(books.iq2_s, grid, n_bytes);
             pack_grid(grid, n_bytes, 8, &books.iq2_s_packed);
+            pack_spaced(grid, n_bytes, &books.iq2_s_spaced);
             return pack_ranks(grid, n_bytes, books.iq2_s_ranks, books.iq2_levels);
         case IQ3_XXS:
             fill(books.iq3_xxs, grid, n_bytes);

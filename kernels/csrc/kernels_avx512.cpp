@@ -101,6 +101,7 @@ struct Chunk {
 #include "grid_signs_avx512.inc"
 #include "grids_avx512.inc"
 #include "small_grids_avx512.inc"
+#include "lookups_avx512.inc"
 #include "signed_codes_avx512.inc"
 #include "eights_avx512.inc"
 #include "planes_avx512.inc"
@@ -157,7 +158,7 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
 
 // How many rows that follow each other are read at once. Not by every kernel: where it is faster (see there).
 constexpr int rows_at_once(int type_id, bool intel, int64_t n_tokens) {
-    if (has_eights(type_id, intel) || has_pairs(type_id, intel))
+    if (has_eights(type_id, intel) || has_row_pairs(type_id, intel))
         return n_tokens == 1 && !intel && has_large_grid(type_id) ? 4 : 2;
     return is_superblock(type_id) && intel && n_tokens == 1 ? 2 : 1;
 }
@@ -168,7 +169,7 @@ __attribute__((always_inline)) inline void dot_best(const uint8_t* row, int64_t 
                                                     const Ahead& ahead, const uint8_t* const* acts, __m512* sums) {
     if constexpr (has_eights(T, Intel))
         dot_eights<T, Intel, R / 2, N>(row, stride, n_in, ahead, acts, sums);
-    else if constexpr (has_pairs(T, Intel))
+    else if constexpr (has_row_pairs(T, Intel))
         dot_grid<T, PairsOfRows<T, Intel, R / 2>, R, N>(row, stride, n_in, ahead, acts, sums);
     else if constexpr (has_grid(T))
         dot_grid<T, OneRow<BestGrid<T, Intel>>, 1, N>(row, 0, n_in, ahead, acts, sums);
@@ -199,7 +200,7 @@ inline __m128 sums_of_four(const __m512* v) {
 template <int T, bool Intel>
 constexpr unsigned planes_read_by() {
     if (has_eights(T, Intel)) return kEights;
-    if (has_pairs(T, Intel) || has_planes(T)) return kFours;
+    if (has_row_pairs(T, Intel) || has_planes(T)) return kFours;
     if constexpr (has_grid(T)) return BestGrid<T, Intel>::by_fours ? kFours : kTurned;
     return is_superblock(T) || has_nibbles(T) || is_ternary(T) ? kTurned : 0u;
 }

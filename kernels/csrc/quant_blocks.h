@@ -216,14 +216,24 @@ struct PackedGrid {
     alignas(64) uint16_t groups[1024];
     alignas(64) uint8_t first[1024], second[1024];  // the two bytes of each
     uint8_t levels[16], next_levels[16];  // by 4 bits: the value of the first rank in them, and of the next
-    uint8_t signed_levels[64];  // by 6 bits: 64 + the value of the first rank, or 64 - it, where the bit above it is set
+    // By ranks of two values and, above them, their signs: 64 plus the first one, and the second one.
+    alignas(64) uint8_t signed_levels[2][64];
 };
 
 // A grid of up to 512 groups of four magnitudes, of 8 values: two planes of bytes that hold the ranks of two of the four,
-// 4 bits each.
+// with room for their signs in the middle.
 struct PairGrid {
     alignas(64) uint8_t first[512], second[512];
-    uint8_t signed_levels[64];  // as above, ranks of 3 bits
+    // 64 plus the first value, by its rank and sign and two bits of no meaning; plus the second one, by two bits of none,
+    // its sign and rank.
+    alignas(64) uint8_t signed_levels[2][64];
+};
+
+// The grid of IQ2_S for gathers: byte p has the ranks of elements p (bits 1 and 2) and p + 4 (bits 3 and 5), with room for
+// their signs (bits 0 and 4), which so are four bits apart as in a byte of signs.
+struct SpacedGrid {
+    uint32_t groups[1024];
+    alignas(64) uint8_t signed_levels[2][64];  // by 6 bits: 64 plus element p, and plus element p + 4
 };
 
 // The grid of IQ1: 2048 groups of eight values of three. It ascends, the last element counting most, so that groups of 16
@@ -231,7 +241,7 @@ struct PairGrid {
 struct TernaryGrid {
     alignas(64) uint8_t first[2048];  // elements 0 to 3
     alignas(64) uint8_t second[128], next_second[128], next_from[128];  // by 16 neighbours: the others, and where which
-    alignas(64) uint8_t shifted_levels[64];  // by 6 bits: 8 * value + 10, or, where the third bit is set, + 8
+    alignas(64) uint8_t shifted_levels[2][64];  // as signed_levels: 8 * value + 10, or, where the sign's bit is set, + 8
 };
 
 // Codebooks, filled by set_codebook(). Constants of the formats are in blocks.inc.
@@ -245,6 +255,7 @@ struct Codebooks {
     uint8_t iq2_levels[16];                           // magnitude by rank
     PairGrid iq3_xxs_pairs, iq3_s_pairs;
     TernaryGrid iq1_ternary;
+    SpacedGrid iq2_s_spaced;
     PackedGrid iq2_xxs_packed, iq2_xs_packed, iq2_s_packed, iq3_xxs_packed, iq3_s_packed;
     uint64_t sign_bytes[256];  // 0xff where the bit is set
     uint64_t even_sign_bytes[128];  // of a 7-bit sign code: an eighth bit on top makes their number even
