@@ -205,9 +205,10 @@ void quantize_range(const float* x, int64_t first, int64_t n_blocks, int64_t n_i
     kernels().quantize_blocks(x, n_blocks, reinterpret_cast<int8_t*>(record) + 32 * first, d + first,
                               s + 2 * first);
     float* pairs = reinterpret_cast<float*>(record + pairs_offset(n_pad));
+    float* twice = reinterpret_cast<float*>(record + twice_offset(n_pad));
     for (int64_t b = first; b < first + n_blocks; ++b) {
         put_planes(record + 32 * b, b, n_pad, planes, record);
-        pairs[b / 8 * 16 + b % 8] = d[b];
+        pairs[b / 8 * 16 + b % 8] = twice[2 * b] = twice[2 * b + 1] = d[b];
         pairs[b / 8 * 16 + 8 + b % 8] = s[2 * b] + s[2 * b + 1];
     }
 }
@@ -220,9 +221,10 @@ void clear_padding(int64_t n_in, unsigned planes, uint8_t* record) {
     std::fill(d + n_in / 32, d + n_pad / 32, 0.0f);
     std::fill(s + n_in / 16, s + n_pad / 16, 0.0f);
     float* pairs = reinterpret_cast<float*>(record + pairs_offset(n_pad));
+    float* twice = reinterpret_cast<float*>(record + twice_offset(n_pad));
     for (int64_t b = n_in / 32; b < n_pad / 32; ++b) {
         put_planes(record + 32 * b, b, n_pad, planes, record);
-        pairs[b / 8 * 16 + b % 8] = pairs[b / 8 * 16 + 8 + b % 8] = 0.0f;
+        pairs[b / 8 * 16 + b % 8] = pairs[b / 8 * 16 + 8 + b % 8] = twice[2 * b] = twice[2 * b + 1] = 0.0f;
     }
 }
 

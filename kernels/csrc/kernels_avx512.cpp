@@ -127,10 +127,9 @@ __attribute__((always_inline)) inline void dot_rows(const uint8_t* row, int64_t 
         if (Block<T>::offset && !is_signed) min = _mm512_fmadd_ps(chunk.scale, _mm512_set1_ps(Block<T>::offset), min);
         __m512 scales[N];
         for (int t = 0; t < N; ++t) {
-            const float* d = reinterpret_cast<const float*>(acts[t] + n_pad) + first / 32;
             const float* s = reinterpret_cast<const float*>(acts[t] + n_pad + n_pad / 8) + first / 16;
             if (!is_signed) low[t] = _mm512_fmadd_ps(min, _mm512_loadu_ps(s), low[t]);
-            scales[t] = _mm512_mul_ps(chunk.scale, doubled(_mm256_loadu_ps(d)));
+            scales[t] = _mm512_mul_ps(chunk.scale, doubled_steps(acts[t], n_pad, first));
         }
 #pragma GCC unroll 4
         for (int c = 0; c < 4; ++c) {

@@ -101,7 +101,7 @@ constexpr bool has_wide_codes(int type_id) { return type_id == Q8_0 || type_id =
 // one.
 constexpr int kChunk = 256;
 
-// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Seven planes in one record, of
+// A quantized activation row, padded with zeros to n_pad, a multiple of kChunk. Eight planes in one record, of
 // which turned, fours and eights are there only for kernels that read them (TypeKernels::planes):
 //   int8  q[n_pad]
 //   float d[n_pad / 32]   scale of 32 elements
@@ -110,14 +110,16 @@ constexpr int kChunk = 256;
 //   float pairs[n_pad / 16]   of each chunk the 8 d, then the 8 d * sum of 32 q
 //   int8  fours[n_pad]    q again: q[4 i + p] of a chunk at 64 p + i
 //   int8  eights[n_pad]   q again: q[8 i + p] of a chunk at 32 p + i
+//   float twice[n_pad / 16]   every d two times
 constexpr unsigned kTurned = 1, kFours = 2, kEights = 4;  // a bit for each of these planes
 static constexpr int64_t activation_bytes(int64_t n_in) {
-    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk + 64 + kChunk + kChunk);
+    return (n_in + kChunk - 1) / kChunk * (kChunk + 32 + 64 + kChunk + 64 + kChunk + kChunk + 64);
 }
 static constexpr int64_t turned_offset(int64_t n_pad) { return n_pad + n_pad / 8 + n_pad / 4; }
 static constexpr int64_t pairs_offset(int64_t n_pad) { return turned_offset(n_pad) + n_pad; }
 static constexpr int64_t fours_offset(int64_t n_pad) { return pairs_offset(n_pad) + n_pad / 4; }
 static constexpr int64_t eights_offset(int64_t n_pad) { return fours_offset(n_pad) + n_pad; }
+static constexpr int64_t twice_offset(int64_t n_pad) { return eights_offset(n_pad) + n_pad; }
 
 // How far ahead kernels ask for weights. On a Zen 5 server 8 KiB gave 10 to 30 % more from memory than the
 // hardware's own prefetching, and nothing was lost in the cache; on Sapphire Rapids it is a few percent better
